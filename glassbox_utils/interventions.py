@@ -1,0 +1,242 @@
+"""Change a forward pass and look what happens: every intervention is a context manager.
+
+``edit`` is the one mechanism; the others say what the edit is. An edit is installed on the plain model and on
+the bridge's twin at once, so that ``model.hf(...)``, ``generate(...)`` and ``model.bridge(...)`` all see it.
+Hooks are removed when the block ends, also after an exception or Ctrl-C; nested blocks apply in order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.models import Batch, Model, ModelError, Site, check_heads, check_site
+
+Mode = Literal["zero", "mean", "resample"]
+Head = tuple[int, int]
+Positions = int | slice | Sequence[int] | Tensor | None
+"""None: every position, generated ones included. Else an index into the positions of one forward pass;
+a [batch] tensor gives each row its own position."""
+
+
+@contextmanager
+def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the activation at ``site`` by ``function(activation)`` inside the block.
+
+    ``function`` gets the tensor [batch, pos, width] of each forward pass (with a key-value cache a
+    generated token arrives alone: pos is 1) and returns one of the same shape; it must not change its
+    input in place. Raises ModelError for an unknown site.
+    """
+    site = check_site(model, site)
+
+    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (function(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+
+    def after(module: Any, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (function(output[0]), *output[1:])
+        return function(output)
+
+    handles: list[Any] = []
+    try:
+        for module in model.sites[site]:
+            if site.kind in ("resid_pre", "z"):
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tensor] | None = None) -> Iterator[dict]:
+    """Record activations of every forward pass of the plain model inside the block.
+
+    Yields a dict that fills up: Site -> the last pass's tensor, or ``keep(tensor)`` if given.
+    """
+    store: dict[Site, Tensor] = {}
+
+    def reader(site: Site) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            store[site] = keep(x) if keep else x
+            return x
+
+        return look
+
+    with ExitStack() as stack:
+        for site in sites:
+            checked = check_site(model, site)
+            stack.enter_context(edit(model, checked, reader(checked)))
+        yield store
+
+
+@torch.no_grad()
+def capture(model: Model, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch pos width"]]:
+    """Activations at several sites from one forward pass of the plain model."""
+    with recording(model, sites) as store:
+        model.hf(**batch._asdict(), logits_to_keep=1)
+    return store
+
+
+@dataclass(frozen=True)
+class HeadMeans:
+    """Mean output of every head over a reference set: what mean ablation puts in a head's place."""
+
+    z: Float[Tensor, "layer head d_head"]
+    n_tokens: int
+
+
+@torch.no_grad()
+def head_means(model: Model, batches: Sequence[Batch]) -> HeadMeans:
+    """Average ``z`` of all heads over all unpadded positions of the batches, the first token left out.
+
+    The first token is an attention sink with untypical activations, so it would bias the mean.
+    """
+    total = torch.zeros(model.n_layers, model.n_heads * model.d_head, dtype=torch.float64)
+    count = 0
+    sites = [Site("z", layer) for layer in range(model.n_layers)]
+    for batch in batches:
+        mask = not_first(batch)
+        for site, z in capture(model, batch, sites).items():
+            total[site.layer] += z[mask].double().sum(0).cpu()
+        count += int(mask.sum())
+    mean = (total / max(count, 1)).to(model.dtype).to(model.device)
+    return HeadMeans(mean.view(model.n_layers, model.n_heads, model.d_head), count)
+
+
+def not_first(batch: Batch) -> Tensor:
+    """Boolean [batch, pos]: real tokens other than the first one of each row."""
+    mask = batch.attention_mask.bool()
+    return mask & (batch.attention_mask.cumsum(-1) > 1)
+
+
+@contextmanager
+def ablate_heads(
+    model: Model,
+    heads: Sequence[Head],
+    mode: Mode = "mean",
+    reference: HeadMeans | Batch | None = None,
+    positions: Positions = None,
+    seed: int = 0,
+) -> Iterator[None]:
+    """Take heads out of the computation inside the block.
+
+    ``zero`` puts 0 in place of the head's output; ``mean`` its average over a reference set (a
+    ``HeadMeans``, see ``head_means``); ``resample`` its output on another prompt: a reference ``Batch``
+    with as many positions, its rows drawn by ``seed``. Mean ablation is the default: zero is far from
+    anything that the model ever sees. Raises ModelError for unknown heads or a missing reference.
+    """
+    checked = check_heads(model, heads)
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in checked:
+        by_layer.setdefault(layer, []).append(head)
+    if mode == "mean" and not isinstance(reference, HeadMeans):
+        raise ModelError("Mean ablation needs reference=head_means(model, batches), the averages to put in place.")
+    if mode == "resample" and not isinstance(reference, Batch):
+        raise ModelError("Resample ablation needs reference=tokenize(model, other_prompts), the prompts to draw from.")
+    if mode not in ("zero", "mean", "resample"):
+        raise ModelError(f"There is no ablation mode {mode!r}. Allowed: zero, mean, resample.")
+    other = None
+    if mode == "resample" and isinstance(reference, Batch):
+        other = capture(model, reference, [Site("z", layer) for layer in by_layer])
+
+    def replacement(layer: int, z: Tensor) -> Tensor:
+        if mode == "mean" and isinstance(reference, HeadMeans):
+            return reference.z[layer].to(z).expand(*z.shape[:2], -1, -1)
+        if other is None:
+            return torch.zeros_like(z)
+        source = other[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
+        if source.shape[1] != z.shape[1]:
+            raise ModelError(
+                f"Resample ablation needs prompts of one length: the reference has {source.shape[1]} positions, "
+                f"this pass {z.shape[1]}. Use mode='mean' for generation and for prompts of other lengths."
+            )
+        rows = torch.randint(len(source), (len(z),), generator=torch.Generator().manual_seed(seed))
+        return source[rows]
+
+    def ablation(layer: int, chosen: list[int]) -> Callable[[Tensor], Tensor]:
+        def function(flat: Tensor) -> Tensor:
+            z = flat.unflatten(-1, (model.n_heads, model.d_head))
+            where = _where(z, positions)
+            only = torch.zeros(model.n_heads, dtype=torch.bool, device=z.device)
+            only[chosen] = True
+            return torch.where(where[..., None, None] & only[:, None], replacement(layer, z), z).flatten(-2)
+
+        return function
+
+    with ExitStack() as stack:
+        for layer, chosen in by_layer.items():
+            stack.enter_context(edit(model, Site("z", layer), ablation(layer, chosen)))
+        yield
+
+
+@contextmanager
+def patch(
+    model: Model,
+    source: dict[Site, Tensor],
+    heads: Sequence[Head] | None = None,
+    positions: Positions = None,
+) -> Iterator[None]:
+    """Activation patching: put activations of another run (``capture``) in place inside the block.
+
+    ``heads`` restricts the patch at ``z`` sites to those heads; ``positions`` to those positions. The
+    source must have the same batch size and number of positions. Source: Meng et al., arXiv 2202.05262.
+    """
+    chosen = check_heads(model, heads) if heads is not None else None
+
+    def patching(site: Site, donor: Tensor) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            if x.shape != donor.shape:
+                raise ModelError(
+                    f"The patch for {site.kind} of layer {site.layer} has shape {tuple(donor.shape)}, this pass "
+                    f"{tuple(x.shape)}. Source and target need equally many rows and tokens."
+                )
+            where = _where(x, positions)[..., None]
+            if chosen is not None and site.kind == "z":
+                only = torch.zeros(model.n_heads, dtype=torch.bool, device=x.device)
+                only[[h for layer, h in chosen if layer == site.layer]] = True
+                where = where & only.repeat_interleave(model.d_head)
+            return torch.where(where, donor.to(x), x)
+
+        return function
+
+    with ExitStack() as stack:
+        for site, donor in source.items():
+            checked = check_site(model, site)
+            stack.enter_context(edit(model, checked, patching(checked, donor)))
+        yield
+
+
+def _where(x: Tensor, positions: Positions) -> Tensor:
+    """Boolean [batch, pos]: the positions that an intervention applies to."""
+    batch, pos = x.shape[:2]
+    if positions is None:
+        return torch.ones(batch, pos, dtype=torch.bool, device=x.device)
+    where = torch.zeros(batch, pos, dtype=torch.bool, device=x.device)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.shape != where.shape:
+            raise ModelError(f"The mask of positions has shape {tuple(positions.shape)}, this pass {(batch, pos)}.")
+        return positions.to(x.device)
+    if isinstance(positions, int | slice):
+        if isinstance(positions, int) and not -pos <= positions < pos:
+            raise ModelError(f"There is no position {positions}: this prompt has positions 0 to {pos - 1}.")
+        where[:, positions] = True
+        return where
+    index = torch.as_tensor(positions, device=x.device)
+    if index.numel() and (int(index.max()) >= pos or int(index.min()) < -pos):
+        raise ModelError(f"Positions {index.tolist()} exceed this prompt, which has positions 0 to {pos - 1}.")
+    if isinstance(positions, Tensor):  # one position for each row
+        if len(index) != batch:
+            raise ModelError(f"{len(index)} positions for {batch} rows: a tensor gives each row its own position.")
+        where[torch.arange(batch, device=x.device), index] = True
+    else:
+        where[:, index] = True
+    return where

