@@ -191,7 +191,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a float32 transformers folder, tokenizer and chat template included."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     hf.hf_quantizer = None  # the weights are plain now, and save_pretrained refuses a quantised model
     del hf.config.quantization_config
