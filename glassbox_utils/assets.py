@@ -27,10 +27,12 @@ from typing import Literal
 import platformdirs
 from filelock import FileLock
 
+from glassbox_utils import GlassboxError
+
 CACHE_VARIABLE = "GLASSBOX_CACHE"
 
 
-class AssetError(RuntimeError):
+class AssetError(GlassboxError, RuntimeError):
     """A download, a hash or a member failed; the message names the value and the fix."""
 
 

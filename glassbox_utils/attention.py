@@ -8,13 +8,13 @@ as it exists, so scoring all heads needs the memory of one layer.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from glassbox_utils.interventions import not_first
+from glassbox_utils.interventions import not_first, recording
 from glassbox_utils.models import (
     Batch,
     Model,
@@ -22,17 +22,19 @@ from glassbox_utils.models import (
     Site,
     check_heads,
     find_token,
+    first_token,
     hook_name,
     str_tokens,
     tokenize,
 )
+from glassbox_utils.models import _child as find_part
 
 Pattern = Float[Tensor, "batch head dst src"]
 Reduce = Callable[[Tensor, slice], Tensor]
 
 
 @contextmanager
-def _eager(model: Model) -> Iterator[None]:
+def eager(model: Model) -> Iterator[None]:
     """Fast attention kernels never build the pattern: use the eager ones inside the block."""
     before = model.hf.config._attn_implementation
     model.hf.set_attn_implementation("eager")
@@ -42,7 +44,7 @@ def _eager(model: Model) -> Iterator[None]:
         model.hf.set_attn_implementation(before)
 
 
-def _attention_modules(model: Model) -> list[nn.Module]:
+def attention_modules(model: Model) -> list[nn.Module]:
     """The module of each layer that returns (output, pattern): the parent of the output projection."""
     names = {id(module): name for name, module in model.hf.named_modules()}
     projections = [model.sites[Site("z", layer)][0] for layer in range(model.n_layers)]
@@ -62,9 +64,9 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
         found.append(reduce(output[1], where))
 
     chunks = []
-    handles = [layer.register_forward_hook(look) for layer in _attention_modules(model)]
+    handles = [layer.register_forward_hook(look) for layer in attention_modules(model)]
     try:
-        with _eager(model):
+        with eager(model):
             for start in range(0, len(batch.input_ids), rows):
                 where = slice(start, start + rows)
                 model.hf(**Batch(*(t[where] for t in batch))._asdict(), logits_to_keep=1, use_cache=False)
@@ -234,3 +236,110 @@ def top_heads(scores: Float[Tensor, "layer head"], k: int, model: Model | None =
     order = scores.nan_to_num(float("-inf")).flatten().argsort(descending=True)[:k]
     heads = [divmod(int(i), scores.shape[1]) for i in order]
     return check_heads(model, heads) if model else heads
+
+
+# --- heads that copy ----------------------------------------------------------------------------------
+
+
+def repeated_tokens(model: Model, n: int, length: int = 50, seed: int = 0) -> Batch:
+    """n rows of [BOS, ``length`` random tokens, the same tokens again]; without BOS if the model has none.
+
+    Row i depends on (seed, i) alone, so a subset of rows is the same wherever it is drawn. Tokens do not
+    repeat inside a half, and special tokens do not occur: nothing but the repetition helps to predict.
+    """
+    special = set(model.tokenizer.all_special_ids)
+    allowed = torch.tensor([i for i in range(len(model.tokenizer)) if i not in special])
+    if not 2 <= length <= min(len(allowed), (model.n_context - 1) // 2):
+        raise ModelError(
+            f"Repeats of {length} tokens do not fit {model.name}: its vocabulary has {len(allowed)} ordinary tokens and "
+            f"its context {model.n_context} positions. Choose a length of 2 to "
+            f"{min(len(allowed), (model.n_context - 1) // 2)}."
+        )
+    halves = []
+    for row in range(n):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + row)
+        halves.append(allowed[torch.randperm(len(allowed), generator=generator)[:length]])
+    half = torch.stack(halves)
+    start = first_token(model)
+    bos = torch.full((n, 1), start) if start is not None else half[:, :0]
+    ids = torch.cat([bos, half, half], dim=1).to(model.device)
+    return Batch(ids, torch.ones_like(ids))
+
+
+def induction_targets(batch: Batch) -> Bool[Tensor, "batch dst src"]:
+    """Where an induction head looks: from a token to the tokens that followed its earlier copies."""
+    ids, mask = batch.input_ids, batch.attention_mask.bool()
+    same = (ids[:, :, None] == ids[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    after = nn.functional.pad(same, (1, 0))[..., :-1]  # one to the right: the token after the copy
+    return after.tril(-1) & mask[:, None, :]
+
+
+def induction_score(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head"]:
+    """Prefix matching: attention to the tokens that followed earlier copies of the current token.
+
+    Mean over the tokens that have such a copy; NaN for a prompt without any. On ``repeated_tokens`` this
+    is the usual induction score. Olsson et al., arXiv 2209.11895.
+    """
+    targets = induction_targets(batch)
+    return _average(torch.einsum("bhds,bds->bhd", pattern, targets.to(pattern)), targets.any(-1))
+
+
+def induction_scores(model: Model, batch: Batch) -> Float[Tensor, "prompt layer head"]:
+    """``induction_score`` of every head on every prompt, in one streaming pass."""
+    return over_patterns(model, batch, induction_score)
+
+
+class Projections(NamedTuple):
+    """Queries, keys and values of a layer, before any rotation; grouped heads have fewer keys and values."""
+
+    q: Float[Tensor, "*place head d_head"]
+    k: Float[Tensor, "*place kv_head d_head"]
+    v: Float[Tensor, "*place kv_head d_head"]
+
+
+def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) -> Projections:
+    """What a layer's attention makes of a residual stream: its input norm, then its projections.
+
+    Knows the three layouts that decoders use: separate projections, GPT-2's ``c_attn`` (q, k, v side by
+    side) and GPT-NeoX's ``query_key_value`` (q, k, v of one head side by side).
+    """
+    block = model.sites[Site("resid_pre", layer)][0]
+    x = find_part(block, "input_layernorm", "ln_1", "input_norm", "layer_norm_1")(resid)
+    attention = attention_modules(model)[layer]
+    shape = (-1, model.d_head)
+    if hasattr(attention, "k_proj"):
+        parts = [find_part(attention, name)(x).unflatten(-1, shape) for name in ("q_proj", "k_proj", "v_proj")]
+    elif hasattr(attention, "c_attn"):
+        parts = [part.unflatten(-1, shape) for part in find_part(attention, "c_attn")(x).chunk(3, dim=-1)]
+    else:
+        fused = find_part(attention, "query_key_value")(x).unflatten(-1, (-1, 3, model.d_head))
+        parts = list(fused.unbind(-2))
+    return Projections(*parts)
+
+
+@torch.no_grad()
+def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
+    """OV copying: does moving a token by this head raise that same token's own logit?
+
+    Each token of the batch (first ones left out) is pushed alone through a head's value and output weights,
+    from the residual stream that the head really reads there, then through the final norm and the
+    unembedding. Score: the share of the batch's other tokens whose logit it beats, 0.5 by chance. Grouped
+    heads use the value head of their group. After Elhage et al. 2021, with real inputs instead of embeddings.
+    """
+    keep = not_first(batch)
+    ids = batch.input_ids[keep]
+    sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
+    with recording(model, sites, keep=lambda x: x[keep]) as resid:
+        model.hf(**batch._asdict(), logits_to_keep=1)
+    norm = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
+    unembed = model.hf.get_output_embeddings().weight[ids]
+    different = ids[:, None] != ids[None, :]
+    scores = []
+    for layer, site in enumerate(sites):
+        v = project(model, layer, resid[site]).v
+        v = v.repeat_interleave(model.n_heads // v.shape[1], dim=1)
+        moved = torch.einsum("thd,hdm->htm", v, output_weights(model, layer))
+        logits = (norm(moved) - norm(torch.zeros_like(moved))) @ unembed.T  # the final norm's bias says nothing here
+        beats = (logits.diagonal(0, -2, -1)[..., None] > logits) & different
+        scores.append(beats.sum((-2, -1)) / different.sum())
+    return torch.stack(scores)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from glassbox_utils import GlassboxError
+
 
 def _assets(args: argparse.Namespace) -> int:
     from glassbox_utils import assets
@@ -66,14 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors that a user can mend are printed as one paragraph, exit code 2."""
-    from glassbox_utils.assets import AssetError
-    from glassbox_utils.models import ModelError
-    from glassbox_utils.notebooks import NotebookError
-
     args = parser().parse_args(argv)
     try:
         return args.function(args)
-    except (AssetError, ModelError, NotebookError) as error:
+    except GlassboxError as error:
         print(f"glassbox: {error}", file=sys.stderr)
         return 2
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from glassbox_utils import GlassboxError
+
 RUNGS = {1: "observed", 2: "localised", 3: "causal", 4: "behavioural", 5: "side effects"}
 
 
-class EvidenceError(ValueError):
+class EvidenceError(GlassboxError, ValueError):
     """A finding that claims more than it can show; the message says what is missing."""
 
 

