@@ -251,9 +251,8 @@ def repeated_tokens(model: Model, n: int, length: int = 50, seed: int = 0) -> Ba
     allowed = torch.tensor([i for i in range(len(model.tokenizer)) if i not in special])
     if not 2 <= length <= min(len(allowed), (model.n_context - 1) // 2):
         raise ModelError(
-            f"Repeats of {length} tokens do not fit {model.name}: its vocabulary has {len(allowed)} ordinary tokens and "
-            f"its context {model.n_context} positions. Choose a length of 2 to "
-            f"{min(len(allowed), (model.n_context - 1) // 2)}."
+            f"Repeats of {length} tokens do not fit {model.name}, which has {len(allowed)} ordinary tokens and "
+            f"{model.n_context} positions. Choose a length of 2 to {min(len(allowed), (model.n_context - 1) // 2)}."
         )
     halves = []
     for row in range(n):
@@ -274,19 +273,19 @@ def induction_targets(batch: Batch) -> Bool[Tensor, "batch dst src"]:
     return after.tril(-1) & mask[:, None, :]
 
 
-def induction_score(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head"]:
-    """Prefix matching: attention to the tokens that followed earlier copies of the current token.
+def induction_scores(model: Model, batch: Batch) -> Float[Tensor, "prompt layer head"]:
+    """Prefix matching of every head: attention to the tokens that followed earlier copies of the current one.
 
     Mean over the tokens that have such a copy; NaN for a prompt without any. On ``repeated_tokens`` this
     is the usual induction score. Olsson et al., arXiv 2209.11895.
     """
     targets = induction_targets(batch)
-    return _average(torch.einsum("bhds,bds->bhd", pattern, targets.to(pattern)), targets.any(-1))
 
+    def score(pattern: Pattern, where: slice) -> Float[Tensor, "batch head"]:
+        wanted = targets[where]
+        return _average(torch.einsum("bhds,bds->bhd", pattern, wanted.to(pattern)), wanted.any(-1))
 
-def induction_scores(model: Model, batch: Batch) -> Float[Tensor, "prompt layer head"]:
-    """``induction_score`` of every head on every prompt, in one streaming pass."""
-    return over_patterns(model, batch, induction_score)
+    return over_patterns(model, batch, score)
 
 
 class Projections(NamedTuple):
