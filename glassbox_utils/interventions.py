@@ -17,6 +17,8 @@ from torch import Tensor
 from glassbox_utils.models import Batch, Model, ModelError, Site, check_heads, check_site
 
 Mode = Literal["zero", "mean", "resample"]
+Scope = Literal["all", "prompt", "generated"]
+"""Which tokens: all, those of the prompt only, or those that are generated (with a key-value cache) only."""
 Head = tuple[int, int]
 Positions = int | slice | Sequence[int] | Tensor | None
 """None: every position, generated ones included. Else an index into the positions of one forward pass;
@@ -24,14 +26,21 @@ a [batch] tensor gives each row its own position."""
 
 
 @contextmanager
-def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: Scope = "all") -> Iterator[None]:
     """Replace the activation at ``site`` by ``function(activation)`` inside the block.
 
     ``function`` gets the tensor [batch, pos, width] of each forward pass (with a key-value cache a
     generated token arrives alone: pos is 1) and returns one of the same shape; it must not change its
-    input in place. Raises ModelError for an unknown site.
+    input in place. ``scope`` restricts the edit to prompt or to generated tokens. Raises ModelError for an
+    unknown site or scope.
     """
     site = check_site(model, site)
+    if scope not in ("all", "prompt", "generated"):
+        raise ModelError(f"There is no scope {scope!r}. Allowed: all, prompt, generated.")
+    if scope != "all":
+        with _scoped(model, function, scope) as limited, edit(model, site, limited):
+            yield
+        return
 
     def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -54,6 +63,51 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _scoped(model: Model, function: Callable[[Tensor], Tensor], scope: Scope) -> Iterator[Callable[[Tensor], Tensor]]:
+    """``function``, but only in passes over the prompt, or only in passes over a generated token."""
+    generating = False
+
+    def look(module: Any, args: tuple, kwargs: dict) -> None:
+        nonlocal generating
+        # A prompt may be one token long, so the number of positions does not tell; a filled cache does.
+        if kwargs.get("use_cache") is False and kwargs.get("past_key_values") is None and scope == "generated":
+            raise ModelError(
+                "scope='generated' needs a key-value cache: without one the prompt is read again with every token. "
+                "Generate with use_cache=True (the default), or use scope='all'."
+            )
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        filled = cache is not None and cache.get_seq_length() > 0
+        generating = filled and (ids is None or ids.shape[1] == 1)
+
+    handles = [root.register_forward_pre_hook(look, with_kwargs=True) for root in (model.hf, model.twin)]
+    try:
+        yield lambda x: function(x) if generating == (scope == "generated") else x
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_row(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Numbers as a column that broadcasts over [batch, pos, width]: a scalar, or one number for each row.
+
+    Computed once before a run, with the type and device of ``like``. ModelError if there is no number.
+    """
+    column = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    if column.ndim > 1 or not column.isfinite().all():
+        raise ModelError(f"Give one finite number, or one for each row of the batch, not {values!r}.")
+    return column if column.ndim == 0 else column[:, None, None]
+
+
+def check_rows(x: Tensor, rows: int) -> None:
+    """ModelError unless the batch has as many rows as settings were given for."""
+    if len(x) != rows:
+        raise ModelError(
+            f"Settings were given for {rows} rows, this batch has {len(x)}. Give one setting for all rows, or one for "
+            "each prompt (beam search and num_return_sequences multiply the rows)."
+        )
 
 
 @contextmanager
@@ -82,7 +136,7 @@ def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tens
 def capture(model: Model, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch pos width"]]:
     """Activations at several sites from one forward pass of the plain model."""
     with recording(model, sites) as store:
-        model.hf(**batch._asdict(), logits_to_keep=1)
+        model.hf(**batch.inputs, logits_to_keep=1)
     return store
 
 
