@@ -1,0 +1,535 @@
+"""Sparse autoencoders: harvest activations, train with sae_lens's classes, evaluate, load and save.
+
+The classes and the file format are sae_lens's, so that ``SAE.load_from_disk`` opens everywhere what is trained
+here. The activation stream, the loop and the history are our own: exactly resumable, without a tracking service,
+and sparse where the arithmetic is sparse.
+
+Two exclusions hold for training and for every metric, unless a name says otherwise. The first token of a row and a
+few *outlier* positions (some punctuation, some role markers) have residual norms tens of times the median
+(Sun et al., "Massive activations", arXiv 2402.17762); one of them outweighs hundreds of ordinary tokens in any
+squared error. Positions with more than ``OUTLIER`` times the median norm are therefore left out, and every
+explained variance is reported with them as well.
+"""
+
+import copy
+import csv
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glassbox_utils import assets, corpora
+from glassbox_utils.corpora import Rows
+from glassbox_utils.interventions import recording
+from glassbox_utils.models import EMBEDDED, KINDS, Model, Site, check_site, load_model, progress, wrap_model
+
+OUTLIER = 3.0
+"""times the median norm: residual norms of ordinary tokens stay within a factor of two"""
+
+_HOOKS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "z": "attn.hook_z"} | {
+    kind: f"hook_{kind}" for kind in ("attn_out", "mlp_out")
+}
+
+
+class SaeError(ValueError):
+    """A hook, shard folder, configuration or SAE that does not fit; the message says what does."""
+
+
+def hook_of(site: Site) -> str:
+    """TransformerLens's name of a site: ``Site("resid_post", 14)`` -> ``blocks.14.hook_resid_post``."""
+    return f"blocks.{site.layer}.{_HOOKS[site.kind]}"
+
+
+def site_of(hook: str) -> Site:
+    """The site of a TransformerLens hook name; SaeError lists the allowed ones."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook):
+        for kind in KINDS:
+            if _HOOKS[kind] == match[2]:
+                return Site(kind, int(match[1]))
+    raise SaeError(f"There is no hook {hook!r}. Allowed: " + ", ".join(f"blocks.L.{h}" for h in _HOOKS.values()) + ".")
+
+
+# --- harvest ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What to harvest, and into which folder."""
+
+    folder: Path
+    hooks: tuple[str, ...]
+    n_tokens: int
+    corpus: str = "mix"
+    split: corpora.Split = "train"
+    model: str = EMBEDDED
+    context: int = 256
+    rows_per_shard: int = 256
+    """65,536 tokens with the default context: 75 MB for each hook at d_model 576"""
+    rows_per_batch: int = 16
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last layer that is needed."""
+
+
+def half(model: Model) -> Model:
+    """A bfloat16 copy of the model, for harvesting: twice the speed where the CPU multiplies bfloat16."""
+    return wrap_model(copy.deepcopy(model.hf).to(torch.bfloat16), model.tokenizer, model.name)
+
+
+@torch.inference_mode()
+def activations(
+    model: Model, tokens: Int[Tensor, "row pos"], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "row pos width"]]:
+    """Activations of full rows (no padding), from a forward pass that stops after the last needed module."""
+    checked = [check_site(model, site) for site in sites]
+    last = model.sites[max(checked, key=lambda s: (s.layer, s.kind == "resid_post"))][0]
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    with recording(model, checked) as store:
+        handle = last.register_forward_hook(stop)
+        try:
+            model.hf(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+    return store
+
+
+def stream_activations(
+    model: Model, rows: Iterator[Rows], sites: Sequence[Site], rows_per_batch: int = 16
+) -> Iterator[tuple[Rows, dict[Site, Float[Tensor, "row pos width"]]]]:
+    """Activations of packed rows, batch by batch, that are never written to disk."""
+    while batch := [row for _, row in zip(range(rows_per_batch), rows, strict=False)]:
+        joined = Rows(torch.cat([r.tokens for r in batch]), torch.cat([r.documents for r in batch]))
+        yield joined, activations(model, joined.tokens, sites)
+
+
+def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
+    """Run the model over a corpus and keep activations as bfloat16 shards; returns the folder.
+
+    Each shard is written beside its name and renamed, holds the same rows in every run, and is skipped if it is
+    there: after a kill at any point the same call continues, and the result is bit-identical (on one machine with
+    one number of threads). Asking for more tokens later extends the folder. An incomplete last shard is dropped.
+    Raises SaeError if the folder was made with another model, corpus, hook or packing.
+    """
+    model = model or load_model(config.model)
+    documents = corpora.load_corpus(config.corpus, config.split)
+    manifest = {
+        "model": model.name,
+        "model_hash": model.hash,
+        "hooks": list(config.hooks),
+        "dtype": "bfloat16",
+        "corpus": config.corpus,
+        "split": config.split,
+        "corpus_hash": corpora.corpus_hash(documents),
+        "context": config.context,
+        "rows_per_shard": config.rows_per_shard,
+        "rows_per_batch": config.rows_per_batch,
+        "d_model": model.d_model,
+    }
+    folder = Path(config.folder)
+    n_shards = max(1, config.n_tokens // (config.context * config.rows_per_shard))
+    sites = [check_site(model, site_of(hook)) for hook in config.hooks]
+    with assets.explain_os_errors(folder), assets.locked(folder / "harvest"):
+        _agree(folder, manifest)
+        small = half(model)
+        rows = corpora.pack(model, documents, config.context)
+        for index in progress(range(n_shards), "harvest"):
+            mine = [row for _, row in zip(range(config.rows_per_shard), rows, strict=False)]
+            if len(mine) < config.rows_per_shard:
+                break
+            path = shard_path(folder, index)
+            if path.exists():
+                continue
+            parts = list(stream_activations(small, iter(mine), sites, config.rows_per_batch))
+            tensors = {
+                hook: torch.cat([a[site] for _, a in parts]) for hook, site in zip(config.hooks, sites, strict=True)
+            }
+            tensors["tokens"] = torch.cat([r.tokens for r, _ in parts]).int()
+            tensors["documents"] = torch.cat([r.documents for r, _ in parts]).int()
+            with assets.atomic_path(path) as partial:
+                save_file(tensors, partial)
+    return folder
+
+
+def _agree(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a new folder, or insist that the old one says the same."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        with assets.atomic_path(path) as partial:
+            partial.write_text(json.dumps(manifest, indent=1))
+        return
+    old = json.loads(path.read_text())
+    different = [f"{k} is {old.get(k)!r}, asked for {v!r}" for k, v in manifest.items() if old.get(k) != v]
+    if different:
+        raise SaeError(f"{folder} holds another harvest: {'; '.join(different)}. Choose another folder or delete it.")
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return Path(folder) / f"shard-{index:05d}.safetensors"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The finished shards of a harvest, in order."""
+    return sorted(Path(folder).glob("shard-*.safetensors"))
+
+
+class Shard(NamedTuple):
+    """One shard: activations, and which token of which document each belongs to."""
+
+    x: Float[Tensor, "row pos d_model"]
+    rows: Rows
+
+
+def read_shard(path: Path, hook: str) -> Shard:
+    """Read one shard; SaeError lists the hooks that it holds."""
+    with safe_open(path, "pt") as file:
+        if hook not in file.keys():  # noqa: SIM118 (not a dict)
+            held = sorted(set(file.keys()) - {"tokens", "documents"})
+            raise SaeError(f"{path} has no hook {hook!r}. It holds {', '.join(held)}.")
+        return Shard(file.get_tensor(hook), Rows(file.get_tensor("tokens"), file.get_tensor("documents")))
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu", "gated", "matryoshka_batchtopk")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, as written in a ``config.yaml``."""
+
+    name: str
+    hook: str
+    architecture: str
+    d_sae: int
+    samples: int
+    """activations seen in all, repeats included"""
+    tokens: int
+    """tokens to harvest; they become whole shards"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of sae_lens's training configuration: k, l1_coefficient, l0_coefficient, ..."""
+    shards: str = ""
+    """folder of the harvest; empty: in the cache"""
+    first_shards: int = 0
+    """shards of the first pass, doubled in each later one (0: all), so that training can begin during the harvest"""
+    corpus: str = "mix"
+    model: str = EMBEDDED
+    context: int = 256
+    rows_per_shard: int = 256
+    shards_mixed: int = 4
+    """shards that are read and shuffled together"""
+    batch: int = 2048
+    lr: float = 8e-4
+    warmup: int = 100
+    """steps"""
+    decay: float = 0.3
+    """fraction of the steps over which the learning rate falls to zero at the end"""
+    reseed_every: int = 500
+    """steps between re-seedings of dead features (TopK only)"""
+    checkpoint_every: int = 100
+    """steps"""
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch
+
+    @property
+    def n_shards(self) -> int:
+        return max(1, self.tokens // (self.context * self.rows_per_shard))
+
+    @property
+    def harvest(self) -> HarvestConfig:
+        name = f"{self.model}-{self.corpus}-{self.hook}-{self.context}x{self.rows_per_shard}".replace("/", "--")
+        folder = Path(self.shards) if self.shards else assets.cache_dir() / "activations" / name
+        shard = {"context": self.context, "rows_per_shard": self.rows_per_shard}
+        return HarvestConfig(folder, (self.hook,), self.tokens, self.corpus, "train", self.model, **shard)
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A ``config.yaml``; SaeError names unknown keys and what is missing."""
+    path = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise SaeError(f"There is no file {path}. Give the config.yaml of a folder in data/saes.")
+    values = yaml.safe_load(path.read_text())
+    allowed = [f.name for f in fields(TrainConfig)]
+    if unknown := sorted(set(values) - set(allowed)):
+        raise SaeError(f"{path} has unknown keys {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
+    try:
+        config = TrainConfig(**values)
+    except TypeError as error:
+        raise SaeError(f"{path} is incomplete: {error}.") from error
+    if config.architecture not in ARCHITECTURES:
+        raise SaeError(f"There is no architecture {config.architecture!r}. Allowed: {', '.join(ARCHITECTURES)}.")
+    return config
+
+
+class Scaling(NamedTuple):
+    """What the first shard says about the activations; used for all of a training run."""
+
+    median_norm: float
+    scale: float
+    """activations times this have a mean norm of sqrt(d_model)"""
+    mean: Float[Tensor, " d_model"]
+
+
+def ordinary(x: Float[Tensor, "row pos d_model"], median_norm: float) -> Float[Tensor, "row pos"]:
+    """Boolean: neither the first token of its row nor an outlier (norm above OUTLIER times the median)."""
+    keep = x.float().norm(dim=-1) <= OUTLIER * median_norm
+    keep[:, 0] = False
+    return keep
+
+
+def measure_scaling(x: Float[Tensor, "row pos d_model"]) -> Scaling:
+    """Median norm, scale and mean of the ordinary positions of some rows."""
+    median = float(x[:, 1:].float().norm(dim=-1).median())
+    kept = x[ordinary(x, median)].float()
+    return Scaling(median, kept.shape[-1] ** 0.5 / float(kept.norm(dim=-1).mean()), kept.mean(0))
+
+
+def reading_order(config: TrainConfig) -> Iterator[int]:
+    """Shard numbers without end: the first ones in order, then twice as many, permuted, and so on up to all."""
+    size = min(config.first_shards or config.n_shards, config.n_shards)
+    yield from range(size)
+    for number in itertools.count(1):
+        size = min(2 * size, config.n_shards)
+        generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+def training_batches(
+    config: TrainConfig, scaling: Scaling, block: int = 0, offset: int = 0
+) -> Iterator[tuple[Float[Tensor, "batch d_model"], int, int]]:
+    """Scaled, shuffled batches, each with the (block, offset) to continue from after it.
+
+    A block is ``shards_mixed`` shards whose ordinary positions are shuffled together; documents were shuffled before
+    the harvest, and later passes combine other shards. Waits for shards that a running harvest has yet to write.
+    """
+    folder = config.harvest.folder
+    order = reading_order(config)
+    blocks = iter(lambda: [next(order) for _ in range(config.shards_mixed)], None)
+    for number, chosen in enumerate(itertools.islice(blocks, block, None), start=block):
+        parts = [read_shard(_wait(shard_path(folder, i)), config.hook).x for i in chosen]
+        x = torch.cat([part[ordinary(part, scaling.median_norm)] for part in parts])
+        generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
+        shuffled = torch.randperm(len(x), generator=generator)
+        last = len(x) // config.batch
+        for index in range(offset, last):
+            rows = shuffled[index * config.batch : (index + 1) * config.batch]
+            after = (number, index + 1) if index + 1 < last else (number + 1, 0)
+            yield x[rows].float() * scaling.scale, *after
+        offset = 0
+
+
+def _wait(path: Path, patience: float = 1800) -> Path:
+    """The path, as soon as the file is there; SaeError after ``patience`` seconds."""
+    start = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - start > patience:
+            raise SaeError(f"{path} did not appear within {patience / 60:.0f} minutes. Is the harvest still running?")
+        time.sleep(2)
+    return path
+
+
+def build_sae(config: TrainConfig, scaling: Scaling) -> Any:
+    """A fresh sae_lens training SAE: unit decoder rows, tied encoder, decoder bias at the mean."""
+    from sae_lens.saes.sae import TrainingSAEConfig
+
+    values = {"apply_b_dec_to_input": True, "decoder_init_norm": 1.0} | config.options
+    values |= {"architecture": config.architecture, "d_in": len(scaling.mean), "d_sae": config.d_sae}
+    torch.manual_seed(config.seed)
+    cfg = TrainingSAEConfig.from_dict(values)
+    from sae_lens.registry import get_sae_training_class
+
+    sae = get_sae_training_class(config.architecture)[0](cfg)
+    sae.b_dec.data = scaling.mean * scaling.scale
+    # One feature's encoder weights side by side, as the sparse gradients arrive; the shape stays sae_lens's.
+    sae.W_enc.data = sae.W_enc.data.t().contiguous().t()
+    return sae
+
+
+class StepResult(NamedTuple):
+    """What one step says about itself."""
+
+    error: float
+    """mean squared error summed over dimensions, in scaled units"""
+    fired: Float[Tensor, " d_sae"]
+    """how often each feature was active in the batch"""
+
+
+def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"]) -> StepResult:
+    """Loss and gradients of a TopK SAE with unit decoder rows, written into ``.grad``.
+
+    The same mathematics as sae_lens's TopK loss (mean over the batch of the squared error), but only the encoder's
+    forward product is dense, and runs in bfloat16. With k of d_sae features active, the reconstruction is a weighted
+    bag of k decoder rows, and both weight gradients are bags of batch rows, grouped by feature.
+    """
+    k, batch = sae.cfg.k, len(x)
+    centred = x - sae.b_dec
+    rows = sae.W_enc.t()
+    hidden = F.linear(centred.bfloat16(), rows.bfloat16(), sae.b_enc.bfloat16())
+    top = hidden.topk(k, dim=-1, sorted=False)
+    values, chosen = top.values.float().relu_(), top.indices
+    flat = chosen.flatten()
+    offsets = torch.arange(0, batch * k, k)
+    error = F.embedding_bag(flat, sae.W_dec, offsets, mode="sum", per_sample_weights=values.flatten())
+    error += sae.b_dec - x
+    loss = float(error.square().sum(-1).mean())
+
+    error *= 2 / batch
+    owner = torch.arange(batch).repeat_interleave(k)
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    to_value = backward(error, sae.W_dec, flat, offsets, owner, 0) * (values.flatten() > 0)
+    # A stable radix sort of small integers is ten times faster in numpy than in torch.
+    small = flat.numpy().astype(np.uint16 if sae.cfg.d_sae < 2**16 else np.uint32)
+    order = torch.from_numpy(np.argsort(small, kind="stable"))
+    counts = torch.bincount(flat, minlength=sae.cfg.d_sae)
+    starts, grouped = counts.cumsum(0) - counts, owner[order]
+
+    def gather(source: Tensor, weights: Tensor) -> Tensor:
+        return F.embedding_bag(grouped, source, starts, mode="sum", per_sample_weights=weights[order])
+
+    decoder = gather(error, values.flatten())
+    # The rows are kept at unit length, so only the part of the gradient that turns them counts.
+    sae.W_dec.grad = decoder - (decoder * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
+    sae.W_enc.grad = gather(centred, to_value).t()
+    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, flat, to_value)
+    sae.b_dec.grad = error.sum(0) - sae.W_enc @ sae.b_enc.grad
+    active = torch.zeros(sae.cfg.d_sae).index_add_(0, flat, (values.flatten() > 0).float())
+    return StepResult(loss, active)
+
+
+def library_gradients(sae: Any, x: Float[Tensor, "batch d_model"], step: int, dead: Tensor) -> StepResult:
+    """Loss and gradients of any sae_lens architecture, by its own forward pass under bfloat16 autocast."""
+    from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+
+    coefficients = {}
+    for name, value in sae.get_coefficients().items():
+        full, warm = (value.value, value.warm_up_steps) if isinstance(value, TrainCoefficientConfig) else (value, 0)
+        coefficients[name] = full * min(1.0, (step + 1) / warm) if warm else full
+    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        out = sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
+    out.loss.backward()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    error = float((out.sae_out.float() - x).square().sum(-1).mean())
+    return StepResult(error, (out.feature_acts > 0).sum(0).float())
+
+
+@torch.no_grad()
+def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> Any:
+    """Train one SAE on harvested shards; returns the sae_lens training SAE in scaled units.
+
+    ``folder`` gets ``checkpoint.pt`` (weights, optimiser, place in the data, random state, history), from which the
+    same call continues to the same bits, and ``history.csv``. Only ``samples`` and ``decay`` may differ from the
+    checkpoint's configuration. ``stop_after``: steps after which to stop early, for tests.
+    """
+    first = read_shard(_wait(shard_path(config.harvest.folder, 0)), config.hook).x
+    scaling = measure_scaling(first)
+    variance = float((first[ordinary(first, scaling.median_norm)].float() - scaling.mean).square().sum(-1).mean())
+    variance *= scaling.scale**2
+    sae = build_sae(config, scaling)
+    fast = config.architecture == "topk"
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    state: dict[str, Any] = {"step": 0, "block": 0, "offset": 0, "seconds": 0.0, "history": []}
+    silent = torch.zeros(config.d_sae)
+    checkpoint = Path(folder) / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        _same_run(config, saved["config"], checkpoint)
+        for name, tensor in saved["sae"].items():  # in place: keeps the encoder's memory layout
+            sae.state_dict()[name].copy_(tensor)
+        optimizer.load_state_dict(saved["optimizer"])
+        silent, state = saved["silent"], saved["state"]
+        torch.set_rng_state(saved["rng"])
+    data = training_batches(config, scaling, state["block"], state["offset"])
+    end = min(config.steps, stop_after or config.steps)
+    started, done = time.perf_counter(), state["seconds"]
+    window: list[tuple[float, float]] = []
+    for step in progress(range(state["step"], end), f"train {config.name}"):
+        x, state["block"], state["offset"] = next(data)
+        rate = _learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        result = topk_gradients(sae, x) if fast else library_gradients(sae, x, step, silent > 500_000)
+        optimizer.step()
+        optimizer.zero_grad()
+        if fast:
+            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
+        silent += config.batch
+        silent[result.fired > 0] = 0
+        if fast and (step + 1) % config.reseed_every == 0 and step < 0.6 * config.steps:
+            _reseed(sae, optimizer, x, silent, seed=config.seed + step)
+        window.append((result.error, float(result.fired.sum()) / config.batch))
+        state["step"], state["seconds"] = step + 1, done + time.perf_counter() - started
+        if (step + 1) % 20 == 0 or step + 1 == end:
+            error, l0 = (sum(v) / len(window) for v in zip(*window, strict=True))
+            window.clear()
+            row = {"step": step + 1, "samples": (step + 1) * config.batch, "explained_variance": 1 - error / variance}
+            row |= {"l0": l0, "dead": int((silent > 500_000).sum()), "lr": rate, "seconds": state["seconds"]}
+            state["history"].append(row)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == end:
+            parts = {"config": asdict(config), "sae": sae.state_dict(), "optimizer": optimizer.state_dict()}
+            parts |= {"silent": silent, "state": state, "rng": torch.get_rng_state(), "scaling": scaling._asdict()}
+            with assets.explain_os_errors(checkpoint), assets.atomic_path(checkpoint) as partial:
+                torch.save(parts, partial)
+            _write_history(Path(folder) / "history.csv", state["history"])
+    return sae
+
+
+def _same_run(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
+    free = {"samples", "decay", "checkpoint_every"}
+    now = asdict(config)
+    different = [
+        f"{k}: {saved.get(k)!r} there, {v!r} asked for" for k, v in now.items() if saved.get(k) != v and k not in free
+    ]
+    if different:
+        raise SaeError(f"{path} belongs to another run ({'; '.join(different)}). Delete it or choose another folder.")
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, plateau, linear decay to zero."""
+    left = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return config.lr * min(1.0, (step + 1) / config.warmup, left)
+
+
+def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> None:
+    """Point dead features at badly reconstructed samples of this batch (after Bricken et al. 2023)."""
+    dead = torch.where(silent > 500_000)[0][: len(x)]
+    if not len(dead):
+        return
+    errors = x - sae.decode(sae.encode(x))
+    chance = errors.square().sum(-1)
+    chosen = torch.multinomial(chance, len(dead), generator=torch.Generator().manual_seed(seed))
+    directions = F.normalize(errors[chosen], dim=-1)
+    sae.W_dec[dead] = directions
+    sae.W_enc.t()[dead] = directions
+    sae.b_enc[dead] = 0
+    silent[dead] = 0
+    for parameter, index in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][name].index_fill_(index, dead, 0)
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    with assets.atomic_path(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
