@@ -343,10 +343,17 @@ def hook_name(model: Model, name: str, layer: int | None = None) -> str:
 
 
 class Batch(NamedTuple):
-    """Left-padded tokens: pass on as ``model.hf(**batch._asdict())``."""
+    """Left-padded tokens: pass on as ``model.hf(**batch.inputs)``."""
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a forward pass takes. Positions count from each row's first real token: a model with absolute
+        positions (GPT-2) would otherwise see a padded prompt as one that begins late."""
+        positions = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
 
 
 def tokenize(model: Model, text: str | Sequence[str], bos: bool = True) -> Batch:
