@@ -1,0 +1,417 @@
+"""Steering on tiny random models of three architectures: what is steered, what is not, and what is left afterwards."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from wired import VOCABULARY, tokenizer
+
+from glassbox_utils import steering, style
+from glassbox_utils.interventions import capture, edit
+from glassbox_utils.models import ModelError, Site, generate, load_model, tokenize, wrap_model
+from glassbox_utils.steering import SteeringError
+
+WIDTH, LAYERS = 32, 3
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+COMMON |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=4, bos_token_id=0
+        )
+        hf = GPT2LMHeadModel(config)
+    elif kind == "gemma3":
+        hf = Gemma3ForCausalLM(Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=8, eos_token_id=None))
+    else:
+        hf = LlamaForCausalLM(LlamaConfig(**COMMON, eos_token_id=None))
+    hf.generation_config.eos_token_id = None  # tiny random models would stop anywhere
+    with torch.no_grad():  # initial weights are so small that every token looks alike
+        for parameter in hf.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return wrap_model(hf, tokenizer(), name=kind)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def direction(model, layer=1, seed=0, scale=3.0):
+    blank = steering.Direction(torch.ones(WIDTH), layer, scale, model_hash=model.hash, model_name=model.name)
+    return steering.random_direction(blank, seed)
+
+
+def logits(model, texts=PROMPTS):
+    with torch.no_grad():
+        return model.hf(**tokenize(model, texts)._asdict()).logits
+
+
+def record(model, layer, run):
+    """Residual stream after ``layer`` in every forward pass of ``run``, as the later layers see it."""
+    seen = []
+
+    def look(x):
+        seen.append(x.clone())
+        return x
+
+    with edit(model, Site("resid_post", layer), look):
+        run()
+    return seen
+
+
+# --- steering -------------------------------------------------------------------------------------------
+
+
+def test_adds_in_units_of_the_typical_norm_to_prompt_and_generated_tokens(model):
+    d = direction(model, scale=2.0)
+
+    def run():
+        generate(model, PROMPTS, 3)
+
+    plain = record(model, 1, run)
+    with steering.steer(model, d, 0.5):
+        steered = record(model, 1, run)
+    assert [x.shape[1] for x in steered] == [7, 1, 1]  # the prompt with its BOS, then one token at a time
+    for before, after in zip(plain[:1], steered[:1], strict=True):
+        torch.testing.assert_close(after - before, (0.5 * 2.0 * d.vector).expand_as(before), atol=1e-5, rtol=1e-4)
+    # Later passes see other tokens; a second hook in front of the steering sees what the layer itself wrote.
+    inner = []
+    with edit(model, Site("resid_post", 1), lambda x: (inner.append(x.clone()), x)[1]), steering.steer(model, d, 0.5):
+        outer = record(model, 1, run)
+    for before, after in zip(inner, outer, strict=True):
+        torch.testing.assert_close(after - before, (d.vector).expand_as(before), atol=1e-5, rtol=1e-4)
+
+
+def test_logits_are_bit_identical_afterwards(model):
+    before = logits(model)
+    d = direction(model)
+    with steering.steer(model, d, 2.0):
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(KeyboardInterrupt), steering.steer(model, [d, None, d, d], 2.0, scope="generated"):
+        generate(model, PROMPTS, 2)
+        raise KeyboardInterrupt
+    assert torch.equal(logits(model), before)
+    for tree in (model.hf, model.twin):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
+
+
+def test_an_exception_in_the_middle_of_generation_leaves_nothing(model):
+    before = logits(model)
+    passes = 0
+
+    def fail(x):
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise RuntimeError("in the middle")
+        return x
+
+    steered = steering.steer(model, direction(model), 1.0)
+    with pytest.raises(RuntimeError, match="middle"), steered, edit(model, Site("resid_post", 2), fail):
+        generate(model, PROMPTS, 6)
+    assert torch.equal(logits(model), before)
+
+
+def test_unsteered_rows_of_a_mixed_batch_are_token_identical(model):
+    d, other = direction(model, 1), direction(model, 2, seed=5)
+    plain = generate(model, PROMPTS, 12)
+    with steering.steer(model, [d, None, other, None], [2.0, None, -1.5, 1.0]):
+        mixed = generate(model, PROMPTS, 12)
+    with steering.steer(model, d, [2.0, 0.0, 0.0, 0.0]):
+        first = generate(model, PROMPTS, 12)
+    with steering.steer(model, other, -1.5):
+        third = generate(model, PROMPTS, 12)
+    assert (mixed[1], mixed[3]) == (plain[1], plain[3])
+    assert mixed[0] == first[0] != plain[0] and first[1:] == plain[1:]
+    assert mixed[2] == third[2] != plain[2]
+
+
+def test_unsteered_rows_have_bit_identical_logits_in_every_mode(model):
+    plain = logits(model)
+    for mode in ("add", "project_out", "affine"):
+        with steering.steer(model, direction(model), [1.5, None, 0.7, None], mode):
+            mixed = logits(model)
+        assert torch.equal(mixed[[1, 3]], plain[[1, 3]])
+        assert not torch.allclose(mixed[0], plain[0]) and not torch.allclose(mixed[2], plain[2])
+
+
+def test_a_steered_row_does_not_depend_on_its_batch(model):
+    d = direction(model)
+    equal = ["w1 w2", "w3 w4", "w5 w6", "w7 w8"]  # GPT-2 counts padding as positions unless it generates
+    with steering.steer(model, d, [0.0, 1.0, 0.0, -1.0]):
+        together = logits(model, equal)
+    with steering.steer(model, d, 1.0):
+        alone = logits(model, equal[1:2])
+    torch.testing.assert_close(together[1, -1], alone[0, -1], atol=1e-4, rtol=1e-3)
+
+
+def test_project_out_and_affine(model):
+    d = direction(model, scale=2.0)
+    batch = tokenize(model, PROMPTS)
+    site = Site("resid_post", 1)
+
+    def coordinate():
+        return capture(model, batch, [site])[site] @ d.vector
+
+    plain = coordinate()
+    with steering.steer(model, d, 1.0, "project_out"):
+        torch.testing.assert_close(coordinate(), torch.zeros_like(plain), atol=1e-4, rtol=0)
+    with steering.steer(model, d, 0.25, "project_out"):
+        torch.testing.assert_close(coordinate(), 0.75 * plain, atol=1e-4, rtol=1e-4)
+    with steering.steer(model, d, -0.5, "affine"):
+        torch.testing.assert_close(coordinate(), torch.full_like(plain, -1.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
+def test_scope(model, scope):
+    d = direction(model, scale=1.0)
+    for prompts in (PROMPTS, "w4"):  # also a prompt as short as a generated token
+        inner = []
+        look = edit(model, Site("resid_post", 1), lambda x, inner=inner: (inner.append(x.clone()), x)[1])
+        with look, steering.steer(model, d, 1.0, scope=scope):
+            outer = record(model, 1, lambda prompts=prompts: generate(model, prompts, 4))
+        moved = [not torch.equal(a, b) for a, b in zip(inner, outer, strict=True)]
+        assert moved == [scope != "generated"] + [scope != "prompt"] * 3
+
+
+def test_scope_generated_without_a_cache_is_refused(llama):
+    batch = tokenize(llama, PROMPTS)
+    with pytest.raises(ModelError, match="use_cache=True"), steering.steer(llama, direction(llama), scope="generated"):
+        llama.hf(**batch._asdict(), use_cache=False)
+
+
+def test_a_bridge_sees_the_same_steering(llama, tmp_path):
+    llama.hf.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    batch = tokenize(model, PROMPTS[:1])
+    with torch.no_grad(), steering.steer(model, direction(model), 1.0):
+        torch.testing.assert_close(
+            model.bridge(batch.input_ids), model.hf(**batch._asdict()).logits, atol=1e-3, rtol=1e-3
+        )
+
+
+def test_two_vectors_compose(model):
+    a, b = direction(model, 1, 1), direction(model, 1, 2)
+    both = steering.Direction((a.vector + b.vector) / (a.vector + b.vector).norm(), 1, 1.0)
+    with steering.steer(model, a, 1.0), steering.steer(model, b, 1.0):
+        nested = logits(model)
+    with steering.steer(model, both, 3.0 * float((a.vector + b.vector).norm())):
+        torch.testing.assert_close(logits(model), nested, atol=1e-3, rtol=1e-3)
+
+
+def test_zero_strength_changes_nothing(model):
+    before = logits(model)
+    with steering.steer(model, direction(model), 0.0), steering.steer(model, direction(model), None):
+        assert torch.equal(logits(model), before)
+
+
+def test_generate_with_steering_on_plain_models(model):
+    d = direction(model)
+    plain = generate(model, PROMPTS, 8)
+    asked = [model.tokenizer, "w1 w2 w3"]
+    one = steering.generate_with_steering(model.hf, *asked, d, 2.0, max_new_tokens=8)
+    bare = steering.generate_with_steering(model.hf, *asked, d.vector * d.scale, 2.0, layer=1, max_new_tokens=8)
+    assert one == bare != plain[0]
+    many = steering.generate_with_steering(model.hf, model.tokenizer, PROMPTS, d, [2.0, 0, None, 2.0], max_new_tokens=8)
+    assert many[0] == one and many[1:3] == plain[1:3] and len(many) == 4
+    assert steering.generate_with_steering(model.hf, *asked, d, 0.0, max_new_tokens=8) == plain[0]
+
+
+# --- fitting --------------------------------------------------------------------------------------------
+
+
+def clouds(n=60, shift=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.zeros(WIDTH)
+    truth[4] = 1.0
+    noise = torch.randn(2, n, WIDTH, generator=generator)
+    return noise[0] + shift * truth, noise[1] - shift * truth, truth
+
+
+@pytest.mark.parametrize("method", ["mean_difference", "pca", "probe", "mean_centred"])
+def test_methods_find_a_planted_direction(method):
+    positive, negative, truth = clouds()
+    found = steering.direction_of(positive, negative, method)
+    least = 0.7 if method == "probe" else 0.95  # where classes are far apart, a probe may lean on any noise
+    assert found @ truth > least and abs(float(found.norm()) - 1) < 1e-5
+    assert steering.direction_of(negative, positive, method) @ truth < -least
+
+
+def test_probe_agrees_with_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    positive, negative, _ = clouds(shift=0.5)
+    x = torch.cat([positive, negative]).double().numpy()
+    std = x.std(0, ddof=1)
+    z = (x - x.mean(0)) / std
+    reference = LogisticRegression(C=1.0, max_iter=2000, tol=1e-8).fit(z, [1] * 60 + [0] * 60).coef_[0] / std
+    found = steering.direction_of(positive, negative, "probe").numpy()
+    assert found @ reference / np.linalg.norm(reference) > 0.999
+
+
+def test_stability_tells_a_direction_from_noise(llama):
+    texts = [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(5)) for i in range(40)]
+    marked = [t + " w31 w31" for t in texts]
+    real = steering.fit_direction(llama, marked, texts, layer=1)
+    shuffled = texts[1::2] + texts[::2]
+    noise = steering.fit_direction(llama, texts[:20], shuffled[:20], layer=1)
+    assert real.stability.low > 0.95 and noise.stability.value < 0.85
+    assert real.stability.n == 100 and real.coordinates[0] < real.coordinates[1]
+
+
+def test_fitting_leaves_out_the_first_token_and_outliers(llama):
+    vectors, scale = steering.pooled(llama, ["w1 w2 w3", "w4 w5"], [1])
+    batch = tokenize(llama, ["w1 w2 w3", "w4 w5"])
+    x = capture(llama, batch, [Site("resid_post", 1)])[Site("resid_post", 1)]
+    torch.testing.assert_close(vectors[0, 0], x[0, 1:].mean(0))
+    torch.testing.assert_close(vectors[0, 1], x[1, 2:].mean(0))
+    norms = torch.cat([x[0, 1:], x[1, 2:]]).norm(dim=-1)
+    assert float(scale[0]) == pytest.approx(float(norms.median()))
+    last, _ = steering.pooled(llama, ["w1 w2 w3", "w4 w5"], [1], pool="last")
+    torch.testing.assert_close(last[0], x[:, -1])
+
+
+def test_of_a_prompt_with_an_answer_only_the_answer_is_read(llama):
+    vectors, _ = steering.pooled(llama, [("w1 w2", " w5 w6")], [0])
+    batch, mask = steering._answers(llama, [("w1 w2", " w5 w6"), "w3 w4"])
+    x = capture(llama, batch, [Site("resid_post", 0)])[Site("resid_post", 0)]
+    assert mask.sum(-1).tolist() == [2, 2]
+    torch.testing.assert_close(vectors[0, 0], x[0, -2:].mean(0), atol=1e-5, rtol=1e-4)
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path, llama):
+    texts = [f"w{i} w{i + 1}" for i in range(1, 20)]
+    d = steering.fit_direction(llama, texts, [t + " w30" for t in texts], layer=1, n_resamples=5, name="ends")
+    card = json.loads(steering.save_direction(d, tmp_path / "ends").read_text())
+    assert card["model_hash"] == llama.hash and card["layer"] == 1 and "typical residual norm" in card["units"]
+    loaded = steering.load_direction(tmp_path / "ends")
+    assert torch.equal(loaded.vector, d.vector)
+    card = {k: v for k, v in vars(d).items() if k != "vector"}
+    assert {k: v for k, v in vars(loaded).items() if k != "vector"} == card
+    bare = replace(d, stability=None)
+    steering.save_direction(bare, tmp_path / "bare")
+    assert steering.load_direction(tmp_path / "bare").stability is None
+
+
+def test_control_vector_has_what_llama_cpp_expects(tmp_path, llama):
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    several = [direction(llama, 1, 1), direction(llama, 2, 2, scale=5.0)]
+    path = steering.export_gguf(several, tmp_path / "tone.gguf", alpha=0.5)
+    reader = GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "llama" and fields["controlvector.layer_count"] == 2
+    tensors = {t.name: t for t in reader.tensors}
+    assert set(tensors) == {"direction.1", "direction.2"}
+    for d in several:
+        tensor = tensors[f"direction.{d.layer}"]
+        assert tensor.tensor_type == GGMLQuantizationType.F32 and tensor.shape.tolist() == [WIDTH]
+        np.testing.assert_allclose(tensor.data, 0.5 * d.scale * d.vector.numpy(), rtol=1e-6)
+    back = steering.import_gguf(path)
+    assert [d.layer for d in back] == [1, 2]
+    with steering.steer(llama, several[1], 0.5):
+        expected = logits(llama)
+    with steering.steer(llama, back[1], 1.0):
+        torch.testing.assert_close(logits(llama), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- what a user can get wrong --------------------------------------------------------------------------
+
+
+def test_errors_name_the_value_and_the_fix(tmp_path, llama):
+    d = direction(llama)
+    cases = [
+        (lambda: steering.steer(llama, d, 1.0, "multiply"), "multiply.*add, project_out, affine"),
+        (lambda: steering.steer(llama, d, 1.0, scope="half"), "half.*all, prompt, generated"),
+        (lambda: steering.steer(llama, d, float("nan")), "finite"),
+        (lambda: steering.steer(llama, [d, d], [1.0]), "2 directions and 1 strengths"),
+        (lambda: steering.steer(llama, replace(d, vector=torch.ones(7))), "7 numbers.*32"),
+        (lambda: steering.steer(llama, replace(d, layer=9)), "no layer 9"),
+        (lambda: steering.steer(llama, replace(d, model_hash="0" * 16)), "fitted on llama \\(0000"),
+    ]
+    for context, message in cases:
+        with pytest.raises((SteeringError, ModelError), match=message), context():
+            pass
+    with pytest.raises(ModelError, match="2 rows, this batch has 4"), steering.steer(llama, d, [1.0, 2.0]):
+        logits(llama)
+    two = ["w1 w2", "w3"]
+    for call, message in [
+        (lambda: steering.fit_direction(llama, two, two[:1]), "2 positive and 1 negative"),
+        (lambda: steering.fit_direction(llama, two, two), "same mean"),
+        (lambda: steering.fit_direction(llama, two, two[::-1], "svm"), "svm.*mean_difference, pca, probe"),
+        (lambda: steering.fit_direction(llama, two, two, "sae"), "needs sae="),
+        (lambda: steering.fit_direction(llama, two, [*two, "w5"], "pca"), "2 positive and 3 negative"),
+        (lambda: steering.fit_direction(llama, two, two, pool="max"), "max.*mean, last"),
+        (lambda: steering.pairs("irony", "train"), "irony.*formality, gender, honesty, refusal, tone"),
+        (lambda: steering.pairs("tone", "dev"), "dev.*train, selection, report"),
+        (lambda: steering.load_direction("nowhere"), "nowhere"),
+        (lambda: steering.import_gguf(tmp_path / "none.gguf"), "no file"),
+        (lambda: steering.export_gguf(direction(llama, 0), tmp_path / "x.gguf"), "layer 0"),
+        (lambda: steering.generate_with_steering(llama.hf, llama.tokenizer, "w1", torch.ones(WIDTH)), "layer="),
+        (lambda: steering.select([{"kl": 0.5, "effect": 1}], 0.1), "smallest is 0.5"),
+        (lambda: style.human_ratings("songs"), "movies, products"),
+    ]:
+        with pytest.raises((SteeringError, style.GlassboxError), match=message):
+            call()
+
+
+# --- data and lexicons ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tone", "formality", "honesty", "refusal", "gender"])
+def test_pairs_are_many_and_varied(name):
+    splits = {split: steering.pairs(name, split) for split in ("train", "selection", "report")}
+    everything = [t for p, n in splits.values() for t in (*p, *n)]
+    assert sum(len(p) for p, _ in splits.values()) >= 100
+    assert len(set(everything)) == len(everything)  # so no text is in two splits either
+    texts = [t if isinstance(t, str) else t[1] for t in everything]
+    openings = {" ".join(t.split()[:3]) for t in texts}
+    assert len(openings) > 0.5 * len(texts)
+    if name == "refusal":
+        asked = [{prompt for prompt, _ in p} for p, _ in splits.values()]
+        assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
+
+
+def test_selection_and_report_prompts_are_disjoint():
+    groups = {split: steering.prompts(split) for split in ("demo", "selection", "report", "spare")}
+    assert len(groups["report"]) == 200 and len(groups["selection"]) == 60
+    everything = [p for g in groups.values() for p in g]
+    assert len(set(everything)) == len(everything)
+
+
+def test_lexicons():
+    assert style.tone(["A wonderful day.", "A horrible day.", "A day."]).tolist() == pytest.approx(
+        [0.57, -0.54, 0], abs=0.05
+    )
+    assert style.gender_words(["She saw her.", "He saw him.", "It rains."]).tolist() == pytest.approx(
+        [66.7, -66.7, 0], abs=0.1
+    )
+    assert style.formality(["Dear Sir, we regret this."])[0] > 0 > style.formality(["Hey dude, it's cool!"])[0]
+    assert style.distinct(["a b a b a b", "a b c d"]).tolist() == pytest.approx([0.4, 1.0])
+    assert style.length(["one two three", ""]).tolist() == [3, 0]
