@@ -1,0 +1,49 @@
+# Everything that a fresh machine needs is installed here. `make help` lists the commands.
+VENV     ?= .venv
+PYTHON   ?= python3
+SITE     ?= build/site
+NOTEBOOK ?=
+MODEL    ?=
+
+BIN  := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.PHONY: help run lab test lint bench assets clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@echo "  make run MODEL=gpt2 NOTEBOOK=01   another model (a name or a folder), one notebook"
+
+# The lock is the full resolved set; the package itself is installed without dependencies on top of it.
+$(DONE): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Glassbox needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+assets: $(DONE)  ## fetch and prepare the embedded model (93 MB, once)
+	@$(BIN)/glassbox assets --fetch > /dev/null
+
+run: assets  ## run the notebooks on the model and write web pages to build/site
+	$(BIN)/glassbox run $(NOTEBOOK) --model "$(MODEL)" --site $(SITE)
+
+lab: assets  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+lint: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check glassbox_utils tests
+	$(BIN)/mypy
+
+test: assets lint  ## unit tests, every notebook as a test, browser tests
+	$(BIN)/pytest tests
+	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 300 \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
+	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'
+
+clean:  ## remove the virtual environment and the built pages (not the cache of downloads)
+	rm -rf $(VENV) build *.egg-info

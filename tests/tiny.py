@@ -1,0 +1,64 @@
+"""Small random models of three architectures with a real tokenizer, built on the spot."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+KINDS = ("gpt2", "llama", "gemma3")
+PROMPTS = Path(__file__).parent.parent / "data" / "prompts" / "decisive_tokens.json"
+
+
+def tokenizer(vocabulary: int = 600) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the project's prompts, so that any text has tokens."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([json.dumps(json.loads(PROMPTS.read_text())) * 3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def build(kind: str, layers: int = 3):
+    """A transformers model with sharp random weights (tiny initial ones make every head uniform)."""
+    torch.manual_seed(0)
+    words = len(tokenizer())
+    common = {"vocab_size": words, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 6}
+    common |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    common |= {"bos_token_id": 0, "eos_token_id": 1}
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=words, n_positions=128, n_embd=48, n_layer=layers, n_head=6, bos_token_id=0, eos_token_id=1
+        )
+        hf = GPT2LMHeadModel(config)
+    elif kind == "gemma3":
+        hf = Gemma3ForCausalLM(Gemma3TextConfig(**common, head_dim=16, sliding_window=16))
+    else:
+        hf = LlamaForCausalLM(LlamaConfig(**common))
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    return hf.eval()
+
+
+def save(kind: str, folder: Path) -> Path:
+    """The same model as a folder that ``load_model`` takes."""
+    build(kind).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
