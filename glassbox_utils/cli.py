@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from glassbox_utils import GlassboxError
@@ -67,6 +68,24 @@ def _train_sae(args: argparse.Namespace) -> int:
     return 0
 
 
+def _study(args: argparse.Namespace) -> int:
+    known = studies()
+    for name in args.name:
+        if name not in known:
+            raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
+    for name in args.name:
+        print(known[name]())
+    return 0
+
+
+def studies() -> dict[str, Callable[[], Path]]:
+    """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
+    # imported here: no other command should wait for torch
+    from glassbox_utils.steering_studies import STUDIES_OF_STEERING
+
+    return {**STUDIES_OF_STEERING}
+
+
 def parser() -> argparse.ArgumentParser:
     """All sub-commands; each has ``function``, which takes the parsed arguments and returns an exit code."""
     top = argparse.ArgumentParser(prog="glassbox", description="From black box to glass box, with controls.")
@@ -100,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE")
     p.add_argument("config", help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
+
+    p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
+    p.add_argument("name", nargs="+", help="which, in order; a wrong name lists all")
+    p.set_defaults(function=_study)
     return top
 
 

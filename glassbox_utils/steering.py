@@ -531,43 +531,52 @@ def continuations(
 
 def sweep(
     model: Model,
-    directions: Mapping[int, Direction],
+    direction: Direction,
     alphas: Sequence[float],
     questions: Sequence[str],
     neutral: Sequence[str],
     max_new_tokens: int = 24,
-    batch_size: int = 40,
+    batch_size: int = 100,
 ) -> list[dict[str, float]]:
-    """Effect and side effect of every layer and strength: a list of {layer, alpha, effect, kl, distinct}.
+    """Effect and side effects of one layer's direction at several strengths: a list of rows.
 
-    ``effect``: mean tone at +alpha minus mean tone at -alpha over the questions; ``kl``: the larger side
-    effect of the two signs on neutral text, nats per token; ``distinct``: the smaller distinct-2 of the
-    two signs. Source of the design: refusal_direction (arXiv 2406.11717).
+    Each row: ``layer``, ``alpha``; ``effect``: mean tone of the answers at +alpha minus that at -alpha;
+    ``kl``: see ``side_effect``; ``perplexity``: perplexity of the answers under the unsteered model;
+    ``distinct``: distinct-2 of the answers. Of the last three, the worse of the two signs. The row with
+    alpha 0 is the unsteered model. Source of the design: refusal_direction (arXiv 2406.11717).
     """
+    signed = [0.0, *(s * a for a in alphas for s in (1, -1))]
+    settings = [(direction, a) for a in signed for _ in questions]
+    asked = list(questions) * len(signed)
+    texts = continuations(model, asked, settings, max_new_tokens, batch_size, label=f"layer {direction.layer}")
+    tones = style.tone(texts).reshape(len(signed), -1).mean(-1)
+    repeats = style.distinct(texts).reshape(len(signed), -1).mean(-1)
+    losses, counts = (x.reshape(len(signed), -1).sum(-1) for x in answer_losses(model, asked, texts))
+    ppl = np.exp(losses / counts.clip(1))
+    kl = side_effect(model, neutral, [(direction, a) for a in signed]).mean(-1)
     rows = []
-    for layer, direction in directions.items():
-        signed = [s * a for a in alphas for s in (1, -1)]
-        settings = [(direction, a) for a in signed for _ in questions]
-        texts = continuations(
-            model, list(questions) * len(signed), settings, max_new_tokens, batch_size, label=f"layer {layer}"
-        )
-        tones = style.tone(texts).reshape(len(alphas), 2, -1).mean(-1)
-        repeats = style.distinct(texts).reshape(len(alphas), 2, -1).mean(-1)
-        kl = side_effect(model, neutral, [(direction, a) for a in signed]).mean(-1).reshape(len(alphas), 2)
-        for i, a in enumerate(alphas):
-            row = {"layer": layer, "alpha": a, "effect": tones[i, 0] - tones[i, 1], "kl": kl[i].max()}
-            rows.append({k: float(v) for k, v in row.items()} | {"distinct": float(repeats[i].min())})
+    for i, a in enumerate([0.0, *alphas]):
+        both = slice(0, 1) if i == 0 else slice(2 * i - 1, 2 * i + 1)
+        row = {"layer": direction.layer, "alpha": a, "effect": tones[both][0] - tones[both][-1], "kl": kl[both].max()}
+        row |= {"perplexity": ppl[both].max(), "distinct": repeats[both].min()}
+        rows.append({key: round(float(value), 4) for key, value in row.items()})
     return rows
 
 
-def select(rows: Sequence[Mapping[str, float]], budget: float) -> Mapping[str, float]:
-    """The row of a sweep with the largest effect whose side effect stays within ``budget`` (nats per token)."""
-    allowed = [row for row in rows if row["kl"] <= budget]
+def select(rows: Sequence[Mapping[str, float]], kl: float, perplexity: float) -> Mapping[str, float]:
+    """The row of a sweep with the largest effect within both budgets.
+
+    ``kl``: nats per token on neutral text; ``perplexity``: times that of the unsteered answers (the row
+    with alpha 0). Raises SteeringError if no row is within them.
+    """
+    plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
+    steered = [row for row in rows if row["alpha"] != 0]
+    allowed = [row for row in steered if row["kl"] <= kl and row["perplexity"] <= perplexity * plain]
     if not allowed:
-        least = min(row["kl"] for row in rows)
         raise SteeringError(
-            f"No setting has a side effect within {budget} nats per token; the smallest is {least:.3f}. Sweep weaker "
-            "strengths, or raise the budget."
+            f"No setting is within {kl} nats per token and {perplexity} times the unsteered perplexity; the smallest "
+            f"are {min(r['kl'] for r in steered):.3f} and {min(r['perplexity'] for r in steered) / plain:.2f}. Sweep "
+            "weaker strengths, or raise the budget."
         )
     return max(allowed, key=lambda row: row["effect"])
 

