@@ -81,9 +81,10 @@ def _study(args: argparse.Namespace) -> int:
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
     # imported here: no other command should wait for torch
+    from glassbox_utils.head_studies import STUDIES_OF_HEADS
     from glassbox_utils.steering_studies import STUDIES_OF_STEERING
 
-    return {**STUDIES_OF_STEERING}
+    return {**STUDIES_OF_HEADS, **STUDIES_OF_STEERING}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,9 +1,8 @@
 """The atlas of heads: which copy, which group meanings, which follow stereotypes, and what each of them does.
 
-Each function measures one thing on prompts that it makes itself, and returns numbers per prompt or plain
-tables; ``study`` runs them all at full size, part by part, and writes ``data/studies/heads/*.json`` and the table
-``data/heads/heads.csv``. Prompts come in two disjoint halves: ``selection`` chooses heads, ``report`` measures them.
-Published sources: WinoBias (Zhao et al., arXiv 1804.06876) through its registry package.
+Each function measures one thing on prompts that it makes itself, and returns numbers per prompt; ``head_studies``
+runs them at full size and stores the results. Prompts come in two disjoint halves: ``selection`` chooses heads,
+``report`` measures them. WinoBias (Zhao et al., arXiv 1804.06876) is read from its registry package.
 """
 
 import itertools
@@ -115,6 +114,15 @@ def _held_out(model: Model, n: int, tokens: int, skip: int = 0) -> list[list[int
     raise ModelError(f"Only {len(rows)} held-out entries have {tokens} tokens, {n + skip} were asked for.")
 
 
+def _text_rows(model: Model, n: int, tokens: int, skip: int = 0) -> Batch:
+    """n held-out texts of ``tokens`` tokens each, BOS included."""
+    start = first_token(model)
+    bos = [start] if start is not None else []
+    rows = [(bos + row)[:tokens] for row in _held_out(model, n, tokens, skip)]
+    ids = torch.tensor(rows, device=model.device)
+    return Batch(ids, torch.ones_like(ids))
+
+
 @torch.no_grad()
 def repeat_losses(
     model: Model, batch: Batch, sets: Sequence[Sequence[Head]], reference: HeadMeans
@@ -204,10 +212,8 @@ def in_context_score(
     The score is the loss on the last quarter of the tokens minus the loss on tokens 10 to 50: the more
     negative, the more the context helps. After Olsson et al., arXiv 2209.11895, on shorter texts.
     """
-    rows = _held_out(model, n, tokens, skip)
-    texts = tokenize(model, [model.tokenizer.decode(row) for row in rows])
-    batch = Batch(*(t[:, -tokens:] for t in texts))
-    other = tokenize(model, [model.tokenizer.decode(r) for r in _held_out(model, 6, tokens, skip + n)])
+    batch = _text_rows(model, n, tokens, skip)
+    other = _text_rows(model, 6, tokens, skip + n)
     reference = head_means(model, [other])
     scores, means = [], []
     for heads in progress(sets, "text"):
@@ -362,6 +368,11 @@ def swaps(split: Split) -> list[Swap]:
             full = [text + template["continuation"] for text in texts]
             made.append(Swap((texts[0], texts[1]), (full[0], full[1]), male, female))
     return made
+
+
+def shuffled(items: Sequence[Any], n: int, seed: int) -> list[Any]:
+    """n different items drawn by a seed (all of them, in random order, if n is larger)."""
+    return random.Random(seed).sample(list(items), min(n, len(items)))
 
 
 def _gap(

@@ -1,0 +1,393 @@
+"""The long runs behind notebook 02: ``glassbox study heads-induction``, ``heads-semantic``, ``heads-bias`` and so on.
+
+Each ``*_content`` function measures one family of heads on any model at any size; the studies run them at full
+size on the embedded model, resumably, and write ``data/studies/heads_*.json`` with provenance. ``heads-table``
+joins them to ``data/heads/heads.csv``. ``content`` gives a notebook the stored table if it belongs to the model at
+hand, and else measures a small one on the spot.
+"""
+
+import csv
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassbox_utils import attention, evaluation, heads
+from glassbox_utils.interventions import Head, head_means
+from glassbox_utils.models import Batch, Model, load_model, tokenize
+from glassbox_utils.steering_studies import STUDIES, read_table, resumed, write_table
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many prompts each measurement uses."""
+
+    rows: int = 100
+    """of repeated tokens, for the map"""
+    select_rows: int = 16
+    ablation_rows: int = 12
+    texts: int = 16
+    text_tokens: int = 200
+    path_rows: int = 16
+    lists: int = 160
+    preferences: int = 64
+    swaps: int = 432
+    referents: int = 36
+    winobias: int = 400
+    """pairs of each type"""
+
+
+FULL = Size()
+QUICK = Size(6, 4, 4, 4, 60, 3, 24, 16, 36, 4, 12)
+"""for models without a stored study: seconds instead of minutes, and wide intervals"""
+KS = (1, 2, 4, 6, 8, 10)
+K = 5
+"""heads in a set of the bias section"""
+
+
+def _round(values: Tensor | NDArray | Sequence[float], digits: int = 4) -> Any:
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
+    return np.round(array, digits).tolist()
+
+
+def _map(values: Tensor | NDArray, test: bool = False) -> dict[str, Any]:
+    """Mean and 95 % interval of every head; with ``test`` also sign-flip p-values and their BH correction."""
+    mean, low, high = evaluation.mean_ci(values)
+    result = {"n": len(values), "mean": _round(mean), "low": _round(low), "high": _round(high)}
+    if test:
+        p = evaluation.sign_flip_p(values)
+        result |= {"p": _round(p, 5), "q": _round(evaluation.adjust(p, "bh"), 5)}
+    return result
+
+
+def _top(scores: Any, k: int) -> list[Head]:
+    return attention.top_heads(torch.as_tensor(np.asarray(scores)), k)
+
+
+# --- induction ----------------------------------------------------------------------------------------
+
+
+def induction_content(model: Model, size: Size = FULL) -> dict[str, Any]:
+    """Maps, ablation curve, real text, and which heads feed the keys of the induction heads."""
+    length = min(50, (model.n_context - 1) // 2)
+    select = heads.circuit_scores(model, attention.repeated_tokens(model, size.select_rows, length, seed=10))
+    ranking = _top(select.induction.mean(0), min(max(KS), model.n_layers * model.n_heads // 3))
+    report = heads.circuit_scores(model, attention.repeated_tokens(model, size.rows, length, seed=11))
+    copy_rows = attention.repeated_tokens(model, min(size.rows, 8), length, seed=11)
+    copying = torch.stack(
+        [
+            attention.copying_scores(model, Batch(*(t[i : i + 1, : length + 1] for t in copy_rows)))
+            for i in range(len(copy_rows.input_ids))
+        ]
+    )
+    tokens = min(40, model.n_context // 2 - 1)
+    natural = attention.induction_scores(model, heads.natural_repeats(model, max(4, size.rows // 4), tokens))
+    return {
+        "size": asdict(size),
+        "length": length,
+        "ranking": ranking,
+        "rows": {
+            "heads": ranking[:6],
+            "induction": _round(torch.stack([report.induction[:, a, b] for a, b in ranking[:6]])),
+        },
+        "induction": _map(report.induction),
+        "previous": _map(report.previous),
+        "duplicate": _map(report.duplicate),
+        "natural": _map(natural),
+        "copying": _map(copying),
+    }
+
+
+def induction_ablation(
+    model: Model, ranking: Sequence[Head], avoid: Sequence[Head], size: Size = FULL
+) -> dict[str, Any]:
+    """The ablation curve on repeated tokens, and the in-context learning score on real text."""
+    length = min(50, (model.n_context - 1) // 2)
+    ks = [k for k in KS if k <= len(ranking)]
+    curve = heads.ablation_curve(model, ranking, ks, size.ablation_rows, length, draws=4, seed=12, avoid=avoid)
+    some = [k for k in (4, 10) if k <= len(ranking)]
+    sets: list[list[Head]] = [[]]
+    names = ["none"]
+    for k in some:
+        sets.append(list(ranking[:k]))
+        names.append(f"top {k}")
+        for draw in range(2):
+            sets.append(heads.random_heads(model, ranking[:k], 50 + draw, [*ranking, *avoid]))
+            names.append(f"random {k}")
+    scores, losses = heads.in_context_score(model, sets, size.texts, min(size.text_tokens, model.n_context))
+    return {
+        "ks": curve.ks,
+        "clean": _round(curve.clean),
+        "top": _round(curve.top),
+        "random": _round(curve.random),
+        "matched": _round(curve.matched),
+        "text": {"sets": names, "heads": sets, "score": _round(scores), "loss": _round(losses)},
+    }
+
+
+def induction_paths(model: Model, receivers: Sequence[Head], size: Size = FULL) -> dict[str, Any]:
+    """Path patching into the receivers' keys: a screen of all earlier heads, and a report on other rows.
+
+    Reported for each receiver: the two strongest of the screen, and six random heads of their layers.
+    """
+    length = min(25, (model.n_context - 1) // 2)
+    screens, pairs = {}, []
+    for receiver in receivers:
+        senders = [(i, h) for i in range(receiver[0]) for h in range(model.n_heads)]
+        if not senders:
+            continue
+        base, patched = heads.composition(model, senders, receiver, 2, length, seed=13)
+        lost = (base - patched).mean(1)
+        screens[attention.head_name(receiver)] = {
+            "base": _round(base.mean(), 4),
+            "lost": _round(lost.view(receiver[0], model.n_heads)),
+        }
+        found = [senders[int(i)] for i in lost.argsort(descending=True)[:2]]
+        control: list[Head] = []
+        for draw in range(3):
+            free = heads.random_heads(model, found, draw, control)
+            control += [h for h in free if h[0] < receiver[0]]
+        base, patched = heads.composition(model, [*found, *control], receiver, size.path_rows, length, seed=14)
+        for index, sender in enumerate([*found, *control]):
+            pairs.append(
+                {
+                    "sender": sender,
+                    "receiver": receiver,
+                    "found": index < len(found),
+                    "base": _round(base),
+                    "patched": _round(patched[index]),
+                }
+            )
+    return {"length": length, "screens": screens, "pairs": pairs}
+
+
+# --- semantic heads -----------------------------------------------------------------------------------
+
+
+def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
+    """Attention to words of the same category: all heads, two disjoint sets of categories, and what ablation does."""
+    select = heads.semantic_scores(model, heads.word_lists(model, "selection", size.lists))
+    report = heads.semantic_scores(model, heads.word_lists(model, "report", size.lists))
+    ranking = _top(select.mean(0), 6)
+    sets: list[list[Head]] = [[]]
+    names = ["none"]
+    for k in (2, 4, 6):
+        sets.append(ranking[:k])
+        names.append(f"top {k}")
+        for draw in range(4):
+            sets.append(heads.random_heads(model, ranking[:k], 10 * k + draw, ranking))
+            names.append(f"random {k}")
+    preference = heads.category_preference(model, "report", sets, size.preferences)
+    _, losses = heads.in_context_score(
+        model, [sets[0], sets[-5], sets[-4], sets[-3]], size.texts, min(120, model.n_context)
+    )
+    return {
+        "size": asdict(size),
+        "ranking": ranking,
+        "selection": _map(select, test=True),
+        "report": _map(report, test=True),
+        "rows": {"heads": ranking, "score": _round(torch.stack([report[:, a, b] for a, b in ranking]))},
+        "preference": {"sets": names, "heads": sets, "value": _round(preference)},
+        "text_loss": {"sets": ["none", "top 6", "random 6", "random 6"], "value": _round(losses)},
+    }
+
+
+# --- bias heads ---------------------------------------------------------------------------------------
+
+
+def _some(items: Sequence[Any], n: int) -> list[Any]:
+    """n items, evenly spread."""
+    return list(items) if n >= len(items) else [items[i * len(items) // n] for i in range(n)]
+
+
+def bias_looks(model: Model, size: Size = FULL) -> dict[str, Any]:
+    """The stereotype gap of attention: our templates (both splits) and WinoBias type 1 (dev and test)."""
+    result: dict[str, Any] = {}
+    for split in ("selection", "report"):
+        pairs = _some(heads.swaps(split), size.swaps)
+        gaps = heads.attention_gap(model, pairs)
+        result[split] = _map(heads.by_occupations(gaps, pairs), test=True) | {"pairs": len(pairs)}
+        if split == "report":
+            ranking = _top(result["selection"]["mean"], 10)
+            result["rows"] = {"heads": ranking, "gap": _round(torch.stack([gaps[:, a, b] for a, b in ranking]))}
+    for half in ("dev", "test"):
+        gaps = heads.winobias_gap(model, _some(heads.winobias(1, half), size.winobias))
+        result[f"winobias_{half}"] = _map(gaps, test=True)
+    return result | {"ranking": _top(result["selection"]["mean"], 10)}
+
+
+def bias_acts(model: Model, split: str) -> dict[str, Any]:
+    """Pronoun choice after one occupation: exact mean ablation of every head, and direct attribution."""
+    gap, ablated, direct = heads.pronoun_effects(model, split)  # type: ignore[arg-type]
+    return {
+        "gap": _round(gap),
+        "ablation": _map(ablated, test=True),
+        "direct": _map(direct, test=True),
+        "ranking": _top(ablated.mean(0), 10),
+        "rows": _round(ablated.mean((1, 2))),
+    }
+
+
+def bias_refers(model: Model, size: Size = FULL) -> dict[str, Any]:
+    """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on report pairs."""
+    chosen = heads.shuffled(heads.swaps("selection"), size.referents, seed=3)
+    total, guess = heads.referent_patching(model, chosen, "gradient")
+    result = {"selection": {"total": _round(total), "effect": _map(guess, test=True)}}
+    reported = heads.shuffled(heads.swaps("report"), size.referents, seed=4)
+    total, effect = heads.referent_patching(model, reported, "exact")
+    _, guess = heads.referent_patching(model, reported, "gradient")
+    agreement = evaluation.spearman(guess.mean(0), effect.mean(0))
+    result["report"] = {"total": _round(total), "effect": _map(effect, test=True)}
+    result["gradient_agreement"] = asdict(agreement.rho)
+    return result | {"ranking": _top(result["selection"]["effect"]["mean"], 10)}
+
+
+def bias_sets(
+    model: Model, looks: Sequence[Head], acts: Sequence[Head], refers: Sequence[Head]
+) -> dict[str, list[Head]]:
+    """The sets of heads whose loss is compared: found by looking, by acting, by referring, and random ones."""
+    found: list[list[Head]] = [[(a, b) for a, b in x[:K]] for x in (looks, acts, refers)]
+    sets: dict[str, list[Head]] = dict(zip(("none", "looking", "acting", "referring"), ([], *found), strict=True))
+    everything = [h for heads_ in found for h in heads_]
+    for draw in range(2):
+        sets[f"random as looking {draw}"] = heads.random_heads(model, found[0], 70 + draw, everything)
+        sets[f"random as acting {draw}"] = heads.random_heads(model, found[1], 80 + draw, everything)
+    return sets
+
+
+def bias_behaviour(model: Model, sets: dict[str, list[Head]], size: Size = FULL, kinds: Sequence[int] = (1, 2)) -> dict:
+    """Pronoun gap, WinoBias preference (test half) and loss on held-out text, with each set mean-ablated."""
+    values = list(sets.values())
+    dev = [s.pro for s in _some(heads.winobias(1, "dev"), 48)]
+    reference = head_means(model, [tokenize(model, dev)])
+    _, text = heads.in_context_score(model, values, size.texts, min(120, model.n_context))
+    return {
+        "sets": {name: list(chosen) for name, chosen in sets.items()},
+        "pronoun_gap": _round(heads.pronoun_gap(model, values)),
+        "winobias": {
+            str(kind): _round(
+                heads.winobias_preference(model, _some(heads.winobias(kind, "test"), size.winobias), values, reference)  # type: ignore[arg-type]
+            )
+            for kind in kinds
+        },
+        "text_loss": _round(text),
+    }
+
+
+# --- the studies --------------------------------------------------------------------------------------
+
+
+def _part(model: Model, name: str, work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """One resumable part: what was measured on these weights with these settings is not measured again."""
+    return resumed("heads", [name, model.hash, args, settings], lambda: work(model, *args, **settings))
+
+
+def study_induction() -> Path:
+    """Maps, curve and paths of the induction heads (about 10 minutes on 2 idle cores)."""
+    started, model = time.time(), load_model()
+    maps = _part(model, "induction maps", induction_content)
+    ranking = [tuple(h) for h in maps["ranking"]]
+    avoid = [tuple(h) for h in np.argwhere(np.asarray(maps["induction"]["mean"]) > 0.1).tolist()]
+    curve = _part(model, "induction ablation", induction_ablation, ranking, avoid)
+    paths = _part(model, "induction paths", induction_paths, ranking[:6])
+    return write_table("heads_induction", model, time.time() - started, maps=maps, curve=curve, paths=paths)
+
+
+def study_semantic() -> Path:
+    """Maps and ablation of the semantic heads (about 3 minutes)."""
+    started, model = time.time(), load_model()
+    return write_table("heads_semantic", model, time.time() - started, **_part(model, "semantic", semantic_content))
+
+
+def _bias_parts(model: Model, size: Size = FULL) -> dict[str, Any]:
+    looks = _part(model, "bias looks", bias_looks, size)
+    select, report = (_part(model, f"bias acts {s}", bias_acts, s) for s in ("selection", "report"))
+    refers = _part(model, "bias refers", bias_refers, size)
+    sets = bias_sets(model, looks["ranking"], select["ranking"], refers["ranking"])
+    return {"looks": looks, "acts_selection": select, "acts": report, "refers": refers, "sets": sets}
+
+
+def study_bias() -> Path:
+    """Attention gaps and causal effects of every head (about 15 minutes)."""
+    started, model = time.time(), load_model()
+    return write_table("heads_bias", model, time.time() - started, **_bias_parts(model))
+
+
+def study_winobias() -> Path:
+    """Behaviour before and after ablating the sets of heads that the bias study chose (about 15 minutes)."""
+    started, model = time.time(), load_model()
+    sets = _bias_parts(model)["sets"]
+    behaviour = _part(model, "bias behaviour", bias_behaviour, sets)
+    return write_table("heads_winobias", model, time.time() - started, **behaviour)
+
+
+TABLE = heads.DATA / "heads" / "heads.csv"
+
+
+def study_table() -> Path:
+    """One row per head: every score with its interval, and q-values where there was a test."""
+    induction, semantic, bias = (read_table(f"heads_{n}") for n in ("induction", "semantic", "bias"))
+    maps = induction["maps"]
+    columns = {name: maps[name] for name in ("previous", "duplicate", "induction", "natural", "copying")}
+    columns |= {
+        "semantic": semantic["report"],
+        "bias_attention": bias["looks"]["report"],
+        "winobias_attention": bias["looks"]["winobias_test"],
+        "pronoun_ablation": bias["acts"]["ablation"],
+        "pronoun_direct": bias["acts"]["direct"],
+        "referent_patching": bias["refers"]["report"]["effect"],
+    }
+    shape = np.shape(columns["induction"]["mean"])
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    with open(TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        parts = [(name, part) for name, m in columns.items() for part in ("mean", "low", "high", "q") if part in m]
+        writer.writerow(["layer", "head", *(name if part == "mean" else f"{name}_{part}" for name, part in parts)])
+        for layer, head in np.ndindex(*shape):
+            writer.writerow([layer, head, *(columns[name][part][layer][head] for name, part in parts)])
+    return TABLE
+
+
+STUDIES_OF_HEADS: dict[str, Callable[[], Path]] = {
+    "heads-induction": study_induction,
+    "heads-semantic": study_semantic,
+    "heads-bias": study_bias,
+    "heads-winobias": study_winobias,
+    "heads-table": study_table,
+}
+
+
+def stored(name: str, model: Model) -> dict[str, Any] | None:
+    """The table of a study if there is one and it belongs to these weights, else None."""
+    path = STUDIES / f"{name}.json"
+    table = read_table(name) if path.exists() else None
+    return table if table and table["provenance"]["model_hash"] == model.hash else None
+
+
+def content(name: str, model: Model) -> dict[str, Any]:
+    """The stored study, or for another model the same measurements at ``QUICK`` size (one or two minutes)."""
+    if table := stored(f"heads_{name}", model):
+        return table
+    if name == "semantic":
+        return semantic_content(model, QUICK)
+    if name == "induction":
+        maps = induction_content(model, QUICK)
+        ranking = maps["ranking"]
+        return {
+            "maps": maps,
+            "curve": induction_ablation(model, ranking, [], QUICK),
+            "paths": induction_paths(model, ranking[:2], QUICK),
+        }
+    looks = bias_looks(model, QUICK)
+    select, report = (bias_acts(model, split) for split in ("selection", "report"))
+    refers = bias_refers(model, QUICK)
+    sets = bias_sets(model, looks["ranking"], select["ranking"], refers["ranking"])
+    if name == "winobias":
+        return bias_behaviour(model, sets, QUICK)
+    return {"looks": looks, "acts_selection": select, "acts": report, "refers": refers, "sets": sets}
