@@ -543,7 +543,7 @@ def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> N
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
     with assets.atomic_path(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
+        writer = csv.DictWriter(file, history[0] if history else [])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
 
@@ -559,6 +559,7 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     folder = Path(folder)
     final = copy.deepcopy(sae)
     final.fold_activation_norm_scaling_factor(scaling.scale)
+    final.W_enc.data = final.W_enc.data.contiguous()  # the file format knows no other layout
     final.cfg.metadata.model_name = config.model
     final.cfg.metadata.model_hash = model.hash
     final.cfg.metadata.hook_name = config.hook
