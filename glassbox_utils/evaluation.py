@@ -209,6 +209,49 @@ def spearman(x: ArrayLike | Tensor, y: ArrayLike | Tensor, n_resamples: int = 20
     return Correlation(bootstrap_ci((a, b), statistic, n_resamples=n_resamples, seed=seed), float(result.pvalue))
 
 
+def rank_agreement(
+    x: Float[Tensor, "prompt ..."],
+    y: Float[Tensor, "prompt ..."],
+    magnitude: bool = False,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Spearman correlation over items (heads) of two scores averaged over prompts; bootstrap over *prompts*.
+
+    The prompts are what was sampled: the interval says how far the number would move with other prompts.
+    With ``magnitude`` the second score counts by the size of its mean, not its sign.
+    """
+    a, b = _array(x).reshape(len(x), -1), _array(y).reshape(len(y), -1)
+    rng = np.random.default_rng(seed)
+
+    def correlation(rows: NDArray) -> float:
+        mean = b[rows].mean(0)
+        ranks = stats.rankdata(a[rows].mean(0)), stats.rankdata(np.abs(mean) if magnitude else mean)
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    draws = [correlation(rng.integers(0, len(a), len(a))) for _ in range(n_resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(correlation(np.arange(len(a))), float(low), float(high), len(a))
+
+
+def split_half(y: Float[Tensor, "prompt ..."], magnitude: bool = False, n_splits: int = 200, seed: int = 0) -> Interval:
+    """How well a score repeats itself: Spearman correlation over items between random halves of the prompts.
+
+    It is the ceiling of what any other score could reach against ``y`` (for half as many prompts).
+    ``magnitude`` compares absolute means.
+    """
+    values = _array(y).reshape(len(y), -1)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_splits):
+        order = rng.permutation(len(values))
+        halves = [values[part].mean(0) for part in (order[::2], order[1::2])]
+        ranks = [stats.rankdata(np.abs(h) if magnitude else h) for h in halves]
+        draws.append(float(np.corrcoef(*ranks)[0, 1]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(float(np.median(draws)), float(low), float(high), len(values))
+
+
 def _array(values: ArrayLike | Tensor) -> NDArray:
     return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
 

@@ -11,6 +11,7 @@ import functools
 import gzip
 import html
 import io
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -273,6 +274,26 @@ def pattern_grid(
         axis.set_yticks(ticks, labels, fontsize=6)
         axis.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def thumbnails(pattern: Float[Tensor, "layer head dst src"], title: str) -> Any:
+    """Static twin of ``all_heads``: every pattern in miniature, layers from top to bottom, heads left to right."""
+    import matplotlib.pyplot as plt
+
+    layers, heads, size = pattern.shape[:3]
+    framed = np.full((layers * (size + 2), heads * (size + 2)), 0.35)
+    for layer, head in itertools.product(range(layers), range(heads)):
+        y, x = layer * (size + 2), head * (size + 2)
+        framed[y : y + size, x : x + size] = pattern[layer, head].detach().float().cpu()
+    figure, axis = plt.subplots(figsize=(5.2, 5.2 * min(layers / heads, 2.2) + 0.4))
+    axis.imshow(framed, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axis.set_xticks((np.arange(heads) + 0.5) * (size + 2), range(heads))
+    shown = range(0, layers, max(1, layers // 10))
+    axis.set_yticks((np.array(shown) + 0.5) * (size + 2), shown)
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
+    axis.set_title(title)
     return figure
 
 

@@ -154,11 +154,16 @@ def load_model(
     assets.AssetError if the embedded model can't be fetched.
     """
     place = _device(device)
-    path = str(embedded_folder()) if str(name_or_path) == EMBEDDED else str(name_or_path)
+    path = resolve(name_or_path)
     hf, tokenizer = _from_pretrained(path, str(name_or_path), dtype)
     if adapter is not None:
         hf = _merge(hf, Path(adapter))
     return wrap_model(hf.to(place), tokenizer, name=Path(name_or_path).name)
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """What transformers can load: the embedded model's folder for its name, anything else as it is."""
+    return str(embedded_folder() if str(name_or_path) == EMBEDDED else name_or_path)
 
 
 def wrap_model(hf: Any, tokenizer: Any, name: str = "model") -> Model:
