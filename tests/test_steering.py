@@ -18,7 +18,7 @@ from wired import VOCABULARY, tokenizer
 
 from glassbox_utils import steering, style
 from glassbox_utils.interventions import capture, edit
-from glassbox_utils.models import ModelError, Site, generate, load_model, tokenize, wrap_model
+from glassbox_utils.models import ModelError, Site, chat, generate, load_model, tokenize, wrap_model
 from glassbox_utils.steering import SteeringError
 
 WIDTH, LAYERS = 32, 3
@@ -434,3 +434,16 @@ def test_lexicons():
     assert style.formality(["Dear Sir, we regret this."])[0] > 0 > style.formality(["Hey dude, it's cool!"])[0]
     assert style.distinct(["a b a b a b", "a b c d"]).tolist() == pytest.approx([0.4, 1.0])
     assert style.length(["one two three", ""]).tolist() == [3, 0]
+
+
+def test_answer_losses_are_those_of_the_answer_alone(llama):
+    asked, answers = ["w1 w2", "w3"], [" w5 w6 w7", " w8"]
+    losses, counts = steering.answer_losses(llama, asked, answers)
+    for i in range(2):
+        batch = tokenize(llama, chat(llama, asked[i]) + answers[i])
+        n = len(answers[i].split())
+        assert counts[i] == n
+        with torch.no_grad():
+            scores = llama.hf(**batch._asdict()).logits[0].log_softmax(-1)
+        expected = -sum(float(scores[j - 1, batch.input_ids[0, j]]) for j in range(-n, 0))
+        assert losses[i] == pytest.approx(expected, abs=1e-3)
