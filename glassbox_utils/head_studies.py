@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,18 +33,20 @@ class Size:
     select_rows: int = 16
     ablation_rows: int = 12
     texts: int = 16
-    text_tokens: int = 200
+    text_tokens: int = 160
     path_rows: int = 16
     lists: int = 160
     preferences: int = 64
     swaps: int = 432
     referents: int = 36
-    winobias: int = 400
-    """pairs of each type"""
+    schemas: int = 400
+    """WinoBias pairs of type 1 whose attention is measured"""
+    winobias: int = 200
+    """WinoBias pairs of each type whose probability is measured"""
 
 
 FULL = Size()
-QUICK = Size(6, 4, 4, 4, 60, 3, 24, 16, 36, 4, 12)
+QUICK = Size(6, 4, 4, 4, 60, 3, 24, 16, 36, 4, 12, 12)
 """for models without a stored study: seconds instead of minutes, and wide intervals"""
 KS = (1, 2, 4, 6, 8, 10)
 K = 5
@@ -206,40 +208,45 @@ def _some(items: Sequence[Any], n: int) -> list[Any]:
     return list(items) if n >= len(items) else [items[i * len(items) // n] for i in range(n)]
 
 
-def bias_looks(model: Model, size: Size = FULL) -> dict[str, Any]:
+def bias_looks(model: Model, n_swaps: int, n_schemas: int) -> dict[str, Any]:
     """The stereotype gap of attention: our templates (both splits) and WinoBias type 1 (dev and test)."""
     result: dict[str, Any] = {}
     for split in ("selection", "report"):
-        pairs = _some(heads.swaps(split), size.swaps)
+        pairs = _some(heads.swaps(split), n_swaps)
         gaps = heads.attention_gap(model, pairs)
         result[split] = _map(heads.by_occupations(gaps, pairs), test=True) | {"pairs": len(pairs)}
         if split == "report":
             ranking = _top(result["selection"]["mean"], 10)
             result["rows"] = {"heads": ranking, "gap": _round(torch.stack([gaps[:, a, b] for a, b in ranking]))}
     for half in ("dev", "test"):
-        gaps = heads.winobias_gap(model, _some(heads.winobias(1, half), size.winobias))
+        gaps = heads.winobias_gap(model, _some(heads.winobias(1, half), n_schemas))
         result[f"winobias_{half}"] = _map(gaps, test=True)
     return result | {"ranking": _top(result["selection"]["mean"], 10)}
 
 
-def bias_acts(model: Model, split: str) -> dict[str, Any]:
-    """Pronoun choice after one occupation: exact mean ablation of every head, and direct attribution."""
-    gap, ablated, direct = heads.pronoun_effects(model, split)  # type: ignore[arg-type]
+def bias_chosen(model: Model) -> list[Head]:
+    """The heads that carry most of the pronoun gap on selection prompts, by a first-order guess."""
+    return _top(heads.pronoun_effects_guessed(model, "selection").mean(0), 10)
+
+
+def bias_acts(model: Model) -> dict[str, Any]:
+    """Pronoun choice after one occupation, report prompts: exact mean ablation of every head, direct attribution."""
+    gap, ablated, direct = heads.pronoun_effects(model, "report")
+    guess = heads.pronoun_effects_guessed(model, "report")
     return {
         "gap": _round(gap),
         "ablation": _map(ablated, test=True),
         "direct": _map(direct, test=True),
-        "ranking": _top(ablated.mean(0), 10),
-        "rows": _round(ablated.mean((1, 2))),
+        "gradient_agreement": asdict(evaluation.spearman(guess.mean(0), ablated.mean(0)).rho),
     }
 
 
-def bias_refers(model: Model, size: Size = FULL) -> dict[str, Any]:
+def bias_refers(model: Model, n: int) -> dict[str, Any]:
     """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on report pairs."""
-    chosen = heads.shuffled(heads.swaps("selection"), size.referents, seed=3)
+    chosen = heads.shuffled(heads.swaps("selection"), n, seed=3)
     total, guess = heads.referent_patching(model, chosen, "gradient")
     result = {"selection": {"total": _round(total), "effect": _map(guess, test=True)}}
-    reported = heads.shuffled(heads.swaps("report"), size.referents, seed=4)
+    reported = heads.shuffled(heads.swaps("report"), n, seed=4)
     total, effect = heads.referent_patching(model, reported, "exact")
     _, guess = heads.referent_patching(model, reported, "gradient")
     agreement = evaluation.spearman(guess.mean(0), effect.mean(0))
@@ -261,22 +268,25 @@ def bias_sets(
     return sets
 
 
-def bias_behaviour(model: Model, sets: dict[str, list[Head]], size: Size = FULL, kinds: Sequence[int] = (1, 2)) -> dict:
-    """Pronoun gap, WinoBias preference (test half) and loss on held-out text, with each set mean-ablated."""
-    values = list(sets.values())
-    dev = [s.pro for s in _some(heads.winobias(1, "dev"), 48)]
-    reference = head_means(model, [tokenize(model, dev)])
-    _, text = heads.in_context_score(model, values, size.texts, min(120, model.n_context))
+def winobias_behaviour(model: Model, sets: dict[str, list[Head]], kind: Literal[1, 2], n: int) -> Any:
+    """WinoBias preference on the test half, with each set mean-ablated: [set][pair], nats."""
+    reference = head_means(model, [tokenize(model, [s.pro for s in _some(heads.winobias(1, "dev"), 48)])])
+    chosen = _some(heads.winobias(kind, "test"), n)
+    return _round(heads.winobias_preference(model, chosen, list(sets.values()), reference))
+
+
+def other_behaviour(model: Model, sets: dict[str, list[Head]], size: Size = FULL) -> dict[str, Any]:
+    """Pronoun gap on report prompts, and the cost on held-out text, with each set mean-ablated."""
+    _, text = heads.in_context_score(model, list(sets.values()), size.texts, min(120, model.n_context))
+    return {"pronoun_gap": _round(heads.pronoun_gap(model, list(sets.values()))), "text_loss": _round(text)}
+
+
+def _behaviour(model: Model, sets: dict[str, list[Head]], size: Size) -> dict[str, Any]:
+    kinds: tuple[Literal[1, 2], ...] = (1, 2)
     return {
-        "sets": {name: list(chosen) for name, chosen in sets.items()},
-        "pronoun_gap": _round(heads.pronoun_gap(model, values)),
-        "winobias": {
-            str(kind): _round(
-                heads.winobias_preference(model, _some(heads.winobias(kind, "test"), size.winobias), values, reference)  # type: ignore[arg-type]
-            )
-            for kind in kinds
-        },
-        "text_loss": _round(text),
+        "sets": sets,
+        **_part(model, "bias other behaviour", other_behaviour, sets, size),
+        "winobias": {str(k): _part(model, "bias winobias", winobias_behaviour, sets, k, size.winobias) for k in kinds},
     }
 
 
@@ -306,11 +316,12 @@ def study_semantic() -> Path:
 
 
 def _bias_parts(model: Model, size: Size = FULL) -> dict[str, Any]:
-    looks = _part(model, "bias looks", bias_looks, size)
-    select, report = (_part(model, f"bias acts {s}", bias_acts, s) for s in ("selection", "report"))
-    refers = _part(model, "bias refers", bias_refers, size)
-    sets = bias_sets(model, looks["ranking"], select["ranking"], refers["ranking"])
-    return {"looks": looks, "acts_selection": select, "acts": report, "refers": refers, "sets": sets}
+    looks = _part(model, "bias looks", bias_looks, size.swaps, size.schemas)
+    chosen = _part(model, "bias chosen", bias_chosen)
+    acts = _part(model, "bias acts", bias_acts)
+    refers = _part(model, "bias refers", bias_refers, size.referents)
+    sets = bias_sets(model, looks["ranking"], chosen, refers["ranking"])
+    return {"looks": looks, "chosen": chosen, "acts": acts, "refers": refers, "sets": sets}
 
 
 def study_bias() -> Path:
@@ -322,8 +333,7 @@ def study_bias() -> Path:
 def study_winobias() -> Path:
     """Behaviour before and after ablating the sets of heads that the bias study chose (about 15 minutes)."""
     started, model = time.time(), load_model()
-    sets = _bias_parts(model)["sets"]
-    behaviour = _part(model, "bias behaviour", bias_behaviour, sets)
+    behaviour = _behaviour(model, _bias_parts(model)["sets"], FULL)
     return write_table("heads_winobias", model, time.time() - started, **behaviour)
 
 
@@ -384,10 +394,9 @@ def content(name: str, model: Model) -> dict[str, Any]:
             "curve": induction_ablation(model, ranking, [], QUICK),
             "paths": induction_paths(model, ranking[:2], QUICK),
         }
-    looks = bias_looks(model, QUICK)
-    select, report = (bias_acts(model, split) for split in ("selection", "report"))
-    refers = bias_refers(model, QUICK)
-    sets = bias_sets(model, looks["ranking"], select["ranking"], refers["ranking"])
+    looks = bias_looks(model, QUICK.swaps, QUICK.schemas)
+    chosen, refers = bias_chosen(model), bias_refers(model, QUICK.referents)
+    sets = bias_sets(model, looks["ranking"], chosen, refers["ranking"])
     if name == "winobias":
-        return bias_behaviour(model, sets, QUICK)
-    return {"looks": looks, "acts_selection": select, "acts": report, "refers": refers, "sets": sets}
+        return _behaviour(model, sets, QUICK)
+    return {"looks": looks, "chosen": chosen, "acts": bias_acts(model), "refers": refers, "sets": sets}

@@ -479,6 +479,14 @@ def pronoun_effects(
     )
 
 
+def pronoun_effects_guessed(model: Model, split: Split = "selection") -> NDArray:
+    """First-order guess of how much of the gap goes with each head [unit, layer, head]: cheap, for choosing heads."""
+    choice = pronoun_choice(model, split)
+    reference = head_means(model, [choice.batch])
+    metric = attribution.logit_difference(choice.he, choice.she)
+    return -stereotype_units(attribution.attribution_patching(model, choice.batch, reference, metric), choice)
+
+
 def pronoun_gap(model: Model, sets: Sequence[Sequence[Head]], split: Split = "report") -> Float[np.ndarray, "set unit"]:
     """The pronoun gap (logits) with sets of heads mean-ablated; averages come from the other split's prompts."""
     choice = pronoun_choice(model, split)
