@@ -241,8 +241,8 @@ class TrainConfig:
     """further arguments of sae_lens's training configuration: k, l1_coefficient, l0_coefficient, ..."""
     shards: str = ""
     """folder of the harvest; empty: in the cache"""
-    first_shards: int = 0
-    """shards of the first pass, doubled in each later one (0: all), so that training can begin during the harvest"""
+    growth: tuple[int, ...] = ()
+    """how many shards the first passes read (later ones read all), so that training can begin during the harvest"""
     corpus: str = "mix"
     model: str = EMBEDDED
     context: int = 256
@@ -287,7 +287,7 @@ def read_config(path: str | Path) -> TrainConfig:
     if unknown := sorted(set(values) - set(allowed)):
         raise SaeError(f"{path} has unknown keys {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
     try:
-        config = TrainConfig(**values)
+        config = TrainConfig(**values | {"growth": tuple(values.get("growth", ()))})
     except TypeError as error:
         raise SaeError(f"{path} is incomplete: {error}.") from error
     if config.architecture not in ARCHITECTURES:
@@ -319,13 +319,11 @@ def measure_scaling(x: Float[Tensor, "row pos d_model"]) -> Scaling:
 
 
 def reading_order(config: TrainConfig) -> Iterator[int]:
-    """Shard numbers without end: the first ones in order, then twice as many, permuted, and so on up to all."""
-    size = min(config.first_shards or config.n_shards, config.n_shards)
-    yield from range(size)
-    for number in itertools.count(1):
-        size = min(2 * size, config.n_shards)
+    """Shard numbers without end: the first pass in order, each later one permuted anew."""
+    for number in itertools.count():
+        size = config.growth[number] if number < len(config.growth) else config.n_shards
         generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
-        yield from torch.randperm(size, generator=generator).tolist()
+        yield from torch.randperm(size, generator=generator).tolist() if number else range(size)
 
 
 def training_batches(

@@ -167,12 +167,12 @@ def test_batches_use_each_ordinary_position_once_in_a_pass(tmp_path):
     assert float(rows.norm(dim=-1).mean()) == pytest.approx(4, rel=0.02) and float(rows.norm(dim=-1).max()) < 12
 
 
-def test_first_pass_grows_over_a_running_harvest():
-    config = train_config("x", first_shards=1)
-    order = saes.reading_order(config)
+def test_passes_grow_over_a_running_harvest():
+    order = saes.reading_order(train_config("x", growth=(1, 2)))
     assert next(order) == 0
     assert sorted(next(order) for _ in range(2)) == [0, 1]
-    assert sorted(next(order) for _ in range(4)) == [0, 1, 2, 3]
+    third, fourth = ([next(order) for _ in range(4)] for _ in range(2))
+    assert sorted(third) == sorted(fourth) == [0, 1, 2, 3] and third != fourth
 
 
 def test_sparse_gradients_are_the_dense_ones(shards):
