@@ -69,7 +69,7 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
         with eager(model):
             for start in range(0, len(batch.input_ids), rows):
                 where = slice(start, start + rows)
-                model.hf(**Batch(*(t[where] for t in batch))._asdict(), logits_to_keep=1, use_cache=False)
+                model.hf(**Batch(*(t[where] for t in batch)).inputs, logits_to_keep=1, use_cache=False)
                 chunks.append(torch.stack(found, dim=1))
                 found.clear()
     finally:
@@ -329,7 +329,7 @@ def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
     ids = batch.input_ids[keep]
     sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
     with recording(model, sites, keep=lambda x: x[keep]) as resid:
-        model.hf(**batch._asdict(), logits_to_keep=1)
+        model.hf(**batch.inputs, logits_to_keep=1)
     norm = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
     unembed = model.hf.get_output_embeddings().weight[ids]
     different = ids[:, None] != ids[None, :]

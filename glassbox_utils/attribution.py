@@ -38,7 +38,7 @@ def logit_difference(target: Int[Tensor, " row"], other: Int[Tensor, " row"]) ->
 
 def last_logits(model: Model, batch: Batch) -> Float[Tensor, "row vocab"]:
     """Logits after the last token of each prompt."""
-    return model.hf(**batch._asdict(), logits_to_keep=1, use_cache=False).logits[:, -1]
+    return model.hf(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
 
 # --- skip what can't change ---------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def logit_lens(model: Model, batch: Batch, positions: int = -1) -> Float[Tensor,
     """
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
     with recording(model, sites, keep=lambda x: x[:, positions]) as store:
-        model.hf(**batch._asdict(), logits_to_keep=1)
+        model.hf(**batch.inputs, logits_to_keep=1)
     norm, unembed = _final_norm(model), model.hf.get_output_embeddings()
     return torch.stack([unembed(norm(store[site])) for site in sites])
 
@@ -110,7 +110,7 @@ def direct_logit_attribution(
     last = model.n_layers - 1
     sites = [Site(k, i) for k in ("z", "mlp_out") for i in range(model.n_layers)] + [Site("resid_post", last)]
     with recording(model, sites, keep=lambda x: x[:, -1]) as store:
-        model.hf(**batch._asdict(), logits_to_keep=1)
+        model.hf(**batch.inputs, logits_to_keep=1)
     resid, norm = store[Site("resid_post", last)], _final_norm(model)
     unembed = model.hf.get_output_embeddings().weight
     direction = unembed[target] - unembed[other]
@@ -156,7 +156,7 @@ def _donor(model: Model, source: HeadMeans | Batch) -> Callable[[int], Tensor]:
     if isinstance(source, HeadMeans):
         return lambda layer: source.z[layer][None, None]
     with recording(model, [Site("z", layer) for layer in range(model.n_layers)]) as store:
-        model.hf(**source._asdict(), logits_to_keep=1)
+        model.hf(**source.inputs, logits_to_keep=1)
     return lambda layer: store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
 
 
@@ -356,7 +356,7 @@ def path_patch_keys(
             resume(model, layer, resid.repeat(times, 1, 1), stop=layer + 1),
             add_to_keys(model, layer, group, part.flatten(0, 1)),
         ):
-            model.hf(**batch._asdict(), logits_to_keep=1, use_cache=False)
+            model.hf(**batch.inputs, logits_to_keep=1, use_cache=False)
         return torch.stack([score(p) for p in pattern.pop().split(n)])
 
     try:

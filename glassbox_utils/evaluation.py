@@ -271,7 +271,7 @@ def _sample(values: Any) -> NDArray:
 @torch.no_grad()
 def token_losses(model: Model, batch: Batch) -> Float[Tensor, "batch pos"]:
     """Cross-entropy of each token given those before it, nats; NaN at padding and at the first token."""
-    logits = model.hf(**batch._asdict()).logits
+    logits = model.hf(**batch.inputs).logits
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch.input_ids[:, 1:].flatten(), reduction="none"
     ).view(batch.input_ids.shape[0], -1)

@@ -171,8 +171,20 @@ def normalise(notebook: Any) -> Any:
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not _transient(o)]
+            cell.outputs = _joined([o for o in cell.outputs if not _transient(o)])
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Pieces of one stream as one output: where a print is cut depends on timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last["text"] += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _transient(output: Any) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glassbox_utils.models import Batch, Model, ModelError, find_token, tokenize
 
-FILE = Path(__file__).resolve().parent.parent / "data" / "prompts" / "decisive_tokens.json"
+PROMPTS = Path(__file__).resolve().parent.parent / "data" / "prompts"
 FAMILIES = ("indirect_object", "capital", "agreement")
 
 Split = Literal["select", "report"]
@@ -51,7 +51,7 @@ def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[D
         raise ModelError(f"There is no family of prompts {family!r}. Allowed: {', '.join(FAMILIES)}.")
     if split not in ("select", "report"):
         raise ModelError(f"There is no split {split!r}. Allowed: select, report.")
-    content = json.loads(FILE.read_text(encoding="utf-8"))[family]
+    content = json.loads((PROMPTS / "decisive_tokens.json").read_text(encoding="utf-8"))[family]
     rng = random.Random(f"{family}{split}{seed}")
     half = 0 if split == "select" else 1
     found = {"indirect_object": _indirect_object, "capital": _capital, "agreement": _agreement}[family](content, half)
@@ -98,3 +98,13 @@ def to_batch(model: Model, prompts: Sequence[Decisive]) -> DecisiveBatch:
     first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
     answer, foil = torch.tensor(first, device=model.device).unbind(-1)
     return DecisiveBatch(batch, torch.tensor(where), answer, foil, [p.text for p in prompts])
+
+
+def another_position(prompts: DecisiveBatch, seed: int = 0) -> Int[Tensor, " batch"]:
+    """For each prompt a random position that is neither its first token, nor decisive, nor the last: a control."""
+    rng = random.Random(seed)
+    chosen = []
+    for mask, decisive in zip(prompts.batch.attention_mask, prompts.decisive.tolist(), strict=True):
+        start = int(mask.argmax()) + 1
+        chosen.append(rng.choice([p for p in range(start, len(mask) - 1) if p != decisive]))
+    return torch.tensor(chosen)

@@ -40,7 +40,7 @@ def build(kind: str, layers: int = 3):
     words = len(tokenizer())
     common = {"vocab_size": words, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 6}
     common |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
-    common |= {"bos_token_id": 0, "eos_token_id": 1}
+    common |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     if kind == "gpt2":
         config = GPT2Config(
             vocab_size=words, n_positions=128, n_embd=48, n_layer=layers, n_head=6, bos_token_id=0, eos_token_id=1
