@@ -1,0 +1,135 @@
+"""What a person sees: the exported page without any network, and a live JupyterLab.
+
+Needs Debian's chromium: apt-get install chromium
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from glassbox_utils import notebooks
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def watched(browser, **options):
+    """A page, and the list of everything that goes wrong on it."""
+    page = browser.new_context(viewport={"width": 1300, "height": 1000}, **options).new_page()
+    wrong = []
+    page.on("requestfailed", lambda request: wrong.append(f"failed request {request.url[:100]}"))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    return page, wrong
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_exported_page_draws_without_a_network(browser, path, tmp_path):
+    notebook = nbformat.read(path, 4)
+    figures = path.read_text().count('class=\\"glassbox-figure\\"')
+    file = tmp_path / "page.html"
+    file.write_text(notebooks.to_html(notebook), encoding="utf-8")
+    page, wrong = watched(browser, offline=True)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    if figures:
+        page.wait_for_function(
+            "n => document.querySelectorAll('.glassbox-figure[data-drawn]').length === n", arg=figures, timeout=30_000
+        )
+    page.wait_for_timeout(1000)
+    if path.name.startswith("01"):
+        every_head = 30 * 9  # all heads of the embedded model, in one figure
+        assert page.locator(".glassbox-figure canvas").count() > every_head
+        assert page.get_by_text("17.3", exact=False).count() > 0
+        drawn = page.evaluate(PAINTED)
+        assert drawn > every_head, f"only {drawn} canvases show anything"
+    outside = [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+    assert outside == [] and wrong == []
+
+
+# counts the canvases that have more than one colour
+PAINTED = """() => [...document.querySelectorAll('.glassbox-figure canvas')].filter(c => {
+  const d = c.getContext('2d')?.getImageData(0, 0, c.width, c.height).data;
+  return d && d.some((v, i) => v !== d[i % 4]);
+}).length"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture()
+def lab(tmp_path):
+    """A live JupyterLab on an empty folder; yields (folder, address of a file)."""
+    port, folder = free_port(), tmp_path / "lab"
+    folder.mkdir()
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--ServerApp.token=glassbox", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={folder}"]
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "GLASSBOX_QUIET": "1"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=glassbox", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield folder, lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?token=glassbox"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_a_live_jupyterlab_draws_and_answers(browser, lab):
+    """The first cells of notebook 01, and its panel: type a sentence, see its heads."""
+    folder, address = lab
+    first = nbformat.read(ROOT / "notebooks" / "01_attention_heads.ipynb", 4)
+    code = [c for c in first.cells if c.cell_type == "code"]
+    panel = next(i for i, c in enumerate(code) if "attention_panel" in c.source)
+    wanted = [c for c in code[: panel + 1] if "all_heads" not in c.source and "thumbnails" not in c.source]
+    first.cells = [nbformat.v4.new_code_cell(c.source) for c in wanted]
+    nbformat.write(first, folder / "live.ipynb")
+    page, wrong = watched(browser)
+    page.goto(address("live.ipynb"))
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_timeout(2000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_selector(".widget-text input", timeout=240_000)
+    page.wait_for_function("() => document.querySelectorAll('.glassbox-figure canvas').length >= 18", timeout=120_000)
+    sentence = page.locator(".widget-text input").first
+    sentence.fill("A quick brown fox sleeps.")
+    sentence.press("Enter")
+    widget = page.locator(".jp-OutputArea-output .widget-vbox, .jp-OutputArea-output .jupyter-widgets").first
+    page.wait_for_function("() => document.body.innerText.includes('fox')", timeout=60_000)
+    assert widget.count() == 1
+    assert page.evaluate(PAINTED) >= 18
+    assert not [w for w in wrong if re.search(r"https?://(?!127\.0\.0\.1)", w)], wrong
