@@ -129,6 +129,7 @@ def induction_ablation(
         "top": _round(curve.top),
         "random": _round(curve.random),
         "matched": _round(curve.matched),
+        "matched_heads": curve.matched_heads,
         "text": {"sets": names, "heads": sets, "score": _round(scores), "loss": _round(losses)},
     }
 
@@ -304,7 +305,7 @@ def study_induction() -> Path:
     maps = _part(model, "induction maps", induction_content)
     ranking = [tuple(h) for h in maps["ranking"]]
     avoid = [tuple(h) for h in np.argwhere(np.asarray(maps["induction"]["mean"]) > 0.1).tolist()]
-    curve = _part(model, "induction ablation", induction_ablation, ranking, avoid)
+    curve = _part(model, "induction ablation, 4 matched", induction_ablation, ranking, avoid)
     paths = _part(model, "induction paths", induction_paths, ranking[:6])
     return write_table("heads_induction", model, time.time() - started, maps=maps, curve=curve, paths=paths)
 
@@ -392,7 +393,7 @@ def content(name: str, model: Model) -> dict[str, Any]:
         return {
             "maps": maps,
             "curve": induction_ablation(model, ranking, [], QUICK),
-            "paths": induction_paths(model, ranking[:2], QUICK),
+            "paths": induction_paths(model, [h for h in ranking if h[0] > 0][:2], QUICK),
         }
     looks = bias_looks(model, QUICK.swaps, QUICK.schemas)
     chosen, refers = bias_chosen(model), bias_refers(model, QUICK.referents)

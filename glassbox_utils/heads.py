@@ -154,25 +154,32 @@ def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
     return torch.stack([n.mean((0, 1)) for n in norms])
 
 
-def norm_matched(norms: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head]) -> list[Head]:
-    """For each head the one with the closest output norm among all heads that are not to be avoided."""
+def norm_matched(
+    norms: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], rank: int = 0
+) -> list[Head]:
+    """For each head another one of similar output norm: the nearest (rank 0), the second nearest, and so on.
+
+    From any layer, and none that is to be avoided.
+    """
     taken, chosen = {*heads, *avoid}, []
     for head in heads:
-        order = (norms - norms[head]).abs().flatten().argsort()
-        pick = next(h for h in (divmod(int(i), norms.shape[1]) for i in order) if h not in taken)
-        chosen.append(pick)
-        taken.add(pick)
+        order = [divmod(int(i), norms.shape[1]) for i in (norms - norms[head]).abs().flatten().argsort()]
+        free = [h for h in order if h not in taken]
+        chosen.append(free[min(rank, len(free) - 1)])
+        taken.add(chosen[-1])
     return chosen
 
 
 class AblationCurve(NamedTuple):
-    """Loss on the repeated half for each k and each kind of set, one value a row (random: mean of draws)."""
+    """Loss on the repeated half for each k and each kind of set, one value a row."""
 
     ks: list[int]
     clean: Float[Tensor, " row"]
     top: Float[Tensor, "k row"]
     random: Float[Tensor, "k draw row"]
-    matched: Float[Tensor, "k row"]
+    matched: Float[Tensor, "k draw row"]
+    matched_heads: list[list[Head]]
+    """of the largest k, for each draw"""
 
 
 def ablation_curve(
@@ -197,10 +204,12 @@ def ablation_curve(
     for k in ks:
         sets.append(list(ranking[:k]))
         sets += [random_heads(model, ranking[:k], 100 * seed + d, keep_out) for d in range(draws)]
-        sets.append(norm_matched(norms, ranking[:k], keep_out))
+        sets += [norm_matched(norms, ranking[:k], keep_out, rank) for rank in range(draws)]
     losses = repeat_losses(model, batch, sets, reference)
-    by_k = losses[1:].view(len(ks), draws + 2, -1)
-    return AblationCurve(list(ks), losses[0], by_k[:, 0], by_k[:, 1:-1], by_k[:, -1])
+    by_k = losses[1:].view(len(ks), 1 + 2 * draws, -1)
+    return AblationCurve(
+        list(ks), losses[0], by_k[:, 0], by_k[:, 1 : 1 + draws], by_k[:, 1 + draws :], sets[len(sets) - draws :]
+    )
 
 
 @torch.no_grad()
