@@ -73,13 +73,17 @@ class CircuitScores(NamedTuple):
 
 
 def circuit_scores(model: Model, batch: Batch) -> CircuitScores:
-    """Induction, previous-token and duplicate-token scores of all heads in one streaming pass."""
+    """Induction, previous-token and duplicate-token scores of all heads in one streaming pass.
+
+    As in ``attention``, except that the token right after BOS is left out of the previous-token score: its
+    previous token is the attention sink.
+    """
     ids = batch.input_ids
     after = attention.induction_targets(batch)
     same = (ids[:, :, None] == ids[:, None, :]).tril(-1)
 
     def score(pattern: Tensor, where: slice) -> Tensor:
-        columns = [pattern.diagonal(-1, -2, -1)[..., 1:].mean(-1)]  # the first token always sees only itself
+        columns = [pattern.diagonal(-1, -2, -1)[..., 1:].mean(-1)]  # the token after BOS would find the sink
         for wanted in (after[where], same[where]):
             weight = wanted.to(pattern) / wanted.any(-1).sum(-1)[:, None, None]
             columns.append(torch.einsum("bhds,bds->bh", pattern, weight))

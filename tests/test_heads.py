@@ -1,10 +1,12 @@
 """Head scores must find exactly the heads that were wired by hand, in a GPT-2-shaped model."""
 
+import csv
+
 import pytest
 import torch
 from wired import DUPLICATE, INDUCTION, PREVIOUS, copying_llama, wired_gpt2
 
-from glassbox_utils import attention
+from glassbox_utils import attention, heads
 from glassbox_utils.models import Batch, ModelError, tokenize
 
 
@@ -92,3 +94,70 @@ def test_batches_of_rows_change_nothing(model, repeats):
     parts = [Batch(*(t[i : i + 7] for t in repeats)) for i in range(0, 20, 7)]
     joined = torch.cat([attention.induction_scores(model, part) for part in parts])
     assert torch.allclose(joined, attention.induction_scores(model, repeats), atol=1e-5)
+
+
+# --- prompts and sets of heads ------------------------------------------------------------------------
+
+
+def test_selection_and_report_prompts_share_nothing():
+    content = heads._prompts("occupations")
+    for group in ("male", "female"):
+        assert not set(content[group]["selection"]) & set(content[group]["report"])
+    assert not {p.full for p in heads.swaps("selection")} & {p.full for p in heads.swaps("report")}
+    words = heads._prompts("semantic")["categories"].values()
+    split = {s: {w for c in words if c["split"] == s for w in c["words"]} for s in ("selection", "report")}
+    assert not split["selection"] & split["report"]
+
+
+def test_swaps_are_balanced_minimal_pairs():
+    pairs = heads.swaps("report")
+    assert len(pairs) == 432
+    for pair in pairs:
+        male, female = (text.split() for text in pair.texts)
+        assert [m != f for m, f in zip(male, female, strict=True)] == [False] * (len(male) - 1) + [True]
+    first = [p.texts[0].index(p.male) < p.texts[0].index(p.female) for p in pairs]
+    assert sum(first) == len(pairs) // 2
+
+
+def test_random_heads_keep_layers_and_avoid():
+    model = wired_gpt2()
+    chosen = heads.random_heads(model, [(0, 1), (1, 3)], seed=0, avoid=[(0, 0), (1, 0)])
+    assert [layer for layer, _ in chosen] == [0, 1]
+    assert not {*chosen} & {(0, 1), (1, 3), (0, 0), (1, 0)}
+    with pytest.raises(ModelError, match="too few heads"):
+        heads.random_heads(model, [(0, h) for h in range(4)] + [(1, 0)], seed=0)
+
+
+def test_norm_matched_takes_the_nearest():
+    norms = torch.tensor([[1.0, 2.0, 3.0], [10.0, 11.0, 2.1]])
+    assert heads.norm_matched(norms, [(0, 1)], []) == [(1, 2)]
+    assert heads.norm_matched(norms, [(0, 1)], [(1, 2)], rank=1) in ([(0, 0)], [(0, 2)])
+
+
+def test_ablating_the_wired_head_ends_copying(model):
+    """At k = 1 the loss on the repetition rises to that of guessing; heads that do nothing cost nothing."""
+    curve = heads.ablation_curve(model, [INDUCTION], ks=[1], n=6, length=12, draws=2, avoid=[PREVIOUS])
+    assert (curve.top[0] - curve.clean).min() > 1
+    assert (curve.random - curve.clean).abs().max() < 0.05
+
+
+def test_circuit_scores_agree_with_the_single_ones(model, repeats):
+    scores = heads.circuit_scores(model, repeats)
+    assert torch.allclose(scores.induction, attention.induction_scores(model, repeats), atol=1e-5)
+    previous = attention.over_patterns(model, repeats, lambda p, _: p.diagonal(-1, -2, -1)[..., 1:].mean(-1))
+    assert torch.allclose(scores.previous, previous, atol=1e-5)
+    assert torch.allclose(scores.duplicate, attention.head_scores(model, repeats).duplicate, atol=1e-5)
+
+
+def test_composition_names_the_wired_pair(model):
+    base, patched = heads.composition(model, [(0, h) for h in range(4)], INDUCTION, n=4, length=12)
+    assert (base - patched).mean(1).argmax() == PREVIOUS[1] and base.min() > 0.9
+
+
+def test_table_covers_every_head_of_the_embedded_model():
+    with open(heads.DATA / "heads" / "heads.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 270
+    for row in rows:
+        for name in ("induction", "semantic", "bias_attention", "pronoun_ablation"):
+            assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
