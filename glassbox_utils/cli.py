@@ -62,9 +62,13 @@ def _harvest(args: argparse.Namespace) -> int:
 
 
 def _train_sae(args: argparse.Namespace) -> int:
-    from glassbox_utils import saes
+    from glassbox_utils import features, saes
+    from glassbox_utils.models import load_model
 
-    print((saes.train_from_config(args.config) / "README.md").read_text())
+    folder, config = saes.train_from_config(args.config), saes.read_config(args.config)
+    if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
+        features.add_golden_gate(load_model(config.model), folder)
+    print((folder / "README.md").read_text())
     return 0
 
 

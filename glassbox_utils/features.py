@@ -6,10 +6,11 @@ detection score from the other half.
 """
 
 import html
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassbox_utils import GlassboxError, corpora, saes
+from glassbox_utils import GlassboxError, assets, corpora, saes
 from glassbox_utils.corpora import Document, Rows
 from glassbox_utils.interventions import capture, not_first
-from glassbox_utils.models import Model, Site, progress, str_tokens, tokenize
+from glassbox_utils.models import Model, Site, check_site, progress, str_tokens, tokenize
 
 
 class FeatureError(GlassboxError, ValueError):
@@ -80,6 +81,27 @@ def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows
     starts = torch.zeros(sae.cfg.d_sae + 1, dtype=torch.long)
     starts[1:] = torch.bincount(features, minlength=sae.cfg.d_sae).cumsum(0)
     return Scan(rows, documents, features[order], positions[order], values[order], starts, usual)
+
+
+@torch.inference_mode()
+def scan_neurons(model: Model, layer: int, rows: Rows, documents: Sequence[Document], usual: Tensor) -> Scan:
+    """The same for the neurons of one MLP: what enters its output projection, positive values only.
+
+    ``usual``: the positions to keep, as in a scan of the same rows.
+    """
+    module = model.sites[check_site(model, Site("mlp_out", layer))][0]
+    store: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: store.append(args[0].float().relu()))
+    try:
+        for start in range(0, len(rows.tokens), 8):
+            saes.activations(model, rows.tokens[start : start + 8].long(), [Site("mlp_out", layer)])
+    finally:
+        handle.remove()
+    values = torch.cat(store).flatten(0, 1) * usual.flatten()[:, None]
+    features, positions = values.t().nonzero(as_tuple=True)
+    starts = torch.zeros(values.shape[1] + 1, dtype=torch.long)
+    starts[1:] = torch.bincount(features, minlength=values.shape[1]).cumsum(0)
+    return Scan(rows, documents, features, positions, values[positions, features], starts, usual)
 
 
 def check_feature(scanned: Scan, feature: int) -> int:
@@ -466,3 +488,25 @@ def write_dashboards(model: Model, sae: Any, scanned: Scan, features: Sequence[i
     for path, feature in zip(paths, features, strict=True):
         path.write_text(dashboard(model, sae, scanned, feature))
     return paths
+
+
+def add_golden_gate(model: Model, folder: str | Path) -> Detection:
+    """Test a saved SAE for a Golden Gate Bridge feature and write the result into its card."""
+    path = Path(folder) / "card.json"
+    found = golden_gate(model, saes.load_sae(folder, model))
+    card = json.loads(path.read_text())
+    card["golden_gate"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(found).items()}
+    # The sentences belong to their sources: the card keeps numbers only.
+    card["golden_gate"] |= {"false_alarms": len(found.false_alarms), "missed": len(found.missed)}
+    with assets.atomic_path(path) as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n")
+    readme = Path(folder) / "README.md"
+    line = (
+        f"Golden Gate Bridge: feature {found.feature} at a threshold of {found.threshold:.2f} (both fixed on "
+        f"project-written passages) has precision {found.precision:.2f} and recall {found.recall:.2f} on "
+        f"{found.n_positive} real sentences that name the bridge and {found.n_negative} about other bridges, gates and "
+        "golden things, none of them trained on."
+    )
+    text = readme.read_text().split("\nGolden Gate Bridge:")[0].rstrip("\n")
+    readme.write_text(f"{text}\n\n{line}\n")
+    return found

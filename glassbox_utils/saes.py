@@ -826,6 +826,9 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
     reports = {"sae": evaluate_sae(model, sae, **measure)}
     for name, other in baselines(sample, round(reports["sae"].l0), config.d_sae).items():
         reports[name] = evaluate_sae(model, other, **measure)
+    # What notebook 03 computes again, on text that needs only one small package.
+    wiki = corpora.token_rows(model, corpora.load_corpus("wiki", "held"), 32, config.context).tokens
+    check = evaluate_sae(model, sae, **measure | {"tokens": wiki, "ce_rows": 8})
     last = state["history"][-1]
     card = {
         "name": config.name,
@@ -844,6 +847,7 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "excluded": f"first token of a row, and residual norms above {OUTLIER} times the median",
         "licence": "Apache-2.0",
         "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
+        "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
     }
     with assets.atomic_path(Path(folder) / "card.json") as partial:
         partial.write_text(json.dumps(card, indent=1) + "\n")

@@ -141,3 +141,14 @@ def test_pages_escape_what_they_show(model, sae, tmp_path):
     [path] = features.write_dashboards(model, sae, scanned, [token], tmp_path)
     page = path.read_text()
     assert "<script>" not in page and "<b>" not in page and "Nearest decoder rows" in page
+
+
+def test_neurons_are_scanned_like_features(model, scanned):
+    neurons = features.scan_neurons(model, 1, scanned.rows, scanned.documents, scanned.usual)
+    assert neurons.d_sae == 64
+    seen = []
+    handle = model.hf.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    model.hf(scanned.rows.tokens[:8])
+    handle.remove()
+    expected = (seen[0][..., 5].relu() * scanned.usual[:8]).detach()
+    torch.testing.assert_close(features.dense(neurons, 5)[:8], expected, atol=1e-4, rtol=1e-3)
