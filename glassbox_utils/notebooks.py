@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
 
-CELL_TIMEOUT = 600
+CELL_TIMEOUT = 1800
 """seconds; nbclient's own default is to wait for ever"""
 
 
