@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glassbox_utils import GlassboxError, assets, corpora, saes
 from glassbox_utils.corpora import Document, Rows
-from glassbox_utils.interventions import capture, not_first
+from glassbox_utils.interventions import not_first
 from glassbox_utils.models import Model, Site, check_site, progress, str_tokens, tokenize
 
 
@@ -234,7 +234,7 @@ def text_scores(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 
     site, scores = site_of_sae(sae), []
     for start in range(0, len(texts), batch_size):
         batch = tokenize(model, list(texts[start : start + batch_size]))
-        x = capture(model, batch, [site])[site].float()
+        x = saes.activations(model, batch.input_ids, [site], batch.attention_mask)[site].float()
         keep = not_first(batch) & (x.norm(dim=-1) <= saes.OUTLIER * sae.cfg.metadata.median_norm)
         scores.append((sae.encode(x) * keep[..., None]).amax(1))
     return torch.cat(scores)
@@ -332,8 +332,8 @@ def golden_gate(model: Model, sae: Any) -> Detection:
     """
     name = r"golden gate bridge"
     written = corpora.load_corpus("landmarks", "train")
-    with_name = corpora.sentences(written, name)[:150]
-    without = [d for d in corpora.sentences(written, r"\w") if name not in d.text.lower()][:450]
+    with_name = corpora.sentences(written, name)[:100]
+    without = [d for d in corpora.sentences(written, r"\w") if name not in d.text.lower()][:400]
     fit = (text_scores(model, sae, [d.text for d in part]) for part in (with_name, without))
     feature, threshold, _ = choose_detector(*fit)
     return detect(model, sae, feature, threshold, *golden_gate_test())

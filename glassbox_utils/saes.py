@@ -106,9 +106,9 @@ def half(model: Model) -> Model:
 
 @torch.inference_mode()
 def activations(
-    model: Model, tokens: Int[Tensor, "row pos"], sites: Sequence[Site]
+    model: Model, tokens: Int[Tensor, "row pos"], sites: Sequence[Site], mask: Int[Tensor, "row pos"] | None = None
 ) -> dict[Site, Float[Tensor, "row pos width"]]:
-    """Activations of full rows (no padding), from a forward pass that stops after the last needed module."""
+    """Activations from a forward pass that stops after the last needed module; ``mask`` if rows are padded."""
     checked = [check_site(model, site) for site in sites]
     last = model.sites[max(checked, key=lambda s: (s.layer, s.kind == "resid_post"))][0]
 
@@ -118,7 +118,7 @@ def activations(
     with recording(model, checked) as store:
         handle = last.register_forward_hook(stop)
         try:
-            model.hf(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
+            model.hf(input_ids=tokens.to(model.device), attention_mask=mask, use_cache=False, logits_to_keep=1)
         except _Stop:
             pass
         finally:
@@ -879,7 +879,7 @@ A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{ca
 (weights {card["model_hash"]}), in sae_lens format: `SAE.load_from_disk(folder)` opens it.
 
 Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
-`{card["corpus"]}` (see DATA.md), seed {card["seed"]}, {card["hours"]:.2f} hours of wall time on two shared CPU cores.
+`{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]}, {card["hours"]:.2f} hours of wall time on two shared CPU cores.
 Excluded in training and in the metrics: {card["excluded"]}. `{card["command"]}` makes it again.
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
