@@ -457,8 +457,11 @@ class PronounChoice(NamedTuple):
     she: Tensor
 
 
-def pronoun_choice(model: Model, split: Split) -> PronounChoice:
-    """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest."""
+def pronoun_choice(model: Model, split: Split | Literal["defined"]) -> PronounChoice:
+    """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest.
+
+    ``defined``: words such as king and queen instead of occupations, whose gender is no stereotype.
+    """
     content = _prompts("occupations")
     jobs = [(job, group == "male") for group in ("male", "female") for job in content[group][split]]
     texts = [(t.format(a=job), male) for job, male in jobs for t in content["single_templates"]]
@@ -500,10 +503,12 @@ def pronoun_effects_guessed(model: Model, split: Split = "selection") -> NDArray
     return -stereotype_units(attribution.attribution_patching(model, choice.batch, reference, metric), choice)
 
 
-def pronoun_gap(model: Model, sets: Sequence[Sequence[Head]], split: Split = "report") -> Float[np.ndarray, "set unit"]:
-    """The pronoun gap (logits) with sets of heads mean-ablated; averages come from the other split's prompts."""
+def pronoun_gap(
+    model: Model, sets: Sequence[Sequence[Head]], split: Split | Literal["defined"] = "report"
+) -> Float[np.ndarray, "set unit"]:
+    """The pronoun gap (logits) with sets of heads mean-ablated; averages come from another split's prompts."""
     choice = pronoun_choice(model, split)
-    reference = head_means(model, [pronoun_choice(model, "selection" if split == "report" else "report").batch])
+    reference = head_means(model, [pronoun_choice(model, "report" if split == "selection" else "selection").batch])
     metric = attribution.logit_difference(choice.he, choice.she)
     rows = []
     for heads in progress(sets, "pronouns"):
