@@ -65,3 +65,33 @@ def test_spearman():
     assert found.rho.value == pytest.approx(1)
     shuffled = evaluation.spearman(x, np.random.default_rng(1).permutation(x))
     assert not shuffled.rho.excludes(0)
+
+
+def test_token_losses_are_transformers_own_loss():
+    import torch
+    from wired import wired_gpt2
+
+    from glassbox_utils.models import tokenize
+
+    model = wired_gpt2()
+    text = "w1 w2 w3 w1 w2 w3"
+    loss = evaluation.token_losses(model, tokenize(model, text))
+    ids = tokenize(model, text).input_ids
+    with torch.no_grad():
+        assert loss.nanmean() == pytest.approx(float(model.hf(ids, labels=ids).loss), abs=1e-4)
+    assert loss[0, 0].isnan() and not loss[0, 1:].isnan().any()
+
+
+def test_text_losses_ignore_padding_and_cut():
+    import torch
+    from wired import wired_gpt2
+
+    model = wired_gpt2()
+    texts = ["w1 w2 w3 w4 w5 w6", "w7 w8"]
+    with torch.no_grad():
+        together, counts = evaluation.text_losses(model, texts)
+        alone = [evaluation.text_losses(model, [t])[0][0] for t in texts]
+        _, cut = evaluation.text_losses(model, texts, max_tokens=3)
+    assert together == pytest.approx(alone, abs=1e-3) and counts.tolist() == [6, 2]
+    assert cut.tolist() == [2, 2]
+    assert evaluation.perplexity(model, texts).value == pytest.approx(np.exp(together.sum() / counts.sum()))
