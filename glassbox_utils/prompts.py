@@ -91,6 +91,12 @@ def _agreement(content: dict, half: int) -> list[Decisive]:
     return made
 
 
+def measurable(model: Model, prompts: Sequence[Decisive]) -> list[Decisive]:
+    """The prompts whose answer and foil begin with different tokens for this model's tokenizer."""
+    first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
+    return [p for p, (answer, foil) in zip(prompts, first, strict=True) if answer != foil]
+
+
 def to_batch(model: Model, prompts: Sequence[Decisive]) -> DecisiveBatch:
     """Tokenise; answers and foils count by their first token, decisive words by their last."""
     batch = tokenize(model, [p.text for p in prompts])
