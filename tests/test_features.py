@@ -148,7 +148,8 @@ def test_neurons_are_scanned_like_features(model, scanned):
     assert neurons.d_sae == 64
     seen = []
     handle = model.hf.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
-    model.hf(scanned.rows.tokens[:8])
+    with torch.no_grad():
+        model.hf(scanned.rows.tokens[:8])
     handle.remove()
     expected = (seen[0][..., 5].relu() * scanned.usual[:8]).detach()
     torch.testing.assert_close(features.dense(neurons, 5)[:8], expected, atol=1e-4, rtol=1e-3)
