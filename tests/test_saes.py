@@ -315,3 +315,23 @@ def test_an_sae_of_another_model_is_refused(model, shards, tmp_path):
         saes.load_sae(tmp_path / "out", small_model(seed=1))
     with pytest.raises(SaeError, match="no SAE 'nothing'"):
         saes.load_sae("nothing")
+
+
+@pytest.mark.parametrize("name", saes.shipped())
+def test_shipped_saes_open_with_plain_sae_lens(name, smol):
+    from sae_lens import SAE
+
+    folder = saes.SAES / name
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 25e6
+    plain, card = SAE.load_from_disk(folder), json.loads((folder / "card.json").read_text())
+    assert plain.cfg.d_sae == card["d_sae"] and plain.W_dec.dtype == torch.float16
+    assert plain.cfg.metadata.model_hash == smol.hash == card["model_hash"]
+    config = saes.read_config(folder)
+    assert config.samples // config.batch == card["steps"]
+    # What the card says holds on fresh passes: a few held-out rows, by sae_lens's own forward.
+    tokens = corpora.token_rows(smol, corpora.load_corpus("wiki", "held"), 6, config.context).tokens
+    x = saes.activations(smol, tokens, [saes.site_of(config.hook)])[saes.site_of(config.hook)]
+    usual = saes.ordinary(x, plain.cfg.metadata.median_norm)
+    rebuilt = saes.load_sae(name, smol)(x)[usual]
+    ev = 1 - (rebuilt - x[usual]).square().sum() / (x[usual] - x[usual].mean(0)).square().sum()
+    assert float(ev) == pytest.approx(card["wiki_held_out"]["explained_variance"], abs=0.03)
