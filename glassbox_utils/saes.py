@@ -879,7 +879,8 @@ A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{ca
 (weights {card["model_hash"]}), in sae_lens format: `SAE.load_from_disk(folder)` opens it.
 
 Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
-`{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]}, {card["hours"]:.2f} hours of wall time on two shared CPU cores.
+`{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]},
+{card["hours"]:.2f} hours of wall time on two shared CPU cores.
 Excluded in training and in the metrics: {card["excluded"]}. `{card["command"]}` makes it again.
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
