@@ -119,7 +119,7 @@ def test_training(model, tokens, tmp_path):
 
     def theirs(autocast):
         sae = saes.build_sae(config, scaling)
-        settings = SAETrainerConfig(BATCH * STEPS, BATCH, lr=config.lr, autocast=autocast)
+        settings = SAETrainerConfig(BATCH * STEPS, BATCH, lr=config.lr, lr_end=config.lr, autocast=autocast)
         SAETrainer(settings, sae, iter(batches)).fit()
         with torch.no_grad():
             losses["sae_lens"] = float((sae(batches[-1]) - batches[-1]).square().sum(-1).mean())
