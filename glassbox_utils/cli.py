@@ -31,6 +31,10 @@ def _run(args: argparse.Namespace) -> int:
     from glassbox_utils import notebooks
 
     model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
+    if model:
+        from glassbox_utils.models import load_model
+
+        load_model(model)  # a wrong name fails here, with its message, and not in the middle of a notebook
     notebooks.build_site(Path(args.site), args.notebook, {"MODEL": model} if model else None)
     print(f"Open {Path(args.site) / 'index.html'}")
     return 0
