@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import os
+import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Int
@@ -211,12 +213,13 @@ def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any
 
     if not Path(path).exists() and name.count("/") > 1:
         raise ModelError(f"There is no folder {name}. Give a folder that holds config.json, or {supported()}.")
+    local = Path(path).exists() or not _hub_answers()
     try:
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         near = get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5)
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".")
         raise ModelError(
             f"The model {name!r} can't be loaded: {reason}."
             + (f" Did you mean {near[0]!r}?" if near else "")
@@ -224,6 +227,22 @@ def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any
             "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
         ) from error
     return hf, tokenizer
+
+
+def _hub_answers() -> bool:
+    """Is the Hugging Face hub there? Asked once, because its client retries for most of a minute offline."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy knows; a direct connection says nothing
+    try:
+        address = urlsplit(constants.ENDPOINT)
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def supported() -> str:
