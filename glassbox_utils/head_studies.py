@@ -21,7 +21,7 @@ from torch import Tensor
 from glassbox_utils import attention, evaluation, heads
 from glassbox_utils.interventions import Head, head_means
 from glassbox_utils.models import Batch, Model, load_model, tokenize
-from glassbox_utils.steering_studies import STUDIES, read_table, resumed, write_table
+from glassbox_utils.studies import STUDIES, read_table, resumed, write_table
 
 
 @dataclass(frozen=True)

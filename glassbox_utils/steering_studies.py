@@ -4,14 +4,11 @@ Each is resumable (what is done is kept in the cache folder and not done again),
 under ``data/studies/`` with its provenance. Selection happens in the sweep, on selection prompts; all else reports.
 """
 
-import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,8 @@ import torch
 from glassbox_utils import assets, steering, style
 from glassbox_utils.evaluation import text_losses
 from glassbox_utils.models import Model, chat, generate, load_model, progress, tokenize
+from glassbox_utils.studies import SEED, read_table, resumed, write_table
 
-STUDIES = steering.DATA / "studies"
-SEED = 0
 LAYERS = (6, 9, 15, 21)
 """of 30; the last fifth of the layers is left out as in refusal_direction"""
 NO_SYSTEM = ""
@@ -46,47 +42,6 @@ SYSTEM = {
 }
 GENERIC = ["Tell me something.", "Write one sentence.", "What happened?", "Write a short review.", "How was it?"]
 """users' turns for training sentences that answer no question"""
-
-
-def _chunks(name: str, key: str) -> Path:
-    folder = assets.cache_dir() / "studies" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-
-
-def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)``, from the cache folder if this study has done it with these settings before."""
-    path = _chunks(name, json.dumps(key, sort_keys=True, default=str))
-    if not path.exists():
-        result = work(*args)
-        with assets.atomic_path(path) as partial:
-            partial.write_text(json.dumps(result))
-    return json.loads(path.read_text())
-
-
-def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
-    """``data/studies/NAME.json``: provenance first, then the content."""
-    packages = ("torch", "transformers", "peft", "vaderSentiment")
-    provenance = {
-        "command": f"glassbox study {name.replace('_', '-')}",
-        "seed": SEED,
-        "model": model.name,
-        "model_hash": model.hash,
-        "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
-        "seconds_of_last_run": round(seconds),
-        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-    STUDIES.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
-    path = STUDIES / f"{name}.json"
-    with assets.atomic_path(path) as partial:
-        partial.write_text(lines.replace("}, {", "},\n{") + "\n")
-    return path
-
-
-def read_table(name: str) -> dict[str, Any]:
-    """A study's table as ``write_table`` wrote it."""
-    return json.loads((STUDIES / f"{name}.json").read_text())
 
 
 # --- where and how hard -------------------------------------------------------------------------------
