@@ -289,7 +289,7 @@ def key_changes(
     if late:
         raise ModelError(f"Head {late[0]} can't feed head {receiver}: senders must be in layers 0 to {layer - 1}.")
     with recording(model, [Site("z", i) for i in range(layer)] + [Site("resid_pre", layer)]) as store:
-        model.hf(**clean._asdict(), logits_to_keep=1)
+        model.hf(**clean.inputs, logits_to_keep=1)
     other, resid = _donor(model, donor), store[Site("resid_pre", layer)]
     before = project(model, layer, resid).k
     group = head * before.shape[-2] // model.n_heads
@@ -342,7 +342,7 @@ def path_patch_keys(
     (layer, head) = check_heads(model, [receiver])[0]
     changes = key_changes(model, clean, donor, senders, receiver)
     with recording(model, [Site("resid_pre", layer)]) as store:
-        model.hf(**clean._asdict(), logits_to_keep=1)
+        model.hf(**clean.inputs, logits_to_keep=1)
     resid = store[Site("resid_pre", layer)]
     group = head * project(model, layer, resid[:1, :1]).k.shape[-2] // model.n_heads
     n = len(resid)

@@ -139,7 +139,7 @@ def repeat_losses(
     with attribution.resume(model, start, resid):
         for heads in progress(sets, "ablation"):
             with ablate_heads(model, heads, reference=reference):
-                logits = model.hf(**batch._asdict(), logits_to_keep=length, use_cache=False).logits[:, :-1]
+                logits = model.hf(**batch.inputs, logits_to_keep=length, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), batch.input_ids[:, -length + 1 :].flatten(), reduction="none"
             )

@@ -101,6 +101,28 @@ def by_row(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
     return column if column.ndim == 0 else column[:, None, None]
 
 
+def paired(
+    what: Any, amount: Any, single: bool, noun: str, error: type[Exception]
+) -> tuple[list[tuple[Any, float | None]], int | None]:
+    """What is done to each row: (what, how much), and the number of rows, None if one pair holds for all of them.
+
+    ``what`` is one thing (``single``) or one for each row, ``amount`` one number or one for each row. Raises
+    ``error`` if there are unequally many.
+    """
+    amounts = amount.tolist() if isinstance(amount, Tensor) else amount
+    if single and not isinstance(amounts, Sequence):
+        return [(what, amounts)], None
+    n_rows = len(amounts) if isinstance(amounts, Sequence) else len(what)
+    things = [what] * n_rows if single else list(what)
+    numbers = list(amounts) if isinstance(amounts, Sequence) else [amounts] * n_rows
+    if len(things) != len(numbers):
+        raise error(
+            f"There are {len(things)} {noun} and {len(numbers)} strengths: give one for all, or as many of each as the "
+            "batch has rows."
+        )
+    return list(zip(things, numbers, strict=True)), n_rows
+
+
 def check_rows(x: Tensor, rows: int) -> None:
     """ModelError unless the batch has as many rows as settings were given for."""
     if len(x) != rows:
