@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -442,6 +442,43 @@ def concentration(scanned: Scan, names: NDArray, top: int = 50, minimum: int = 2
         if len(positions) >= minimum:
             strongest = positions[values.topk(min(top, len(values))).indices]
             yield feature, Counter(names[strongest.numpy()].tolist()).most_common(1)[0][1] / len(strongest)
+
+
+class Group(NamedTuple):
+    """Some of a unit's strongest activations that one feature shares."""
+
+    feature: int
+    positions: list[int]
+
+
+def unmix(
+    units: Scan, scanned: Scan, top: int = 24, smallest: int = 4, rare: float = 0.02
+) -> Iterator[tuple[int, list[Group]]]:
+    """For each unit of ``units`` (neurons, say): which features share its ``top`` strongest activations.
+
+    Greedy: the feature (firing on less than ``rare`` of all tokens) that is active at most of the positions, then at
+    most of the rest, as long as it has ``smallest`` of them. Both scans are of the same rows.
+    """
+    order = scanned.positions.argsort(stable=True)
+    features = scanned.features[order]
+    starts = torch.zeros(scanned.rows.tokens.numel() + 1, dtype=torch.long)
+    starts[1:] = torch.bincount(scanned.positions, minlength=len(starts) - 1).cumsum(0)
+    common = set((scanned.density >= rare).nonzero()[:, 0].tolist())
+    for unit in range(units.d_sae):
+        positions, values = firing(units, unit)
+        if len(positions) < top:
+            continue
+        strongest = positions[values.topk(top).indices].tolist()
+        active = {p: set(features[starts[p] : starts[p + 1]].tolist()) - common for p in strongest}
+        groups: list[Group] = []
+        while active:
+            counts = Counter(feature for found in active.values() for feature in found)
+            if not counts or counts.most_common(1)[0][1] < smallest:
+                break
+            feature = counts.most_common(1)[0][0]
+            groups.append(Group(feature, [p for p, found in active.items() if feature in found]))
+            active = {p: found for p, found in active.items() if feature not in found}
+        yield unit, groups
 
 
 # --- pages --------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ import copy
 import csv
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +101,51 @@ class _Stop(Exception):
     """Ends a forward pass after the last layer that is needed."""
 
 
-def half(model: Model) -> Model:
-    """A bfloat16 copy of the model, for harvesting: twice the speed where the CPU multiplies bfloat16."""
-    return wrap_model(copy.deepcopy(model.hf).to(torch.bfloat16), model.tokenizer, model.name)
+@cache
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies it faster than float32 (measured once, 0.1 s), else float32.
+
+    A CPU with bfloat16 tiles is about twice as fast with it; one without them is half as fast. The environment
+    variable GLASSBOX_DTYPE decides instead where runs on several machines must agree.
+    """
+    if chosen := os.environ.get("GLASSBOX_DTYPE"):
+        if chosen not in ("float32", "bfloat16"):
+            raise SaeError(f"GLASSBOX_DTYPE is {chosen!r}. Allowed: float32, bfloat16, or unset.")
+        return getattr(torch, chosen)
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(2048, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times[dtype] = min(_seconds(partial(torch.matmul, x, w)) for _ in range(5))
+    return torch.bfloat16 if times[torch.bfloat16] < times[torch.float32] else torch.float32
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def quick(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """The model in the type that this machine is fastest with (``fast_dtype``), or in the given one."""
+    dtype = dtype or fast_dtype()
+    if dtype == model.dtype:
+        return model
+    return wrap_model(copy.deepcopy(model.hf).to(dtype), model.tokenizer, model.name)
+
+
+def shuffled(model: Model, seed: int = 0) -> Model:
+    """The same architecture with the entries of every weight matrix permuted: norms stay, what was learnt goes.
+
+    A baseline after Heap et al., arXiv 2501.17727: what an SAE finds here, it does not owe to the model's training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net = copy.deepcopy(model.hf)
+    with torch.no_grad():
+        for parameter in net.parameters():  # tied matrices are listed once
+            if parameter.ndim == 2:
+                mixed = parameter.flatten()[torch.randperm(parameter.numel(), generator=generator)]
+                parameter.copy_(mixed.view_as(parameter))
+    return wrap_model(net, model.tokenizer, f"{model.name} (shuffled)")
 
 
 @torch.inference_mode()
@@ -162,8 +206,8 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
     n_shards = max(1, config.n_tokens // (config.context * config.rows_per_shard))
     sites = [check_site(model, site_of(hook)) for hook in config.hooks]
     with assets.explain_os_errors(folder), assets.locked(folder / "harvest"):
-        _agree(folder, manifest)
-        small = half(model)
+        compute = _agree(folder, manifest)
+        small = quick(model, getattr(torch, compute))
         rows = corpora.pack(model, documents, config.context)
         for index in progress(range(n_shards), "harvest"):
             mine = [row for _, row in zip(range(config.rows_per_shard), rows, strict=False)]
@@ -174,7 +218,8 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
                 continue
             parts = list(stream_activations(small, iter(mine), sites, config.rows_per_batch))
             tensors = {
-                hook: torch.cat([a[site] for _, a in parts]) for hook, site in zip(config.hooks, sites, strict=True)
+                hook: torch.cat([a[site].bfloat16() for _, a in parts])
+                for hook, site in zip(config.hooks, sites, strict=True)
             }
             tensors["tokens"] = torch.cat([r.tokens for r, _ in parts]).int()
             tensors["documents"] = torch.cat([r.documents for r, _ in parts]).int()
@@ -183,17 +228,22 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
     return folder
 
 
-def _agree(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a new folder, or insist that the old one says the same."""
+def _agree(folder: Path, manifest: dict[str, Any]) -> str:
+    """Write the manifest of a new folder, or insist that the old one says the same; the type that it computes in.
+
+    The type is this machine's fastest when a folder is begun, and stays what it was when one is continued.
+    """
     path = folder / "manifest.json"
     if not path.exists():
+        compute = str(fast_dtype()).removeprefix("torch.")
         with assets.atomic_path(path) as partial:
-            partial.write_text(json.dumps(manifest, indent=1))
-        return
+            partial.write_text(json.dumps(manifest | {"compute": compute}, indent=1))
+        return compute
     old = json.loads(path.read_text())
     different = [f"{k} is {old.get(k)!r}, asked for {v!r}" for k, v in manifest.items() if old.get(k) != v]
     if different:
         raise SaeError(f"{folder} holds another harvest: {'; '.join(different)}. Choose another folder or delete it.")
+    return old.get("compute", "bfloat16")
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -261,6 +311,8 @@ class TrainConfig:
     checkpoint_every: int = 100
     """steps"""
     seed: int = 0
+    shuffle_weights: bool = False
+    """train on the same architecture with its weights permuted: a baseline (``shuffled``)"""
 
     @property
     def steps(self) -> int:
@@ -272,7 +324,9 @@ class TrainConfig:
 
     @property
     def harvest(self) -> HarvestConfig:
-        name = f"{self.model}-{self.corpus}-{self.hook}-{self.context}x{self.rows_per_shard}".replace("/", "--")
+        weights = "-shuffled" if self.shuffle_weights else ""
+        name = f"{self.model}{weights}-{self.corpus}-{self.hook}-{self.context}x{self.rows_per_shard}"
+        name = name.replace("/", "--")
         folder = Path(self.shards) if self.shards else assets.cache_dir() / "activations" / name
         shard = {"context": self.context, "rows_per_shard": self.rows_per_shard}
         return HarvestConfig(folder, (self.hook,), self.tokens, self.corpus, "train", self.model, **shard)
@@ -387,17 +441,17 @@ class StepResult(NamedTuple):
     """how often each feature was active in the batch"""
 
 
-def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"]) -> StepResult:
+def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.dtype = torch.bfloat16) -> StepResult:
     """Loss and gradients of a TopK SAE with unit decoder rows, written into ``.grad``.
 
     The same mathematics as sae_lens's TopK loss (mean over the batch of the squared error), but only the encoder's
-    forward product is dense, and runs in bfloat16. With k of d_sae features active, the reconstruction is a weighted
+    forward product is dense, and runs in ``compute``. With k of d_sae features active, the reconstruction is a weighted
     bag of k decoder rows, and both weight gradients are bags of batch rows, grouped by feature.
     """
     k, batch = sae.cfg.k, len(x)
     centred = x - sae.b_dec
     rows = sae.W_enc.t()
-    hidden = F.linear(centred.bfloat16(), rows.bfloat16(), sae.b_enc.bfloat16())
+    hidden = F.linear(centred.to(compute), rows.to(compute), sae.b_enc.to(compute))
     top = hidden.topk(k, dim=-1, sorted=False)
     values, chosen = top.values.float().relu_(), top.indices
     flat = chosen.flatten()
@@ -429,15 +483,17 @@ def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"]) -> StepResult:
     return StepResult(loss, active)
 
 
-def library_gradients(sae: Any, x: Float[Tensor, "batch d_model"], step: int, dead: Tensor) -> StepResult:
-    """Loss and gradients of any sae_lens architecture, by its own forward pass under bfloat16 autocast."""
+def library_gradients(
+    sae: Any, x: Float[Tensor, "batch d_model"], step: int, dead: Tensor, compute: torch.dtype = torch.bfloat16
+) -> StepResult:
+    """Loss and gradients of any sae_lens architecture: its own forward pass, with autocast if ``compute`` is half."""
     from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 
     coefficients = {}
     for name, value in sae.get_coefficients().items():
         full, warm = (value.value, value.warm_up_steps) if isinstance(value, TrainCoefficientConfig) else (value, 0)
         coefficients[name] = full * min(1.0, (step + 1) / warm) if warm else full
-    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16):
+    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
         out = sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
     out.loss.backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
@@ -461,6 +517,7 @@ def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> A
     fast = config.architecture == "topk"
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
     state: dict[str, Any] = {"step": 0, "block": 0, "offset": 0, "seconds": 0.0, "history": []}
+    state["compute"] = fast_dtype()  # a continued run keeps the type that it began with
     silent = torch.zeros(config.d_sae)
     checkpoint = Path(folder) / "checkpoint.pt"
     if checkpoint.exists():
@@ -469,7 +526,7 @@ def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> A
         for name, tensor in saved["sae"].items():  # in place: keeps the encoder's memory layout
             sae.state_dict()[name].copy_(tensor)
         optimizer.load_state_dict(saved["optimizer"])
-        silent, state = saved["silent"], saved["state"]
+        silent, state = saved["silent"], {"compute": torch.bfloat16} | saved["state"]
         torch.set_rng_state(saved["rng"])
     data = training_batches(config, scaling, state["block"], state["offset"])
     end = min(config.steps, stop_after or config.steps)
@@ -480,7 +537,10 @@ def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> A
         rate = _learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        result = topk_gradients(sae, x) if fast else library_gradients(sae, x, step, silent > 500_000)
+        if fast:
+            result = topk_gradients(sae, x, state["compute"])
+        else:
+            result = library_gradients(sae, x, step, silent > 500_000, state["compute"])
         optimizer.step()
         optimizer.zero_grad()
         if fast:
@@ -508,9 +568,12 @@ def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> A
 
 def _same_run(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
     free = {"samples", "decay", "checkpoint_every"}
-    now = asdict(config)
+    default = {f.name: f.default for f in fields(TrainConfig)}  # a setting that an older checkpoint did not know yet
+    saved = default | saved
     different = [
-        f"{k}: {saved.get(k)!r} there, {v!r} asked for" for k, v in now.items() if saved.get(k) != v and k not in free
+        f"{k}: {saved[k]!r} there, {v!r} asked for"
+        for k, v in asdict(config).items()
+        if saved[k] != v and k not in free
     ]
     if different:
         raise SaeError(f"{path} belongs to another run ({'; '.join(different)}). Delete it or choose another folder.")
@@ -794,6 +857,8 @@ def train_from_config(path: str | Path, evaluate: bool = True) -> Path:
     config, path = read_config(path), Path(path)
     folder = path if path.is_dir() else path.parent
     model = load_model(config.model)
+    if config.shuffle_weights:
+        model = shuffled(model, config.seed)
     harvest(config.harvest, model)
     work = assets.cache_dir() / "training" / config.name
     train(config, work)

@@ -153,3 +153,21 @@ def test_neurons_are_scanned_like_features(model, scanned):
     handle.remove()
     expected = (seen[0][..., 5].relu() * scanned.usual[:8]).detach()
     torch.testing.assert_close(features.dense(neurons, 5)[:8], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_unmix_names_the_features_behind_a_mixed_unit():
+    rows = corpora.Rows(torch.zeros(1, 40, dtype=torch.long), torch.zeros(1, 40, dtype=torch.long))
+
+    def scanned(active):  # feature -> positions
+        features_ = torch.tensor([f for f, ps in active.items() for _ in ps])
+        positions = torch.tensor([p for ps in active.values() for p in ps])
+        starts = torch.zeros(4, dtype=torch.long)
+        starts[1:] = torch.bincount(features_, minlength=3).cumsum(0)
+        usual = torch.ones(1, 40, dtype=torch.bool)
+        return features.Scan(rows, [], features_, positions, torch.ones(len(positions)), starts, usual)
+
+    unit = scanned({0: list(range(10)), 1: [1, 2]})
+    parts = scanned({0: list(range(6)), 1: [6, 7, 8, 9], 2: list(range(40))})
+    found = dict(features.unmix(unit, parts, top=10, rare=0.5))
+    assert list(found) == [0]  # unit 1 is too rare
+    assert [(g.feature, sorted(g.positions)) for g in found[0]] == [(0, list(range(6))), (1, [6, 7, 8, 9])]

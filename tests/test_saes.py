@@ -76,7 +76,7 @@ def fatal(what, path, *rest, real={target}):
 torch.set_num_threads(1)
 {call.format(*map(repr, arguments))}
 """
-    environment = os.environ | {"GLASSBOX_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"GLASSBOX_QUIET": "1", "OMP_NUM_THREADS": "1", "GLASSBOX_DTYPE": "bfloat16"}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -117,8 +117,8 @@ def test_harvest_holds_every_row_once(model, shards):
 
 def test_streaming_gives_the_same_without_a_file(model, shards):
     rows = corpora.pack(model, corpora.load_corpus("landmarks"), 32)
-    _, first = next(saes.stream_activations(saes.half(model), rows, [SITE], 4))
-    assert torch.equal(first[SITE], saes.read_shard(saes.shard_path(shards, 0), HOOK).x[:4])
+    _, first = next(saes.stream_activations(saes.quick(model), rows, [SITE], 4))
+    assert torch.equal(first[SITE].bfloat16(), saes.read_shard(saes.shard_path(shards, 0), HOOK).x[:4])
 
 
 def test_another_harvest_is_refused_and_a_longer_one_extends(model, tmp_path):
@@ -130,6 +130,17 @@ def test_another_harvest_is_refused_and_a_longer_one_extends(model, tmp_path):
     assert len(after) == len(before) + 1 and all(after[name] == data for name, data in before.items())
     with pytest.raises(SaeError, match="another harvest: hooks is"):
         saes.harvest(replace(config, hooks=("blocks.0.hook_mlp_out",)), model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_harvest_goes_on_in_the_type_it_began_with(model, tmp_path, monkeypatch, dtype):
+    config = harvest_config(tmp_path / "acts", n_tokens=8 * 32)
+    monkeypatch.setattr(saes, "fast_dtype", lambda: getattr(torch, dtype))
+    saes.harvest(config, model)
+    assert json.loads((config.folder / "manifest.json").read_text())["compute"] == dtype
+    monkeypatch.setattr(saes, "fast_dtype", lambda: pytest.fail("measured again"))
+    saes.harvest(replace(config, n_tokens=2 * 8 * 32), model)
+    assert len(saes.shards(config.folder)) == 2
 
 
 @pytest.mark.slow

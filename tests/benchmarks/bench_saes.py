@@ -4,11 +4,10 @@ Rivals take turns with ours, so that a busy machine slows all alike; the best ro
 measured; what is asserted is what the project promises.
 """
 
-import time
-
 import pytest
 import torch
 from datasets import Dataset
+from turns import best_times
 
 from glassbox_utils import corpora, saes
 from glassbox_utils.models import Site, load_model
@@ -29,15 +28,8 @@ def tokens(model):
 
 
 def alternating(functions, rounds=ROUNDS):
-    """Best time of each function in seconds, after one warm-up."""
-    best = {name: float("inf") for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    """Best time of each function in seconds, by name."""
+    return dict(zip(functions, best_times(*functions.values(), rounds=rounds), strict=True))
 
 
 def test_harvest(model, tokens):
@@ -45,7 +37,7 @@ def test_harvest(model, tokens):
     from sae_lens.training.activations_store import ActivationsStore
 
     layer = model.n_layers // 2 - 1
-    site, small = Site("resid_post", layer), saes.half(model)
+    site, small = Site("resid_post", layer), saes.quick(model)
     names = [name for name, module in model.hf.named_modules() if module is model.sites[site][0]]
 
     def store(autocast):
@@ -75,8 +67,9 @@ def test_harvest(model, tokens):
     flops = 2 * sum(p.numel() for name, p in model.hf.named_parameters() if _below(name, layer) and p.ndim == 2)
     share = rate["glassbox"] * flops / _matmul_rate(model)
     print("\nharvest, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
-    print(f"{share:.0%} of this machine's bfloat16 matmul rate")
-    assert rate["glassbox"] >= 1.7 * rate["sae_lens"]
+    print(f"computed in {saes.fast_dtype()}, {share:.0%} of this machine's bfloat16 matmul rate")
+    # sae_lens's default is float32: 1.7 times that needs a CPU that multiplies bfloat16 faster.
+    assert rate["glassbox"] >= (1.7 if saes.fast_dtype() == torch.bfloat16 else 1.0) * rate["sae_lens"]
     assert rate["glassbox"] >= rate["sae_lens, autocast"]
     assert share >= 0.85
 
@@ -100,7 +93,7 @@ def test_training(model, tokens, tmp_path):
     from sae_lens.training.sae_trainer import SAETrainer
 
     site = Site("resid_post", model.n_layers // 2 - 1)
-    x = saes.activations(saes.half(model), tokens, [site])[site].float()
+    x = saes.activations(saes.quick(model), tokens, [site])[site].float()
     scaling = saes.measure_scaling(x)
     flat = x[saes.ordinary(x, scaling.median_norm)] * scaling.scale
     config = TrainConfig("bench", saes.hook_of(site), "topk", D_SAE, BATCH * STEPS, 1, {"k": K}, batch=BATCH, lr=1e-3)
@@ -113,7 +106,7 @@ def test_training(model, tokens, tmp_path):
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         with torch.no_grad():
             for batch in batches:
-                losses["glassbox"] = saes.topk_gradients(sae, batch).error
+                losses["glassbox"] = saes.topk_gradients(sae, batch, saes.fast_dtype()).error
                 optimizer.step()
                 sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
 
