@@ -1,0 +1,39 @@
+"""Clamped against plain generation. Run with ``make bench``."""
+
+import pytest
+import torch
+from turns import best_times
+
+from glassbox_utils import clamping, clamping_studies
+from glassbox_utils.models import chat, generate, load_model, tokenize
+
+NEW_TOKENS, ROUNDS = 24, 7
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_clamped_generation_costs_at_most_fifteen_percent(model, rows):
+    """The selected group, all tokens: the SAE's whole encoder runs, because TopK needs all of it."""
+    tools, selected = clamping_studies.chosen(model)
+    one, strength = tools.found["several features"], selected["several features"]["strength"]
+    prompts = [chat(model, p, "") for p in clamping_studies.prompts()["selection"][:rows]]
+    batch = tokenize(model, prompts)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+
+    def plain():
+        with torch.inference_mode():
+            model.hf.generate(**batch._asdict(), **options)
+
+    def clamped():
+        with clamping.clamp(model, one, [strength] * rows):
+            plain()
+
+    generate(model, prompts, 2)
+    a, b = best_times(plain, clamped, rounds=ROUNDS)
+    ms = 1e3 / NEW_TOKENS
+    print(f"\nbatch {rows}: plain {a * ms:.1f} ms/token, clamped {b * ms:.1f}, {b / a:.3f} x")
+    assert b / a <= 1.15
