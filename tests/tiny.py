@@ -62,3 +62,28 @@ def save(kind: str, folder: Path) -> Path:
     build(kind).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_gpt2_shaped(folder: Path, positions: int, sharpen: float = 1.0) -> Path:
+    """A random GPT-2 of 6 layers with the embedded model's tokenizer: another architecture for whole notebooks.
+
+    ``sharpen`` multiplies the matrices: initial weights are so small that no vector changes an answer.
+    """
+    from transformers import AutoTokenizer
+
+    from glassbox_utils.models import embedded_folder
+
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(embedded_folder())
+    hf = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(words), n_positions=positions, n_embd=64, n_layer=6, n_head=8, bos_token_id=1, eos_token_id=2
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if parameter.ndim == 2 and "wte" not in name:
+                parameter.mul_(sharpen)
+    hf.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from turns import best_times
 
 from glassbox_utils import steering
 from glassbox_utils.interventions import edit
@@ -22,17 +23,6 @@ def tone():
     return steering.load_direction("tone")
 
 
-def _alternating(*functions):
-    """Best time of each function; they take turns, so that a busy machine slows all of them alike."""
-    best = [float("inf")] * len(functions)
-    for _ in range(ROUNDS):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
 @pytest.mark.parametrize("rows", [1, 16])
 def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
     prompts = [chat(model, p) for p in steering.prompts("selection")[:rows]]
@@ -48,7 +38,7 @@ def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
             plain()
 
     generate(model, prompts, 2)
-    a, b = _alternating(plain, steered)
+    a, b = best_times(plain, steered, rounds=ROUNDS)
     print(
         f"\nbatch {rows}: plain {1e3 * a / NEW_TOKENS:.1f} ms/token, steered {1e3 * b / NEW_TOKENS:.1f}, {b / a:.3f} x"
     )
@@ -71,7 +61,7 @@ def test_faster_than_the_bridge_with_the_same_hook(model, tone):
             model.bridge.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, stop_at_eos=False, verbose=False)
 
     ours(), bridge()
-    a, b = _alternating(ours, bridge)
+    a, b = best_times(ours, bridge, rounds=ROUNDS)
     print(f"\nours {1e3 * a / NEW_TOKENS:.1f} ms/token, bridge {1e3 * b / NEW_TOKENS:.1f}, {b / a:.2f} x")
     assert a < b
 
