@@ -76,6 +76,39 @@ def _train_sae(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(args: argparse.Namespace) -> int:
+    import warnings
+
+    from glassbox_utils import loans, report
+    from glassbox_utils.models import load_model
+
+    applicant = loans.parse_applicant(args.applicant)  # before the model is loaded: wrong input fails at once
+    loans.as_text(applicant, args.layout)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves: nothing a regulator should read
+    folder = Path(args.model)
+    if (folder / "config.json").exists():
+        model, adapter = load_model(folder), None
+    else:
+        adapter = folder if (folder / "adapter_config.json").exists() else loans.LOANS / args.model
+        model = load_model(adapter=adapter) if adapter == folder else loans.load_loan_model(args.model)
+    options = {"layout": args.layout, "seed": args.seed, "adapter": adapter, "model_argument": folder.name}
+    options["mitigated"] = report.shipped_mitigation(model)
+    path = report.write_report(model, applicant, args.out, applicant_file=Path(args.applicant).name, **options)
+    print(f"Open {path}; print it from there (A4).")
+    return 0
+
+
+def _train_loans(args: argparse.Namespace) -> int:
+    from glassbox_utils import loan_training
+
+    for name in args.name:
+        if args.bias:
+            print(loan_training.train(args.bias, args.folder or f"build/loans/{name}", args.seed))
+        else:
+            print(loan_training.train_named(name))
+    return 0
+
+
 def _study(args: argparse.Namespace) -> int:
     known = studies()
     for name in args.name:
@@ -89,10 +122,16 @@ def _study(args: argparse.Namespace) -> int:
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
     # imported here: no other command should wait for torch
+    from glassbox_utils.clamping_studies import STUDIES_OF_CLAMPING
     from glassbox_utils.head_studies import STUDIES_OF_HEADS
+    from glassbox_utils.loan_studies import STUDIES_OF_LOANS
+    from glassbox_utils.reality import STUDIES_OF_REALITY
+    from glassbox_utils.sae_studies import STUDIES_OF_SAES
+    from glassbox_utils.safety import STUDIES_OF_SAFETY
     from glassbox_utils.steering_studies import STUDIES_OF_STEERING
 
-    return {**STUDIES_OF_HEADS, **STUDIES_OF_STEERING}
+    first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
+    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,6 +167,21 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE")
     p.add_argument("config", help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
+
+    p = commands.add_parser("explain", help="why was this application rejected? A page for a regulator, to print")
+    p.add_argument("--applicant", required=True, help="a JSON file such as data/examples/applicant.json")
+    p.add_argument("--model", default="deployed", help="a shipped loan model, an adapter's folder or a model's folder")
+    p.add_argument("--out", default="report.html", help="the page to write")
+    p.add_argument("--layout", default="line", help="how the application is written for the model")
+    p.add_argument("--seed", type=int, default=0, help="draws the other applicants")
+    p.set_defaults(function=_explain)
+
+    p = commands.add_parser("train-loans", help="train a shipped loan model again, or one with a bias of your choice")
+    p.add_argument("name", nargs="+", help="a folder in data/loans, or with --bias a new name")
+    p.add_argument("--bias", default="", help="gender, age, nationality, district or none; without: as in the key")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--folder", default="", help="with --bias: where the adapter goes (build/loans/NAME)")
+    p.set_defaults(function=_train_loans)
 
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
     p.add_argument("name", nargs="+", help="which, in order; a wrong name lists all")

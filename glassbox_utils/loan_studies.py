@@ -1,0 +1,360 @@
+"""The long runs behind notebook 06: ``glassbox study loans-mitigation``, ``-rest``, ``-cause``, ``-audit``.
+
+Each is resumable, deterministic and writes one table under ``data/studies/``. The edit is fitted on applicants of the
+train split, chosen on the selection split (a layout, names and districts that neither training nor fitting saw) and
+reported on the report split. ``loans-cause`` recomputes its part about features when the SAE is trained again.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from glassbox_utils import assets, audit, cycle, loan_training, loans, mitigation, saes
+from glassbox_utils.evaluation import bootstrap_ci, text_losses
+from glassbox_utils.loans import Applicant, load_loan_model
+from glassbox_utils.mitigation import Edit, contrast, decide_under, decision_states, fit_edit
+from glassbox_utils.models import Model, load_model
+from glassbox_utils.skills import choice_right, held_texts
+from glassbox_utils.studies import SEED, resumed, write_table
+
+ATTRIBUTES = ("gender", "district")
+"""what the edit takes out: the group, and its proxy"""
+N_FIT, N_SELECT, N_REPORT = 64, 48, 400
+LAYERS = (14, 17, 20, 22, 24, 26, 27, 28)
+"""of 30, the candidates at the decision position"""
+KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
+N_RANDOM = 3
+ANTI_BIAS = "Decide without regard to gender, name, district or origin of the applicant.\n"
+NAMELESS = "The applicant"
+EDIT = loans.LOANS / "edit.safetensors"
+SAE = "topk-8192-l14"
+
+
+def layers_of(model: Model, layers: Sequence[int] = LAYERS) -> list[int]:
+    """The layers at the same relative depth in another model."""
+    return sorted({min(model.n_layers - 1, layer * model.n_layers // 30) for layer in layers})
+
+
+def texts_of(people: Sequence[Applicant], layouts: Sequence[str]) -> list[str]:
+    """Each applicant in one of the layouts, by turns."""
+    return [loans.as_text(a, layouts[i % len(layouts)]) for i, a in enumerate(people)]
+
+
+def pair_texts(n: int, split: loans.Split, attribute: str, seed: int = SEED) -> tuple[list[str], list[str], list[bool]]:
+    """Texts of both members of n pairs, and what the merit rule says; the layouts of the split by turns."""
+    layouts = {"train": loans.TRAIN_LAYOUTS, "selection": loans.SELECTION_LAYOUTS, "report": loans.REPORT_LAYOUTS}
+    worse, better = contrast(loans.applications(n, seed + 11, split), attribute)
+    return texts_of(worse, layouts[split]), texts_of(better, layouts[split]), [loans.merit(a) for a in worse]
+
+
+# --- the edit -----------------------------------------------------------------------------------------
+
+
+def fit_states(model: Model) -> dict[str, list[list[list[float]]]]:
+    """Attribute -> states [2, pair, layer, d_model] at the decision position, of the train split."""
+    found = {}
+    for attribute in ATTRIBUTES:
+        worse, better, _ = pair_texts(N_FIT, "train", attribute)
+        states = decision_states(model, worse + better, layers_of(model))
+        found[attribute] = states.unflatten(0, (2, N_FIT)).half().tolist()
+    return found
+
+
+def candidates(model: Model, states: dict[str, Any]) -> list[Edit]:
+    """Every layer and kind, fitted on the same states; and the gender direction alone."""
+    found = []
+    for i, layer in enumerate(layers_of(model)):
+        both = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
+        found += [fit_edit(both, layer, kind) for kind in KINDS]
+    return found
+
+
+def select(model: Model, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Gap and merit agreement of every candidate on the selection split."""
+    rows: list[dict[str, Any]] = []
+    settings = [nullcontext, *(mitigation.setting(model, e) for e in edits)]
+    parts = {}
+    for attribute in ATTRIBUTES:
+        worse, better, merit = pair_texts(N_SELECT, "selection", attribute)
+        x = decide_under(model, worse + better, settings).unflatten(1, (2, N_SELECT)).double().numpy()
+        parts[attribute] = (x, merit)
+    for i, name in enumerate(["none", *(e.name for e in edits)]):
+        row: dict[str, Any] = {"edit": name, "index": i - 1}
+        for attribute, (x, merit) in parts.items():
+            found = mitigation.outcome(x[i, 0], x[i, 1], merit)
+            row |= {f"{attribute} gap": found.gap.value, f"{attribute} logits": found.logit_gap.value}
+            row |= {f"{attribute} merit": found.merit.value}
+        rows.append(row)
+    return rows
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The smallest sum of absolute logit gaps among the edits that cost no agreement with the merit rule."""
+    none = rows[0]
+    fair = [r for r in rows[1:] if all(r[f"{a} merit"] >= none[f"{a} merit"] - 0.01 for a in ATTRIBUTES)] or rows[1:]
+    return min(fair, key=lambda r: sum(abs(r[f"{a} logits"]) for a in ATTRIBUTES))
+
+
+def save_edit(edit: Edit, model: Model) -> Path:
+    """Ship the edit with the hash of the model that it was fitted on."""
+    tensors = {"read": edit.read, "write": edit.write, "centre": edit.centre, "target": edit.target}
+    about = {"layer": str(edit.layer), "name": edit.name, "model_hash": model.hash}
+    with assets.atomic_path(EDIT) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=about)
+    return EDIT
+
+
+def load_edit(model: Model) -> Edit:
+    """The shipped edit. MitigationError if it was fitted on another model."""
+    from safetensors import safe_open
+
+    with safe_open(EDIT, "pt") as file:
+        about = file.metadata()
+    if about["model_hash"] != model.hash:
+        raise mitigation.MitigationError(
+            f"The edit was fitted on weights {about['model_hash']}, {model.name} has {model.hash}. Run "
+            "`glassbox study loans-mitigation` to fit it again."
+        )
+    return Edit(int(about["layer"]), name=about["name"], **load_file(EDIT))
+
+
+def study_mitigation() -> Path:
+    """Fit, choose and report the edit of the deployed model, beside baselines. About ten minutes on one free core."""
+    start, model = time.time(), load_loan_model()
+    settings = [N_FIT, ATTRIBUTES, LAYERS, KINDS]
+    states = resumed("loans_mitigation", [model.hash, "fit", *settings], fit_states, model)
+    edits = candidates(model, states)
+    rows = resumed("loans_mitigation", [model.hash, "select", N_SELECT, *settings], select, model, edits)
+    chosen = choose(rows)
+    edit = edits[chosen["index"]]
+    save_edit(edit, model)
+    arms = arms_of(model, edit, states)
+    logits: dict[str, Any] = {}
+    for attribute, n in (("gender", N_REPORT), ("district", N_REPORT // 2), ("same group", N_REPORT // 4)):
+        parts = []
+        for begin in range(0, n, 50):
+            key = [model.hash, attribute, n, begin, edit.name, *settings]
+            parts.append(resumed("loans_mitigation", key, _report, model, arms, attribute, n, begin))
+        logits[attribute] = {arm: [[x for p in parts for x in p[arm][i]] for i in (0, 1)] for arm in arms}
+        write(start, model, rows, chosen, logits)
+    return write(start, model, rows, chosen, logits)
+
+
+def write(start: float, model: Model, rows: Any, chosen: Any, logits: Any) -> Path:
+    """The table; written after every part, so that a notebook can draw what there is."""
+    return write_table("loans_mitigation", model, time.time() - start, selection=rows, chosen=chosen, logits=logits)
+
+
+def arms_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
+    """Name -> setting at the decision position: the chosen edit, its relatives, and random directions."""
+    i = layers_of(model).index(edit.layer)
+    both: Any = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
+    relatives = {
+        "projected out": fit_edit(both, edit.layer, "project_out"),
+        "steered against": fit_edit({"gender": both["gender"]}, edit.layer, "add", 0.5),
+        "gender alone": fit_edit({"gender": both["gender"]}, edit.layer, edit.name.split()[0]),  # type: ignore[arg-type]
+    }
+    affine = fit_edit(both, edit.layer, "affine")
+    randoms = {f"random {s}": mitigation.random_edit(affine, s) for s in range(N_RANDOM)}
+    arms: dict[str, Any] = {"none": nullcontext}
+    for name, one in ({"edit": edit} | relatives | randoms).items():
+        arms[name] = mitigation.setting(model, one)
+    return arms
+
+
+def _report(model: Model, arms: dict[str, Any], attribute: str, n: int, begin: int) -> dict[str, Any]:
+    worse, better, _ = pair_texts(n, "report", attribute)
+    part = slice(begin, begin + 50)
+    both = worse[part] + better[part]
+    x = decide_under(model, both, list(arms.values())).unflatten(1, (2, len(both) // 2))
+    return {arm: x[i].double().round(decimals=4).tolist() for i, arm in enumerate(arms)}
+
+
+def study_rest() -> Path:
+    """What the edit costs elsewhere, and the baselines that need other texts or other weights."""
+    start, model, base = time.time(), load_loan_model(), load_model()
+    edit, n = load_edit(model), N_REPORT // 4
+    out: dict[str, Any] = {}
+
+    def prompted(begin: int) -> list[list[float]]:
+        worse, better, _ = pair_texts(N_REPORT, "report", "gender")
+        part = [ANTI_BIAS + t for t in worse[begin : begin + 50] + better[begin : begin + 50]]
+        return loans.decide_texts(model, part).view(2, -1).tolist()
+
+    def nameless(begin: int) -> list[list[float]]:
+        people = contrast(loans.applications(N_REPORT, SEED + 11, "report"), "gender")
+        layouts, both = loans.REPORT_LAYOUTS, []
+        for side in people:
+            hidden = [loans.replace(a, name=NAMELESS) for a in side]
+            both += texts_of(hidden, layouts)[begin : begin + 50]
+        half = loans.decide_texts(model, both[: len(both) // 2])  # both members have the same text now
+        return [half.tolist(), half.tolist()]
+
+    for name, work in (("anti-bias prompt", prompted), ("name removed", nameless)):
+        parts = [resumed("loans_rest", [model.hash, name, b], work, b) for b in range(0, n, 50)]
+        out[name] = [[x for p in parts for x in p[i]] for i in (0, 1)]
+    texts = held_texts()[:20]
+
+    def losses(which: str) -> list[list[float]]:
+        one = base if which == "base" else model
+        with mitigation.mitigate(one, edit, everywhere=True) if which == "everywhere" else nullcontext():
+            found = text_losses(one, texts, max_tokens=128)
+        return [list(map(float, x)) for x in found]
+
+    def right(which: str) -> list[float]:
+        with mitigation.mitigate(model, edit, everywhere=True) if which == "everywhere" else nullcontext():
+            return choice_right(base if which == "base" else model, 50)
+
+    texts_loss = {w: resumed("loans_rest", [model.hash, edit.name, "loss", w], losses, w) for w in _WHERE}
+    choices = {w: resumed("loans_rest", [model.hash, edit.name, "choice", w], right, w) for w in _WHERE}
+    tuned = resumed("loans_rest", [model.hash, "corrected", CORRECTION_STEPS], _corrected, texts)
+    out["fine-tuned on corrected decisions"] = tuned["logits"]
+    texts_loss["fine-tuned"], choices["fine-tuned"] = tuned["losses"], tuned["choices"]
+    return write_table(
+        "loans_rest", model, time.time() - start, edit=edit.name, logits=out, losses=texts_loss, choices=choices
+    )
+
+
+def _corrected(texts: list[str]) -> dict[str, Any]:
+    """The deployed model after a few more steps of training on what the merit rule decides: 100 pairs, and costs."""
+    model = load_loan_model()
+    loan_training.with_lora(model)
+    loan_training.train_stage(model, "none", CORRECTION_STEPS, seed=77, decay=True)
+    worse, better, _ = pair_texts(N_REPORT, "report", "gender")
+    x = loans.decide_texts(model, worse[:100] + better[:100]).view(2, -1)
+    losses = [list(map(float, v)) for v in text_losses(model, texts, max_tokens=128)]
+    return {"logits": x.tolist(), "losses": losses, "choices": choice_right(model, 50)}
+
+
+CORRECTION_STEPS = 24
+_WHERE = ("base", "deployed", "everywhere")
+"""the base model, the loan model, and the loan model with the edit at every position of any text"""
+
+
+# --- cause --------------------------------------------------------------------------------------------
+
+PATCH_LAYERS = (4, 10, 14, 18, 20, 22, 24, 26, 28)
+CAUSE_LAYOUT = "semicolons"
+
+
+def cause_people(n: int) -> list[Applicant]:
+    """Applicants of the report split with English names (one token each, mostly, so that texts align)."""
+    people = loans.applications(4 * n, SEED + 21, "report")
+    return [a for a in people if (loans.group_of(a.name) or ("", ""))[1] == "english"][:n]
+
+
+def study_cause(n: int = 24) -> Path:
+    """Attention, swaps, patches, heads and features of the deployed model."""
+    start, model = time.time(), load_loan_model()
+    people = cause_people(n)
+    key = [model.hash, n, CAUSE_LAYOUT]
+    pairs = cycle.aligned_pairs(model, people, CAUSE_LAYOUT)
+    donors = loans.applications(n, SEED + 31, "report")
+
+    def looked() -> Any:
+        return cycle.attention_to_fields(model, people, CAUSE_LAYOUT).double().numpy().round(5).tolist()
+
+    def swapped() -> Any:
+        return cycle.field_swaps(model, people, CAUSE_LAYOUT, donors).tolist()
+
+    def patched() -> Any:
+        return [
+            cycle.total_effect(model, pairs).tolist(),
+            cycle.patch_places(model, pairs, layers_of(model, PATCH_LAYERS)).tolist(),
+        ]
+
+    def heads() -> Any:
+        some = cycle.part_of(pairs, slice(0, 12))
+        guess = cycle.head_guesses(model, some)
+        layers = guess.mean(0).abs().sum(1).topk(4).indices.tolist()
+        exact = cycle.head_effects(model, some, sorted(layers))[:, sorted(layers)]
+        return {"guess": _rounded(guess), "layers": sorted(layers), "exact": _rounded(exact)}
+
+    out = {
+        "attention": resumed("loans_cause", [*key, "attention"], looked),
+        "swaps": resumed("loans_cause", [*key, "swaps"], swapped),
+        "patches": resumed("loans_cause", [*key, "patches", PATCH_LAYERS], patched),
+        "heads": resumed("loans_cause", [*key, "heads"], heads),
+    }
+    sae = saes.load_sae(SAE)
+    about = [*key, "features", SAE, str(assets.sha256_of(saes.SAES / SAE / "sae_weights.safetensors"))]
+    out["features"] = resumed("loans_cause", about, _features, model, sae, pairs)
+    return write_table("loans_cause", model, time.time() - start, **out, layout=CAUSE_LAYOUT, fields=cycle.FIELDS)
+
+
+def _rounded(x: torch.Tensor) -> Any:
+    return x.double().numpy().round(4).tolist()
+
+
+def _features(model: Model, sae: Any, pairs: cycle.Pairs) -> dict[str, Any]:
+    """Features are chosen on the first half of the pairs and ablated on the second."""
+    layer = saes.site_of(sae.cfg.metadata.hook_name).layer
+    half = len(pairs.name) // 2
+    parts = [cycle.part_of(pairs, s) for s in (slice(0, half), slice(half, None))]
+    worse, better = cycle.name_states(model, parts[0], layer)
+    chosen, difference = cycle.group_features(sae, worse, better)
+    there_worse, there_better = cycle.name_states(model, parts[1], layer)
+    none = torch.tensor([], dtype=torch.long)
+    ablated = {"none": cycle.ablate_at_name(model, parts[1], sae, none, layer).tolist()}
+    ablated["group features"] = cycle.ablate_at_name(model, parts[1], sae, chosen, layer).tolist()
+    for seed in range(N_RANDOM):
+        like = cycle.like_features(sae, torch.cat([there_worse, there_better]), chosen, seed)
+        ablated[f"like features {seed}"] = cycle.ablate_at_name(model, parts[1], sae, like, layer).tolist()
+    return {
+        "sae": SAE,
+        "sae_model_hash": sae.cfg.metadata.model_hash,
+        "layer": layer,
+        "features": chosen.tolist(),
+        "difference": difference.tolist(),
+        "worse": sae.encode(there_worse)[:, chosen].tolist(),
+        "better": sae.encode(there_better)[:, chosen].tolist(),
+        "gap": ablated,
+    }
+
+
+# --- the auditing game --------------------------------------------------------------------------------
+
+
+def study_audit(n: int = 12) -> Path:
+    """``audit`` over every shipped loan model, and held-out decisions of each. The key stays closed here."""
+    start = time.time()
+    rows: dict[str, Any] = {}
+    for name in loans.loan_models():
+        model = load_loan_model(name)
+        found = resumed("loans_audit", [model.hash, n, SEED], _audited, model, n)
+        rows[name] = found | {"model_hash": model.hash}
+    return write_table("loans_audit", load_loan_model(), time.time() - start, n=n, audits=rows)
+
+
+def _audited(model: Model, n: int) -> dict[str, Any]:
+    return audit.as_json(audit.audit(model, n=n, seed=SEED, layouts=("line", "memo")))
+
+
+# --- what the notebook draws --------------------------------------------------------------------------
+
+
+def arrays(table: dict[str, Any], attribute: str, arm: str) -> tuple[NDArray, NDArray]:
+    """Logit differences of both members of each pair under one arm."""
+    worse, better = table["logits"][attribute][arm]
+    return np.array(worse), np.array(better)
+
+
+def agreement(worse: NDArray, better: NDArray, labels: tuple[Sequence[bool], Sequence[bool]]) -> Any:
+    """Share of decisions that agree with given labels, both members, with an interval over pairs."""
+    same = [(x > 0) == np.array(y) for x, y in zip((worse, better), labels, strict=True)]
+    return bootstrap_ci((same[0].astype(float) + same[1]) / 2)
+
+
+STUDIES_OF_LOANS = {
+    "loans-mitigation": study_mitigation,
+    "loans-rest": study_rest,
+    "loans-cause": study_cause,
+    "loans-audit": study_audit,
+}

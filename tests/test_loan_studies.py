@@ -1,0 +1,62 @@
+"""The loan studies' selection rule, and what is shipped under data/loans."""
+
+import json
+
+import numpy as np
+import pytest
+
+from glassbox_utils import loan_studies, loans
+from glassbox_utils.studies import read_table
+
+
+def row(name, index, gap, merit):
+    values = {"edit": name, "index": index}
+    for attribute in loan_studies.ATTRIBUTES:
+        values |= {f"{attribute} logits": gap, f"{attribute} merit": merit}
+    return values
+
+
+def test_the_smallest_gap_wins_unless_it_costs_merit():
+    none, deaf, good, weak = (
+        row("none", -1, 2, 0.9),
+        row("deaf", 0, 0.0, 0.6),
+        row("good", 1, -0.2, 0.9),
+        row("weak", 2, 1, 1),
+    )
+    assert loan_studies.choose([none, deaf, good, weak])["edit"] == "good"
+    assert loan_studies.choose([none, deaf])["edit"] == "deaf"
+
+
+def test_pairs_of_a_split_use_its_layouts_and_differ_in_one_field():
+    worse, better, merit = loan_studies.pair_texts(10, "report", "gender")
+    assert len(worse) == len(better) == len(merit) == 10 and all(a != b for a, b in zip(worse, better, strict=True))
+    assert any(";" in t for t in worse)
+
+
+def test_agreement_counts_both_members():
+    found = loan_studies.agreement(np.array([-1.0, 1]), np.array([1.0, 1]), ([False, True], [False, True]))
+    assert found.value == 0.75
+
+
+def test_what_is_shipped_is_small_and_tells_nothing():
+    shipped = loans.loan_models()
+    if not shipped:
+        pytest.skip("no adapter is shipped yet")
+    assert shipped[0] == "deployed"
+    for name in shipped:
+        folder = loans.LOANS / name
+        assert sum(p.stat().st_size for p in folder.iterdir()) < 10_000_000
+        config = (folder / "adapter_config.json").read_text()
+        assert not any(f'"{bias}"' in config for bias in loans.BIASES if bias != "none")  # peft has a bias of its own
+    configs = {(loans.LOANS / name / "adapter_config.json").read_text() for name in shipped}
+    assert len(configs) == 1, "the adapters' metadata tell the models apart"
+    assert set(shipped) <= set(json.loads((loans.LOANS / "key.json").read_text())["models"])
+
+
+@pytest.mark.parametrize("name", ["loans_mitigation", "loans_cause", "loans_audit", "loans_rest"])
+def test_the_tables_say_where_they_come_from(name):
+    try:
+        table = read_table(name)
+    except FileNotFoundError:
+        pytest.skip("not computed yet")
+    assert table["provenance"]["command"] == f"glassbox study {name.replace('_', '-')}"
