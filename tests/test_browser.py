@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from glassbox_utils import notebooks
@@ -108,8 +109,21 @@ def lab(tmp_path):
                 time.sleep(0.5)
         yield folder, lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?token=glassbox"
     finally:
+        # a kernel in the middle of a long computation holds up a polite shutdown for longer than a test should wait
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         server.terminate()
+        for process in psutil.wait_procs(processes, timeout=10)[1]:
+            process.kill()
         server.wait(20)
+
+
+def run_all(page, url):
+    """Open a notebook in the live JupyterLab and run all of its cells."""
+    page.goto(url)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_timeout(2000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
 def test_a_live_jupyterlab_draws_and_answers(browser, lab):
@@ -122,11 +136,7 @@ def test_a_live_jupyterlab_draws_and_answers(browser, lab):
     first.cells = [nbformat.v4.new_code_cell(c.source) for c in wanted]
     nbformat.write(first, folder / "live.ipynb")
     page, wrong = watched(browser)
-    page.goto(address("live.ipynb"))
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_timeout(2000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    run_all(page, address("live.ipynb"))
     page.wait_for_selector(".widget-text input", timeout=240_000)
     page.wait_for_function("() => document.querySelectorAll('.glassbox-figure canvas').length >= 18", timeout=120_000)
     shown = page.evaluate(WIDGET)
@@ -136,3 +146,64 @@ def test_a_live_jupyterlab_draws_and_answers(browser, lab):
     page.wait_for_function(f"before => {{ const now = ({WIDGET})(); return now && now !== before; }}", arg=shown)
     assert page.evaluate(PAINTED) >= 18
     assert not [w for w in wrong if re.search(r"https?://(?!127\.0\.0\.1)", w)], wrong
+
+
+ANSWERS = "() => [...document.querySelectorAll('.steering-answers td:last-child')].map(cell => cell.textContent)"
+
+
+def test_the_steering_panel_answers_when_its_slider_moves(browser, lab):
+    """Notebook 05's panel: three answers differ at full strength, and are one and the same with the dial at zero."""
+    folder, address = lab
+    notebook = nbformat.read(ROOT / "notebooks" / "05_steering_vectors.ipynb", 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    wanted = [*code[:2], next(c for c in code if "FloatSlider" in c.source)]  # parameters, setup, panel
+    notebook.cells = [nbformat.v4.new_code_cell(c.source) for c in wanted]
+    nbformat.write(notebook, folder / "live.ipynb")
+    page, wrong = watched(browser)
+    run_all(page, address("live.ipynb"))
+    page.wait_for_function(f"() => ({ANSWERS})().length === 3", timeout=300_000)
+    shown = page.evaluate(ANSWERS)
+    assert all(shown) and len(set(shown)) == 3
+    page.locator(".noUi-handle").first.focus()
+    page.keyboard.press("Home")  # the slider's smallest value: zero
+    page.wait_for_function(f"() => new Set(({ANSWERS})()).size === 1 && ({ANSWERS})().length === 3", timeout=120_000)
+    assert page.evaluate(ANSWERS) == [shown[1]] * 3
+    assert not [w for w in wrong if re.search(r"https?://(?!127\.0\.0\.1)", w)], wrong
+
+
+def test_the_clamping_panel_answers_to_its_slider(browser, lab):
+    """Notebook 04's panel in a live JupyterLab: drag the strength, read another text; stop while it writes."""
+    folder, address = lab
+    source = (
+        "from glassbox_utils import clamping_studies, panels\nfrom glassbox_utils.models import load_model\n"
+        "model = load_model()\ntools, selected = clamping_studies.chosen(model)\n"
+        "panels.clamp_panel(model, {'bridge': tools.found['several features']}, 'Who are you?', 0.5, 3.0, 24)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, folder / "clamp.ipynb")
+    page, _ = watched(browser)
+    run_all(page, address("clamp.ipynb"))
+    page.wait_for_selector(".clamp-answer", timeout=240_000)
+    answers = page.locator(".clamp-answer")
+    before = answers.all_inner_texts()
+    handle = page.locator(".widget-slider .noUi-handle").first
+    box = handle.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + box["height"] / 2, steps=8)
+    page.mouse.up()
+    page.wait_for_function(
+        "old => { const a = document.querySelectorAll('.clamp-answer')[1]; return a && a.innerText !== old; }",
+        arg=before[1],
+        timeout=120_000,
+    )
+    after = answers.all_inner_texts()
+    assert after[0] == before[0] and after[1] != before[1]
+    # stop at any time: change the prompt, press stop while it writes, and it says so
+    sentence = page.locator(".widget-text input").first
+    sentence.fill("What do you like?")
+    sentence.press("Enter")
+    page.get_by_text("writing, token", exact=False).first.wait_for(timeout=60_000)
+    page.get_by_role("button", name="stop", exact=True).click()
+    page.get_by_text("stopped", exact=True).first.wait_for(timeout=60_000)
