@@ -82,6 +82,47 @@ class Direction:
         return f"Direction({self.name or 'unnamed'}, layer {self.layer}, {self.method}, norm {self.scale:.0f}{stable})"
 
 
+@dataclass(frozen=True, eq=False)
+class ControlVector:
+    """Directions after several layers that are turned by one dial: alpha pushes each by alpha of its own typical norm.
+
+    A little at many layers adds up where the directions agree in meaning; what llama.cpp and repeng call a
+    control vector.
+    """
+
+    parts: tuple[Direction, ...]
+    """one for each layer, lowest first"""
+
+    def __post_init__(self) -> None:
+        layers = [part.layer for part in self.parts]
+        if not layers or sorted(set(layers)) != layers:
+            raise SteeringError(
+                f"A control vector has one direction for each of its layers, lowest first; these are for layers "
+                f"{layers}. Sort them, and add up those of the same layer."
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of its first part."""
+        return self.parts[0].name
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers after which it is added."""
+        return [part.layer for part in self.parts]
+
+    def __repr__(self) -> str:
+        return f"ControlVector({self.name or 'unnamed'}, layers {self.layers}, {self.parts[0].method})"
+
+
+Vector = Direction | ControlVector
+
+
+def parts_of(vector: Vector) -> tuple[Direction, ...]:
+    """The directions of a steering vector: several, or itself."""
+    return vector.parts if isinstance(vector, ControlVector) else (vector,)
+
+
 # --- pairs --------------------------------------------------------------------------------------------
 
 
@@ -462,13 +503,26 @@ def random_direction(like: Direction, seed: int) -> Direction:
     )
 
 
+def random_vector(like: Vector, seed: int, shared: bool = False) -> Vector:
+    """Random directions at the same layers and with the same units: the control of a vector with several layers.
+
+    Drawn for each layer on its own; or, ``shared``, one for all layers, so that the pushes add up in the residual
+    stream as those of a fitted vector do.
+    """
+    if isinstance(like, Direction):
+        return random_direction(like, seed)
+    return ControlVector(
+        tuple(random_direction(d, seed if shared else 1000 * (seed + 1) + d.layer) for d in like.parts)
+    )
+
+
 # --- steering -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def steer(
     model: Model,
-    direction: Direction | Sequence[Direction | None],
+    direction: Vector | Sequence[Vector | None],
     alpha: float | Sequence[float | None] = 1.0,
     mode: Mode = "add",
     scope: Scope = "all",
@@ -476,7 +530,8 @@ def steer(
     """Steer inside the block; outside, the model is what it was, to the bit.
 
     ``alpha`` is in units of the layer's typical residual norm, one number or one for each row of the
-    batch; ``direction`` likewise. A row whose direction or alpha is None is left alone.
+    batch; ``direction`` likewise: a Direction, or a ControlVector for several layers. A row whose direction or alpha
+    is None is left alone.
 
     * ``add``: alpha times the direction is added;
     * ``project_out``: the fraction alpha of the coordinate along the direction is removed (1 is all);
@@ -495,20 +550,20 @@ def steer(
 
 def _edits(model: Model, direction: Any, alpha: Any, mode: Mode) -> dict[int, Any]:
     """Layer -> function on the residual stream, everything that can be computed before a run computed here."""
-    rows, n_rows = paired(direction, alpha, isinstance(direction, Direction), "directions", SteeringError)
-    for one in {id(d): d for d, _ in rows if d is not None}.values():
-        _check(model, one)
-    layers = sorted({d.layer for d, a in rows if d is not None and a is not None})
+    rows, n_rows = paired(direction, alpha, isinstance(direction, Vector), "directions", SteeringError)
+    for part in {id(p): p for v, _ in rows if v is not None for p in parts_of(v)}.values():
+        _check(model, part)
+    at = [{} if v is None or a is None else {p.layer: p for p in parts_of(v)} for v, a in rows]
     like = next(model.hf.parameters())
-    return {layer: _edit(rows, layer, n_rows, mode, like) for layer in layers}
+    strength = by_row([a if a is not None and here else 0.0 for (_, a), here in zip(rows, at, strict=True)], like)
+    layers = sorted({layer for here in at for layer in here})
+    return {layer: _edit([here.get(layer) for here in at], strength, n_rows, mode) for layer in layers}
 
 
-def _edit(rows: list, layer: int, n_rows: int | None, mode: Mode, like: Tensor) -> Any:
-    here = [d is not None and a is not None and d.layer == layer for d, a in rows]
-    width = next(len(d.vector) for d, _ in rows if d is not None)
-    unit = torch.stack([d.vector if h else torch.zeros(width) for (d, _), h in zip(rows, here, strict=True)]).to(like)
-    scale = by_row([d.scale if h else 1.0 for (d, _), h in zip(rows, here, strict=True)], like)
-    strength = by_row([a if h else 0.0 for (_, a), h in zip(rows, here, strict=True)], like)
+def _edit(parts: Sequence[Direction | None], strength: Tensor, n_rows: int | None, mode: Mode) -> Any:
+    width = next(len(d.vector) for d in parts if d is not None)
+    unit = torch.stack([torch.zeros(width) if d is None else d.vector for d in parts]).to(strength)
+    scale = by_row([1.0 if d is None else d.scale for d in parts], strength)
     unit = unit[:, None]  # [row, 1, d_model]; a row without steering has the zero vector
     if mode == "add":
         delta = strength * scale * unit
@@ -557,7 +612,7 @@ def generate_with_steering(
     model: Any,
     tokenizer: Any,
     prompt: str | Sequence[str],
-    steering_vector: Direction | Float[Tensor, " d_model"],
+    steering_vector: Vector | Float[Tensor, " d_model"],
     alpha: float | Sequence[float | None] = 1.0,
     *,
     layer: int | None = None,
@@ -568,22 +623,25 @@ def generate_with_steering(
 ) -> Any:
     """Steered text from a plain transformers model: one string for a prompt, a list for several.
 
-    ``steering_vector`` is a ``Direction`` (alpha in units of the typical residual norm; it knows its
-    layer), or a bare tensor [d_model] with ``layer=`` (then alpha multiplies the tensor as it is). The
+    ``steering_vector`` is a ``Direction`` or ``ControlVector`` (alpha in units of the typical residual norm; it
+    knows its layers), or a bare tensor [d_model] with ``layer=`` (then alpha multiplies the tensor as it is). The
     prompt becomes a user's turn if the tokenizer has a chat template. Works with every decoder that
     transformers builds; whether a vector was fitted on these weights is not checked here.
     """
     wrapped = wrap_model(model, tokenizer, name=type(model).__name__)
-    if isinstance(steering_vector, Direction):
-        direction = replace(steering_vector, model_hash="", layer=steering_vector.layer if layer is None else layer)
+    if isinstance(steering_vector, Vector):
+        if layer is not None:
+            raise SteeringError(f"{steering_vector} knows its layer: leave layer= out, or give its bare tensor.")
+        parts = tuple(replace(part, model_hash="") for part in parts_of(steering_vector))
     elif layer is None:
         raise SteeringError("A bare tensor does not say where it belongs. Give layer=, or a Direction that has one.")
     else:
         length = float(steering_vector.norm())
-        direction = Direction(steering_vector.detach() / length, check_layer(wrapped, layer), length, model_name="you")
+        unit = steering_vector.detach() / length
+        parts = (Direction(unit, check_layer(wrapped, layer), length, model_name="you"),)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = [chat(wrapped, t) if t and tokenizer.chat_template else t for t in texts]
-    with steer(wrapped, direction, alpha, scope=scope):
+    with steer(wrapped, ControlVector(parts), alpha, scope=scope):
         answers = generate(wrapped, asked, max_new_tokens, temperature, seed)
     return answers[0] if isinstance(prompt, str) else answers
 
@@ -627,7 +685,7 @@ def log_probabilities(model: Model, batch: Batch) -> Float[Tensor, "token vocabu
 
 
 def side_effect(
-    model: Model, texts: Sequence[str], settings: Sequence[tuple[Direction, float]], batch_size: int = 16
+    model: Model, texts: Sequence[str], settings: Sequence[tuple[Vector, float]], batch_size: int = 16
 ) -> NDArray:
     """KL divergence (nats per token) of unsteered from steered predictions on texts, [setting, text batch].
 
@@ -647,7 +705,7 @@ def side_effect(
 def continuations(
     model: Model,
     questions: Sequence[str],
-    settings: Sequence[tuple[Direction, float] | None],
+    settings: Sequence[tuple[Vector, float] | None],
     max_new_tokens: int = 30,
     batch_size: int = 40,
     temperature: float = 0.0,
@@ -678,7 +736,7 @@ def continuations(
 
 def sweep(
     model: Model,
-    direction: Direction,
+    direction: Vector,
     alphas: Sequence[float],
     questions: Sequence[str],
     neutral: Sequence[str],
@@ -686,19 +744,18 @@ def sweep(
     batch_size: int = 100,
     system: str | None = None,
 ) -> list[dict[str, float]]:
-    """Effect and side effects of one layer's direction at several strengths: a list of rows.
+    """Effect and side effects of one steering vector at several strengths: a list of rows.
 
-    Each row: ``layer``, ``alpha``; ``effect``: mean tone of the answers at +alpha minus that at -alpha;
-    ``kl``: see ``side_effect``; ``perplexity``: perplexity of the answers under the unsteered model;
+    Each row: ``layer`` (the first, of several), ``alpha``; ``effect``: mean tone of the answers at +alpha minus
+    that at -alpha; ``kl``: see ``side_effect``; ``perplexity``: perplexity of the answers under the unsteered model;
     ``distinct``: distinct-2 of the answers. Of the last three, the worse of the two signs. The row with
     alpha 0 is the unsteered model. Source of the design: refusal_direction (arXiv 2406.11717).
     """
+    layer = parts_of(direction)[0].layer
     signed = [0.0, *(s * a for a in alphas for s in (1, -1))]
     settings = [(direction, a) for a in signed for _ in questions]
     asked = list(questions) * len(signed)
-    texts = continuations(
-        model, asked, settings, max_new_tokens, batch_size, system=system, label=f"layer {direction.layer}"
-    )
+    texts = continuations(model, asked, settings, max_new_tokens, batch_size, system=system, label=f"layer {layer}")
     tones = style.tone(texts).reshape(len(signed), -1).mean(-1)
     repeats = style.distinct(texts).reshape(len(signed), -1).mean(-1)
     losses, counts = (x.reshape(len(signed), -1).sum(-1) for x in answer_losses(model, asked, texts, 25, system))
@@ -707,7 +764,7 @@ def sweep(
     rows = []
     for i, a in enumerate([0.0, *alphas]):
         both = slice(0, 1) if i == 0 else slice(2 * i - 1, 2 * i + 1)
-        row = {"layer": direction.layer, "alpha": a, "effect": tones[both][0] - tones[both][-1], "kl": kl[both].max()}
+        row = {"layer": layer, "alpha": a, "effect": tones[both][0] - tones[both][-1], "kl": kl[both].max()}
         row |= {"perplexity": ppl[both].max(), "distinct": repeats[both].min()}
         rows.append({key: round(float(value), 4) for key, value in row.items()})
     return rows
@@ -734,15 +791,23 @@ def select(rows: Sequence[Mapping[str, float]], kl: float, perplexity: float) ->
 # --- files --------------------------------------------------------------------------------------------
 
 
-def save_direction(direction: Direction, path: str | Path) -> Path:
-    """Write PATH.safetensors (the unit vector, float32) and PATH.json (the card); returns the card's path."""
+def save_direction(direction: Vector, path: str | Path) -> Path:
+    """Write PATH.safetensors (unit vectors, float32) and PATH.json (the card); returns the card's path.
+
+    A ``ControlVector`` becomes one file too: tensors ``direction.LAYER``, and a card for each.
+    """
     from safetensors.torch import save_file
 
     stem = Path(path).with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"vector": direction.vector.detach().float().cpu().contiguous()}, stem.with_suffix(".safetensors"))
-    card = asdict(replace(direction, vector=torch.zeros(0)))
-    del card["vector"]
+    several = isinstance(direction, ControlVector)
+    tensors = {f"direction.{d.layer}" if several else "vector": d.vector for d in parts_of(direction)}
+    tensors = {name: v.detach().float().cpu().contiguous() for name, v in tensors.items()}
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    cards = [asdict(replace(d, vector=torch.zeros(0))) for d in parts_of(direction)]
+    for one in cards:
+        del one["vector"]
+    card = {"parts": cards} if several else cards[0]
     card |= {
         "units": "alpha 1 adds a vector of length scale, the layer's typical residual norm",
         "licence": "Apache-2.0",
@@ -751,7 +816,7 @@ def save_direction(direction: Direction, path: str | Path) -> Path:
     return stem.with_suffix(".json")
 
 
-def load_direction(path: str | Path) -> Direction:
+def load_vector(path: str | Path) -> Vector:
     """Read what ``save_direction`` wrote; a bare name is looked up in data/vectors.
 
     Raises SteeringError if a file is missing.
@@ -767,19 +832,29 @@ def load_direction(path: str | Path) -> Direction:
             f"There is no steering vector {str(path)!r}: a card (.json) and a tensor (.safetensors) are needed. "
             f"Shipped vectors: {', '.join(shipped) or 'none'}."
         )
-    card = json.loads(stem.with_suffix(".json").read_text())
-    stability = Interval(**card.pop("stability")) if card.get("stability") else card.pop("stability") and None
-    del card["units"], card["licence"]
-    for key in ("coordinates", "n_texts"):
-        card[key] = tuple(card[key])
-    vector = load_file(stem.with_suffix(".safetensors"))["vector"]
-    return Direction(vector=vector, stability=stability, **card)
+    card, tensors = json.loads(stem.with_suffix(".json").read_text()), load_file(stem.with_suffix(".safetensors"))
+    if "parts" in card:
+        return ControlVector(tuple(_from_card(one, tensors[f"direction.{one['layer']}"]) for one in card["parts"]))
+    return _from_card({key: card[key] for key in card if key not in ("units", "licence")}, tensors["vector"])
+
+
+def load_direction(path: str | Path) -> Direction:
+    """``load_vector`` for a file of one layer. SteeringError for a file of several."""
+    found = load_vector(path)
+    if isinstance(found, ControlVector):
+        raise SteeringError(f"{str(path)!r} steers after the layers {found.layers}: read it with load_vector.")
+    return found
+
+
+def _from_card(card: Mapping[str, Any], vector: Tensor) -> Direction:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card.items()}
+    return Direction(vector=vector, **fields | {"stability": card["stability"] and Interval(**card["stability"])})
 
 
 ARCHITECTURE = "controlvector"
 
 
-def export_gguf(directions: Direction | Sequence[Direction], path: str | Path, alpha: float = 1.0) -> Path:
+def export_gguf(directions: Vector | Sequence[Direction], path: str | Path, alpha: float = 1.0) -> Path:
     """Write a llama.cpp control vector: use it with ``llama-cli --control-vector-scaled FILE SCALE``.
 
     Tensor ``direction.N`` (float32 [d_model]) is added to the residual stream after layer N, counted from
@@ -788,7 +863,7 @@ def export_gguf(directions: Direction | Sequence[Direction], path: str | Path, a
     """
     from gguf import GGUFWriter
 
-    several = [directions] if isinstance(directions, Direction) else list(directions)
+    several = parts_of(directions) if isinstance(directions, Vector) else tuple(directions)
     layers = [d.layer for d in several]
     if not several or min(layers) < 1 or len(set(layers)) < len(layers):
         raise SteeringError(
@@ -809,6 +884,8 @@ def export_gguf(directions: Direction | Sequence[Direction], path: str | Path, a
 
 def import_gguf(path: str | Path) -> list[Direction]:
     """Directions of a control vector file, one for each layer; alpha = 1 adds what the file holds.
+
+    ``ControlVector(tuple(import_gguf(path)))`` steers with all of them.
 
     Raises SteeringError if the file is no control vector.
     """
