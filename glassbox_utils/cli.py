@@ -76,6 +76,21 @@ def _train_sae(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_sae(args: argparse.Namespace) -> int:
+    from glassbox_utils import saes
+
+    worst = 0.0
+    for name in args.name:
+        for kind, metrics in saes.evaluate_again(name).items():
+            print(f"{name}: {kind}")
+            for metric, (card, now) in metrics.items():
+                print(f"  {metric:24s} card {card:12.3f}   now {now:12.3f}")
+            asserted = ("explained_variance", "recovered_mean", "recovered_zero") if kind == "sae" else ()
+            worst = max([worst, *(abs(metrics[m][0] - metrics[m][1]) for m in asserted)])
+    print(f"largest difference from the cards, explained variance and cross-entropy recovered: {worst:.3f}")
+    return int(worst > 0.01)
+
+
 def _explain(args: argparse.Namespace) -> int:
     import warnings
 
@@ -167,6 +182,10 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE")
     p.add_argument("config", help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
+
+    p = commands.add_parser("evaluate-sae", help="measure a shipped SAE and its baselines again, beside its card")
+    p.add_argument("name", nargs="+", help="a folder in data/saes")
+    p.set_defaults(function=_evaluate_sae)
 
     p = commands.add_parser("explain", help="why was this application rejected? A page for a regulator, to print")
     p.add_argument("--applicant", required=True, help="a JSON file such as data/examples/applicant.json")

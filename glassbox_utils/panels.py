@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from glassbox_utils import clamping, figures
+from glassbox_utils import clamping, figures, steering
 from glassbox_utils.attention import attention
-from glassbox_utils.models import Model, ModelError, chat
+from glassbox_utils.models import Model, ModelError, chat, generate
 
 MAX_TOKENS = 48
 """a figure with more tokens is unreadable, and its data grow with the square"""
@@ -122,6 +122,40 @@ def clamp_panel(
     stop.on_click(halt)
     start()
     return ipywidgets.VBox([ipywidgets.HBox([concept, asked]), ipywidgets.HBox([dial, stop, state]), view])
+
+
+def steering_panel(
+    model: Model, direction: Any, alpha: float, prompt: str = "How was your weekend?", max_new_tokens: int = 30
+) -> Any:
+    """Type a prompt, drag the dial: the answers at minus, zero and plus, written in one batch.
+
+    ``direction`` and ``alpha`` as in ``steering.steer``; the slider reaches twice ``alpha``.
+    """
+    import ipywidgets
+
+    asked = ipywidgets.Text(prompt, description="prompt", layout={"width": "70%"}, continuous_update=False)
+    dial = ipywidgets.FloatSlider(alpha, min=0, max=2 * alpha, step=alpha / 10, description="strength α",
+                                  readout_format=".3f", continuous_update=False)  # fmt: skip
+    view = ipywidgets.HTML()
+
+    def show(_: Any = None) -> None:
+        if not asked.value.strip():
+            view.value = "Write a prompt first."
+            return
+        values = [-dial.value, 0.0, dial.value]
+        view.value = "thinking…"
+        with steering.steer(model, direction, values):
+            texts = generate(model, [chat(model, asked.value)] * 3, max_new_tokens)
+        cells = "".join(
+            f"<tr><td style='padding:4px 12px'>{v:+.3f}</td><td style='padding:4px'>{html.escape(t.strip())}</td></tr>"
+            for v, t in zip(values, texts, strict=True)
+        )
+        view.value = f"<table class='steering-answers'>{cells}</table>"
+
+    for control in (asked, dial):
+        control.observe(show, names="value")
+    show()
+    return ipywidgets.VBox([asked, dial, view])
 
 
 def _live(view: Any, draw: Callable[..., None], *controls: Any) -> Any:

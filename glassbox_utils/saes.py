@@ -883,21 +883,45 @@ def held_out(model: Model, config: TrainConfig, n_rows: int = 64) -> Int[Tensor,
     return corpora.token_rows(model, corpora.load_corpus(config.corpus, "held"), n_rows, config.context).tokens
 
 
+def _reports(
+    model: Model, sae: Any, config: TrainConfig, x: Float[Tensor, "row pos d_model"]
+) -> tuple[dict[str, SaeReport], dict[str, Any]]:
+    """An SAE and its baselines on held-out text, and the scaling used; ``x``: activations of training text."""
+    scaling, tokens, site = measure_scaling(x), held_out(model, config), site_of(config.hook)
+    sample = x[ordinary(x, scaling.median_norm)].float()
+    measure: dict[str, Any] = {"median_norm": scaling.median_norm, "mean": scaling.mean}
+    reports = {"sae": evaluate_sae(model, sae, tokens, site, **measure)}
+    for name, other in baselines(sample, round(reports["sae"].l0), config.d_sae).items():
+        reports[name] = evaluate_sae(model, other, tokens, site, ce_rows=4, **measure)
+    return reports, measure
+
+
+def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[str, tuple[float, float]]]:
+    """Metrics of a shipped SAE and of its baselines as (card, now): kind -> metric -> two numbers.
+
+    Needs neither the harvest nor the checkpoint: mean and baselines are fitted on the first ``rows`` rows of the
+    training text (the card used a whole shard, so a difference of some thousandths is no news).
+    """
+    load_sae(name_or_path)  # a wrong name fails here, with its message
+    folder = Path(name_or_path) if Path(name_or_path).exists() else SAES / str(name_or_path)
+    config = read_config(folder)
+    model, site = load_model(config.model), site_of(config.hook)
+    sae = load_sae(folder, model)
+    packed = corpora.pack(model, corpora.load_corpus(config.corpus), config.context)
+    x = torch.cat([a[site] for _, a in stream_activations(model, itertools.islice(packed, rows), [site])])
+    card = json.loads((folder / "card.json").read_text())["metrics"]
+    reports, _ = _reports(model, sae, config, x)
+    return {kind: {k: (card[kind][k], v) for k, v in r.numbers.items()} for kind, r in reports.items()}
+
+
 def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> dict[str, Any]:
     """Evaluate a saved SAE and its baselines on held-out text, and write card.json and README.md beside it."""
-    saved = torch.load(Path(work) / "checkpoint.pt", weights_only=False)
-    state, tokens, site = saved["state"], held_out(model, config), site_of(config.hook)
-    sae = load_sae(folder, model)
-    x = read_shard(shard_path(config.harvest.folder, 0), config.hook).x
-    scaling = measure_scaling(x)
-    sample = x[ordinary(x, scaling.median_norm)].float()
-    measure: dict[str, Any] = {"tokens": tokens, "site": site, "median_norm": scaling.median_norm, "mean": scaling.mean}
-    reports = {"sae": evaluate_sae(model, sae, **measure)}
-    for name, other in baselines(sample, round(reports["sae"].l0), config.d_sae).items():
-        reports[name] = evaluate_sae(model, other, **measure, ce_rows=4)
+    state, site = torch.load(Path(work) / "checkpoint.pt", weights_only=False)["state"], site_of(config.hook)
+    sae, x = load_sae(folder, model), read_shard(shard_path(config.harvest.folder, 0), config.hook).x
+    reports, measure = _reports(model, sae, config, x)
     # What notebook 03 computes again, on text that needs only one small package.
     wiki = corpora.token_rows(model, corpora.load_corpus("wiki", "held"), 24, config.context).tokens
-    check = evaluate_sae(model, sae, **measure | {"tokens": wiki, "ce_rows": 4})
+    check = evaluate_sae(model, sae, wiki, site, ce_rows=4, **measure)
     last = state["history"][-1]
     card = {
         "name": config.name,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from small import small_model
 
 from glassbox_utils import corpora, saes
-from glassbox_utils.models import ModelError, Site
+from glassbox_utils.models import ModelError, Site, tokenize
 from glassbox_utils.saes import HarvestConfig, SaeError, TrainConfig
 
 HOOK = "blocks.1.hook_resid_post"
@@ -346,3 +347,39 @@ def test_shipped_saes_open_with_plain_sae_lens(name, smol):
     rebuilt = saes.load_sae(name, smol)(x)[usual]
     ev = 1 - (rebuilt - x[usual]).square().sum() / (x[usual] - x[usual].mean(0)).square().sum()
     assert float(ev) == pytest.approx(card["wiki_held_out"]["explained_variance"], abs=0.03)
+
+
+def test_sae_lens_evaluates_the_main_sae_to_our_numbers(smol):
+    """Its own evaluation knows no outliers, so on rows whose only one is the first token both must say the same."""
+    from sae_lens import SAE
+    from sae_lens.evals import get_recons_loss, get_sparsity_and_variance_metrics
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    plain = SAE.load_from_disk(saes.SAES / "topk-8192-l14", dtype="float32")
+    hook, median = plain.cfg.metadata.hook_name, plain.cfg.metadata.median_norm
+    site = saes.site_of(hook)
+    documents = corpora.load_corpus("wiki", "held", 60)
+    ids = [tokenize(smol, d.text).input_ids[0] for d in documents]
+    rows = torch.stack([i[:96] for i in ids if len(i) >= 96])
+    x = saes.activations(smol, rows, [site])[site]
+    tokens = rows[saes.ordinary(x, median)[:, 1:].all(1)][:8]
+    assert len(tokens) == 8
+    x = saes.activations(smol, tokens, [site])[site]
+    ours = saes.evaluate_sae(smol, plain, tokens, site, median, x[:, 1:].flatten(0, 1).mean(0), ce_rows=8)
+
+    first = [int(tokens[0, 0])]
+    scaler = ActivationScaler()
+    theirs = get_recons_loss(
+        plain, smol.bridge, scaler, tokens, compute_kl=True, compute_ce_loss=True, ignore_tokens=first
+    )
+    assert float(theirs["ce_loss_without_sae"].mean()) == pytest.approx(ours.ce, abs=1e-3)
+    assert float(theirs["ce_loss_with_sae"].mean()) == pytest.approx(ours.ce_spliced, abs=2e-3)
+    assert float(theirs["kl_div_with_sae"][:, :-1].mean()) == pytest.approx(ours.kl, abs=2e-3)
+    store = SimpleNamespace(get_batch_tokens=lambda _: tokens)
+    wanted = {f"compute_{what}": True for what in ("l2_norms", "sparsity_metrics", "variance_metrics")}
+    found, _ = get_sparsity_and_variance_metrics(
+        plain, smol.bridge, store, scaler, 1, compute_featurewise_density_statistics=False, eval_batch_size_prompts=8,
+        model_kwargs={}, ignore_tokens=first, **wanted,
+    )  # fmt: skip
+    assert found["l0"] == pytest.approx(ours.l0)
+    assert found["explained_variance"] == pytest.approx(ours.explained_variance, abs=1e-3)
