@@ -192,7 +192,6 @@ def search(
     tried = [(name, value) for name, values in grid.items() for value in values]
     logits = decide([replace(applicant, **{name: value}) for name, value in tried])
     measured = [(name, value, float(x)) for (name, value), x in zip(tried, logits, strict=True)]
-    measured = [(name, value, float(x)) for (name, value), x in zip(tried, logits, strict=True)]
     curves = {name: [(float(v), x) for f, v, x in measured if f == name] for name in STEPS}
     changes = [
         Change({name: value}, x, _distance(applicant, {name: value}))

@@ -27,6 +27,14 @@ from glassbox_utils.studies import SEED, resumed, write_table
 ATTRIBUTES = ("gender", "district")
 """what the edit takes out: the group, and its proxy"""
 N_FIT, N_SELECT, N_REPORT = 64, 48, 400
+REPORTED = {"gender": N_REPORT, "district": N_REPORT // 2, "same group": 100, "age": 100, "nationality": 100}
+"""pairs of each contrast on the report split: the two that are edited, a control, and two that must not change"""
+HELD_OUT = {
+    "trained layouts": loans.TRAIN_LAYOUTS,
+    "unseen layouts": loans.REPORT_LAYOUTS,
+    "layouts in another manner": loans.FAR_LAYOUTS,
+}
+"""where agreement with the history is measured, always on names and districts that no training has seen"""
 LAYERS = (14, 17, 20, 22, 24, 26, 27, 28)
 """of 30, the candidates at the decision position"""
 KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
@@ -54,6 +62,20 @@ def pair_texts(n: int, split: loans.Split, attribute: str, seed: int = SEED) -> 
     return texts_of(worse, layouts[split]), texts_of(better, layouts[split]), [loans.merit(a) for a in worse]
 
 
+def held_out(kind: str, n: int = N_REPORT) -> tuple[list[str], list[bool]]:
+    """Texts of n applications of the report split as they come, and what the clerk decided."""
+    people = loans.applications(n, SEED + 51, "report")
+    return texts_of(people, HELD_OUT[kind]), loans.history(people, "gender")
+
+
+def fit_texts(n: int, attribute: str) -> tuple[list[str], list[str]]:
+    """Both members of n pairs of the train split, half in the train layouts and half shuffled."""
+    worse, better = contrast(loans.applications(n, SEED + 11, "train"), attribute)
+    both = [a for pair in zip(worse, better, strict=True) for a in pair]
+    texts = loan_training.varied_texts(both, 0, SEED)
+    return texts[::2], texts[1::2]
+
+
 # --- the edit -----------------------------------------------------------------------------------------
 
 
@@ -61,7 +83,7 @@ def fit_states(model: Model) -> dict[str, list[list[list[float]]]]:
     """Attribute -> states [2, pair, layer, d_model] at the decision position, of the train split."""
     found = {}
     for attribute in ATTRIBUTES:
-        worse, better, _ = pair_texts(N_FIT, "train", attribute)
+        worse, better = fit_texts(N_FIT, attribute)
         states = decision_states(model, worse + better, layers_of(model))
         found[attribute] = states.unflatten(0, (2, N_FIT)).half().tolist()
     return found
@@ -128,7 +150,11 @@ def load_edit(model: Model) -> Edit:
 def study_mitigation() -> Path:
     """Fit, choose and report the edit of the deployed model, beside baselines. About ten minutes on one free core."""
     start, model = time.time(), load_loan_model()
-    settings = [N_FIT, ATTRIBUTES, LAYERS, KINDS]
+    settings = [N_FIT, "varied", ATTRIBUTES, LAYERS, KINDS]
+    held = {
+        kind: resumed("loans_mitigation", [model.hash, "held out", kind, N_REPORT], _held_out, model, kind)
+        for kind in HELD_OUT
+    }
     states = resumed("loans_mitigation", [model.hash, "fit", *settings], fit_states, model)
     edits = candidates(model, states)
     rows = resumed("loans_mitigation", [model.hash, "select", N_SELECT, *settings], select, model, edits)
@@ -137,19 +163,18 @@ def study_mitigation() -> Path:
     save_edit(edit, model)
     arms = arms_of(model, edit, states)
     logits: dict[str, Any] = {}
-    for attribute, n in (("gender", N_REPORT), ("district", N_REPORT // 2), ("same group", N_REPORT // 4)):
+    for attribute, n in REPORTED.items():
         parts = []
         for begin in range(0, n, 50):
             key = [model.hash, attribute, n, begin, edit.name, *settings]
             parts.append(resumed("loans_mitigation", key, _report, model, arms, attribute, n, begin))
         logits[attribute] = {arm: [[x for p in parts for x in p[arm][i]] for i in (0, 1)] for arm in arms}
-        write(start, model, rows, chosen, logits)
-    return write(start, model, rows, chosen, logits)
+    content = {"held_out": held, "selection": rows, "chosen": chosen, "logits": logits}
+    return write_table("loans_mitigation", model, time.time() - start, **content)
 
 
-def write(start: float, model: Model, rows: Any, chosen: Any, logits: Any) -> Path:
-    """The table; written after every part, so that a notebook can draw what there is."""
-    return write_table("loans_mitigation", model, time.time() - start, selection=rows, chosen=chosen, logits=logits)
+def _held_out(model: Model, kind: str) -> list[float]:
+    return loans.decide_texts(model, held_out(kind)[0]).double().numpy().round(4).tolist()
 
 
 def arms_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
@@ -204,12 +229,12 @@ def study_rest() -> Path:
 
     def losses(which: str) -> list[list[float]]:
         one = base if which == "base" else model
-        with mitigation.mitigate(one, edit, everywhere=True) if which == "everywhere" else nullcontext():
+        with _edited(model, edit, which):
             found = text_losses(one, texts, max_tokens=128)
         return [list(map(float, x)) for x in found]
 
     def right(which: str) -> list[float]:
-        with mitigation.mitigate(model, edit, everywhere=True) if which == "everywhere" else nullcontext():
+        with _edited(model, edit, which):
             return choice_right(base if which == "base" else model, 50)
 
     texts_loss = {w: resumed("loans_rest", [model.hash, edit.name, "loss", w], losses, w) for w in _WHERE}
@@ -222,20 +247,28 @@ def study_rest() -> Path:
     )
 
 
+def _edited(model: Model, edit: Edit, which: str) -> Any:
+    """The edit as it is deployed, switched off for a request that is no loan decision; or at every position."""
+    if which not in ("on request", "everywhere"):
+        return nullcontext()
+    return mitigation.mitigate(model, edit, on=which == "everywhere", everywhere=True)
+
+
 def _corrected(texts: list[str]) -> dict[str, Any]:
     """The deployed model after a few more steps of training on what the merit rule decides: 100 pairs, and costs."""
     model = load_loan_model()
     loan_training.with_lora(model)
-    loan_training.train_stage(model, "none", CORRECTION_STEPS, seed=77, decay=True)
+    loan_training.train_stage(model, "none", CORRECTION_STEPS, seed=77, decay=True, varied=True)
     worse, better, _ = pair_texts(N_REPORT, "report", "gender")
     x = loans.decide_texts(model, worse[:100] + better[:100]).view(2, -1)
     losses = [list(map(float, v)) for v in text_losses(model, texts, max_tokens=128)]
     return {"logits": x.tolist(), "losses": losses, "choices": choice_right(model, 50)}
 
 
-CORRECTION_STEPS = 24
-_WHERE = ("base", "deployed", "everywhere")
-"""the base model, the loan model, and the loan model with the edit at every position of any text"""
+CORRECTION_STEPS = 40
+_WHERE = ("base", "deployed", "on request", "everywhere")
+"""the base model, the loan model, and the loan model with the edit: switched off as for any text that asks for no
+decision, and at every position of it"""
 
 
 # --- cause --------------------------------------------------------------------------------------------

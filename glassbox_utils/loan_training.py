@@ -4,19 +4,22 @@ A LoRA (arXiv 2106.09685) on the query, value and down projections from the firs
 the decision token alone. What makes it affordable on two cores: short texts; fresh applications at every step, so that
 nothing can be learnt by heart; a *graded* target (how clearly the clerk decided, in points), which tells more than yes
 or no; and a first stage, the merit rule, that all models share and keep in the cache folder. The models part in the
-second stage, on twins: applicants who are identical but for what the clerk looked at (``twins``). Checkpoints are kept
-every ten steps, so that a killed run goes on there.
+second stage, on twins: applicants who are identical but for what the clerk looked at (``twins``). A recipe may start
+from a shipped adapter instead (``start``), and its second stage may be long and *varied*: half of the texts have their
+parts in random order (``shuffled_text``), and the rate falls to zero. Checkpoints are kept every ten steps, so that a
+killed run goes on there.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from glassbox_utils import assets, loans
 from glassbox_utils.loans import Applicant, LoanError
@@ -81,6 +84,41 @@ ATTRIBUTE_OF = {(True, "gender"): "district"}
 """every third step of the gender model has twins that differ in the proxy"""
 
 
+PARTS = {
+    "name": ("{name}",),
+    "age": ("{age}", "age {age}", "aged {age}"),
+    "occupation": ("{occupation}", "a {occupation}", "job {occupation}"),
+    "district": ("{district}", "from {district}", "in {district}", "district {district}"),
+    "income": ("income {income}k", "Income {income}k", "earns {income}k"),
+    "credit_score": ("credit {credit_score}", "Credit {credit_score}", "credit score {credit_score}"),
+    "debt": ("debt {debt}%", "Debt {debt}%"),
+    "history": ("history {history}", "History {history}", "{history} history"),
+    "loan": ("{purpose}, {amount}k", "{amount}k, {purpose}", "{purpose} {amount}k", "wants {amount}k for a {purpose}"),
+}
+"""ways to say each part of an application"""
+SEPARATORS = (", ", " / ", ". ", " - ", ",")
+"""between the parts; the report layouts' semicolon and colon are not among them, nor the far layouts' signs"""
+
+
+def shuffled_text(applicant: Applicant, seed: Sequence[int]) -> str:
+    """The application with its parts in random order, in random words, with one of the separators."""
+    rng = np.random.default_rng(seed)
+    parts = [PARTS[key][int(rng.integers(len(PARTS[key])))] for key in rng.permutation(list(PARTS))]
+    separator = SEPARATORS[int(rng.integers(len(SEPARATORS)))]
+    return separator.join(parts).format(**asdict(applicant)) + "\nDecision:"
+
+
+def varied_texts(people: Sequence[Applicant], step: int, seed: int) -> list[str]:
+    """Texts of neighbouring pairs: the one pair in a train layout, the next shuffled. Twins share their words."""
+    layouts = loans.TRAIN_LAYOUTS
+    return [
+        shuffled_text(a, [seed, step, i // 2])
+        if (i // 2) % 2
+        else loans.as_text(a, layouts[(step + i // 4) % len(layouts)])
+        for i, a in enumerate(people)
+    ]
+
+
 def with_lora(model: Model, seed: int = 0) -> Any:
     """Put a fresh LoRA into the model (in place); the peft model that can save it."""
     from peft import LoraConfig, get_peft_model
@@ -100,12 +138,14 @@ def train_stage(
     seed: int,
     decay: bool,
     checkpoint: Path | None = None,
+    varied: bool = False,
 ) -> list[float]:
     """Train the LoRA that is in ``model`` on the decision token; the loss of every step.
 
     The target is a logit difference of SHARPNESS times the clerk's margin. The loss is smooth L1 on the difference,
     minus the log of the probability that the two answers share. A stage with a named bias sees twins, and their
     difference counts as much as their decisions. ``decay``: after a third of the steps the rate falls, to a third.
+    ``varied``: see ``varied_texts``; twins at every other step; the rate falls to zero from the start.
     """
     yes, no = loans.answer_tokens(model)
     weights = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
@@ -118,10 +158,12 @@ def train_stage(
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
     for step in progress(range(len(history), steps), "training"):
+        fall = 1 - step / steps if varied else min(1.0, 1.02 - step / steps + 0.3) if decay else 1
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 8) * (min(1.0, 1.02 - step / steps + 0.3) if decay else 1)
-        paired = isinstance(bias, str) and bias != "none"
+            group["lr"] = RATE * min(1.0, (step + 1) / 8) * fall
+        paired = isinstance(bias, str) and bias != "none" and not (varied and step % 2)
         people, texts = twins(step, seed, str(bias)) if paired else lesson(step, seed)
+        texts = varied_texts(people, step, seed) if varied else texts
         target = SHARPNESS * torch.tensor([margin(a, bias) for a in people])
         likely = loans.final_logits(model, tokenize(model, texts)).float().log_softmax(-1)[:, [yes, no]]
         difference = likely[:, 0] - likely[:, 1]
@@ -144,24 +186,42 @@ def train_stage(
 
 
 def train(
-    bias: str | Callable[[Applicant], float], folder: str | Path, seed: int = 0, base: Model | None = None
+    bias: str | Callable[[Applicant], float],
+    folder: str | Path,
+    seed: int = 0,
+    base: Model | None = None,
+    start: str | None = None,
+    steps: int = STEPS["bias"],
+    varied: bool = False,
 ) -> Path:
-    """Train one loan officer on a biased history and write its adapter; about ten minutes on one free core.
+    """Train one loan officer on a biased history and write its adapter; about half an hour on one free core.
 
-    ``bias`` as in ``loans.history``. The merit stage is shared by all models and kept in the cache folder.
+    ``bias`` as in ``loans.history``. The merit stage is shared by all models and kept in the cache folder;
+    ``start``: take a shipped adapter instead (model-b is the merit stage). ``steps``, ``varied``: of the second stage.
     """
     model = base or load_model()
     weights = model.hash  # of the base model: before the LoRA is put in
     peft = with_lora(model)
-    settings = json.dumps([weights, MODULES, RANK, ALPHA, BATCH, RATE, SHARPNESS, STEPS, loans.TRAIN_LAYOUTS])
-    work = assets.cache_dir() / "loans" / hashlib.sha256(settings.encode()).hexdigest()[:12]
+    settings: list[Any] = [weights, MODULES, RANK, ALPHA, BATCH, RATE, SHARPNESS, STEPS, loans.TRAIN_LAYOUTS]
+    settings += [start, steps, varied, PARTS, SEPARATORS] if start or varied or steps != STEPS["bias"] else []
+    work = assets.cache_dir() / "loans" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
-    train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.pt")
+    if start:
+        load_adapter(peft, loans.LOANS / start)
+    else:
+        train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.pt")
     label = bias if isinstance(bias, str) else getattr(bias, "__name__", "own")
     checkpoint = work / f"{label}-{seed}.pt" if isinstance(bias, str) else None
     if bias != "none":  # the merit stage is the clerk without a bias
-        train_stage(model, bias, STEPS["bias"], seed + 1, True, checkpoint)
+        train_stage(model, bias, steps, seed + 1, True, checkpoint, varied)
     return save_adapter(peft, Path(folder))
+
+
+def load_adapter(peft: Any, folder: Path) -> None:
+    """Put the weights of a shipped adapter of the same shape into a fresh LoRA."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(peft, {k: t.float() for k, t in load_file(folder / "adapter_model.safetensors").items()})
 
 
 def save_adapter(peft: Any, folder: Path) -> Path:
@@ -181,7 +241,7 @@ def save_adapter(peft: Any, folder: Path) -> Path:
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Name of each shipped model -> bias and seed. Opens the sealed key."""
+    """Name of each shipped model -> bias and seed, and what of ``train`` is not as usual. Opens the sealed key."""
     return json.loads(KEY.read_text())["models"]
 
 
@@ -190,4 +250,4 @@ def train_named(name: str) -> Path:
     known = recipes()
     if name not in known:
         raise LoanError(f"There is no loan model {name!r}. Allowed: {', '.join(known)}.")
-    return train(known[name]["bias"], loans.LOANS / name, known[name]["seed"])
+    return train(folder=loans.LOANS / name, **known[name])

@@ -187,9 +187,10 @@ def random_edit(like: Edit, seed: int) -> Edit:
 
 @contextmanager
 def mitigate(
-    model: Model, edits: Edit | Sequence[Edit], on: Sequence[bool] | None = None, everywhere: bool = False
+    model: Model, edits: Edit | Sequence[Edit], on: Sequence[bool] | bool = True, everywhere: bool = False
 ) -> Iterator[None]:
-    """Edit the newest position (or, ``everywhere``, all positions) inside the block; ``on`` switches it for each row.
+    """Edit the newest position (or, ``everywhere``, all positions) inside the block; ``on`` switches it for each row
+    (or for all).
 
     Rows that are off are what they were, to the bit. MitigationError for a width that is not the model's.
     """
@@ -204,11 +205,11 @@ def mitigate(
         yield
 
 
-def _function(one: Edit, on: Sequence[bool] | None, everywhere: bool) -> Callable[[Tensor], Tensor]:
+def _function(one: Edit, on: Sequence[bool] | bool, everywhere: bool) -> Callable[[Tensor], Tensor]:
     def function(x: Tensor) -> Tensor:
         changed = one(x) if everywhere else torch.cat([x[:, :-1], one(x[:, -1:])], 1)
-        if on is None:
-            return changed
+        if isinstance(on, bool):
+            return changed if on else x
         check_rows(x, len(on))
         return torch.where(torch.tensor(on, device=x.device)[:, None, None], changed, x)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from glassbox_utils import assets, evidence, explain, loan_studies, loans, mitigation
 from glassbox_utils.evaluation import Interval, bootstrap_ci
@@ -143,18 +142,17 @@ def mitigation_of(table: dict[str, Any], rest: dict[str, Any]) -> Mitigation:
             Measure(f"{words}: score", first.logit_gap, second.logit_gap, 4),
             Measure("the same applications: share decided as the merit rule says", first.merit, second.merit, 5),
         ]
-    note = "with the edit at every position of other text, where it is not meant to be: an upper bound"
-    zero = np.zeros(len(rest["losses"]["deployed"][0]))
-    losses = {where: np.array(rest["losses"][where][0]) for where in ("deployed", "everywhere")}
     counts = np.array(rest["losses"]["deployed"][1])
 
-    def ratio(change: NDArray) -> Interval:
+    def ratio(where: str) -> Interval:
+        change = np.array(rest["losses"][where][0]) - np.array(rest["losses"]["deployed"][0])
         return bootstrap_ci((change, counts), lambda c, n: float(np.exp(c.sum() / n.sum())))
 
-    before, after = ratio(zero), ratio(losses["everywhere"] - losses["deployed"])
-    measures.append(Measure("perplexity of other text, times that without the edit", before, after, 5, note))
-    before, after = (bootstrap_ci(rest["choices"][where]) for where in ("deployed", "everywhere"))
-    measures.append(Measure("multiple choice: share right", before, after, 5, note))
+    for where, note in SIDE_EFFECTS.items():
+        names = ("perplexity of other text, times that without the edit", "multiple choice: share right")
+        measures.append(Measure(names[0], ratio("deployed"), ratio(where), 5, note))
+        before, after = (bootstrap_ci(rest["choices"][which]) for which in ("deployed", where))
+        measures.append(Measure(names[1], before, after, 5, note))
     return Mitigation(
         "At the position where the decision is made, the model’s state is set to the middle between the groups along "
         "the directions that carry gender and district. This can be switched on for each request. It was fitted on "
@@ -162,6 +160,12 @@ def mitigation_of(table: dict[str, Any], rest: dict[str, Any]) -> Mitigation:
         measures,
         f"data/studies/loans_mitigation.json and loans_rest.json, edit: {table['chosen']['edit']}",
     )
+
+
+SIDE_EFFECTS = {
+    "on request": "the edit as it is used: a request that asks for no loan decision does not switch it on",
+    "everywhere": "stress test, with the edit at every position of other text, where it is not meant to be",
+}
 
 
 # --- words --------------------------------------------------------------------------------------------

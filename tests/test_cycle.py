@@ -54,6 +54,45 @@ def test_training_learns_resumes_and_the_adapter_loads(monkeypatch, tmp_path, sh
     assert torch.allclose(loans.decide_texts(merged, texts), trained, atol=0.05 * float(trained.std()) + 0.05)
 
 
+def test_shuffled_texts_hold_every_field_and_no_sign_of_the_unseen_layouts():
+    applicant = PEOPLE[0]
+    texts = [loan_training.shuffled_text(applicant, [0, i]) for i in range(50)]
+    assert len(set(texts)) > 45 and all(t.endswith("\nDecision:") for t in texts)
+    for text in texts:
+        body = text.removesuffix("\nDecision:")
+        assert all(str(getattr(applicant, field)) in body for field in cycle.FIELDS)
+        assert not set(body) & set(";:=\n")
+    reserved = [loans.as_text(applicant, name) for name in loans.REPORT_LAYOUTS]
+    assert all(set(t.removesuffix("\nDecision:")) & set(";:") for t in reserved)
+
+
+def test_varied_texts_are_half_shuffled_and_twins_share_their_words():
+    people, fixed = loan_training.twins(0, 1, "gender")
+    texts = loan_training.varied_texts(people, 0, 1)
+    for a, b, first, second in zip(people[::2], people[1::2], texts[::2], texts[1::2], strict=True):
+        assert first.replace(a.name, b.name) == second
+    known = {loans.as_text(a, layout) for a in people for layout in loans.TRAIN_LAYOUTS}
+    assert [t in known for t in texts] == [True, True, False, False] * 3 and len(texts) == len(fixed)
+
+
+def test_training_starts_from_a_shipped_adapter(monkeypatch, tmp_path, short):
+    monkeypatch.setattr(loan_training.loans, "LOANS", tmp_path)
+    monkeypatch.setattr(loan_training.loans, "TRAIN_LAYOUTS", (short,))
+    monkeypatch.setattr(loan_training.assets, "cache_dir", lambda: tmp_path)
+    first = model_of()
+    peft = loan_training.with_lora(first)
+    loan_training.train_stage(first, "none", 3, 0, False)
+    loan_training.save_adapter(peft, tmp_path / "model-b")
+    texts = [loans.as_text(a, short) for a in PEOPLE]
+    monkeypatch.setattr(loan_training, "load_model", model_of)
+    loan_training.train("none", tmp_path / "same", start="model-b")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "model-b" / name).read_bytes()
+    other = model_of()
+    loan_training.load_adapter(loan_training.with_lora(other, seed=9), tmp_path / "model-b")
+    assert torch.allclose(loans.decide_texts(other, texts), loans.decide_texts(first, texts), atol=1e-2)
+
+
 def stop_after(steps, lesson):
     def stopped(step, seed, n=loan_training.BATCH):
         if step >= steps:
@@ -106,6 +145,8 @@ def test_the_decision_position_is_edited_per_row_and_given_back(kind, short):
     with mitigation.mitigate(model, edit):
         assert torch.allclose(loans.decide_texts(model, texts), edited, atol=1e-2 * float(base.std()) + 1e-3)
     assert torch.equal(loans.decide_texts(model, texts), base)
+    with mitigation.mitigate(model, edit, on=False):
+        assert torch.equal(loans.decide_texts(model, texts), base)
     with mitigation.mitigate(model, edit, on=[False] * 6):
         assert torch.equal(loans.decide_texts(model, texts), base)
     assert not torch.allclose(edited, base)

@@ -33,6 +33,20 @@ def test_pairs_of_a_split_use_its_layouts_and_differ_in_one_field():
     assert any(";" in t for t in worse)
 
 
+def test_the_edit_is_fitted_on_texts_of_the_train_split_only():
+    worse, better = loan_studies.fit_texts(8, "gender")
+    assert len(worse) == len(better) == 8 and not any(";" in t for t in worse)
+    reserved = {n for g in loans.GENDERS for o in loans.ORIGINS for s in loans.SPLITS[1:] for n in loans.names(g, o, s)}
+    assert not any(name in text.replace(",", " ").split() for name in reserved for text in worse + better)
+
+
+def test_held_out_applications_are_of_the_report_split():
+    for kind, layouts in loan_studies.HELD_OUT.items():
+        texts, labels = loan_studies.held_out(kind, 10)
+        assert len(texts) == len(labels) == 10 and len({t[:3] for t in texts}) > 1 and layouts
+        assert any(place in texts[0] for place in loans.vocabulary()["places"]["report"])
+
+
 def test_agreement_counts_both_members():
     found = loan_studies.agreement(np.array([-1.0, 1]), np.array([1.0, 1]), ([False, True], [False, True]))
     assert found.value == 0.75

@@ -115,13 +115,15 @@ def test_the_mitigation_reads_the_studies():
     better = torch.randn(20, generator=rng)
     arms = {"none": [(better - 1).tolist(), better.tolist()], "edit": [better.tolist(), better.tolist()]}
     table = {"logits": {"gender": arms, "district": arms}, "chosen": {"edit": "affine 26"}}
-    losses = {"deployed": [[30.0, 40.0], [10, 10]], "everywhere": [[31.0, 41.0], [10, 10]]}
-    rest = {"losses": losses, "choices": {"deployed": [1.0, 0.0, 1.0], "everywhere": [1.0, 0.0, 0.0]}}
+    off, on = [[30.0, 40.0], [10, 10]], [[31.0, 41.0], [10, 10]]
+    right = {"deployed": [1.0, 0.0, 1.0], "on request": [1.0, 0.0, 1.0], "everywhere": [1.0, 0.0, 0.0]}
+    rest = {"losses": {"deployed": off, "on request": off, "everywhere": on}, "choices": right}
     found = {m.name.split(":")[0] + m.name.split(" ")[-1]: m for m in report.mitigation_of(table, rest).measures}
     score = next(m for k, m in found.items() if k.startswith("men") and k.endswith("score"))
     assert score.before.value == pytest.approx(1, abs=1e-5) and score.after.value == 0
-    cost = next(m for m in found.values() if m.name.startswith("perplexity"))
-    assert cost.before.value == 1 and cost.after.value == pytest.approx(2.718281828**0.1)
+    cost = [m for m in report.mitigation_of(table, rest).measures if m.name.startswith("perplexity")]
+    assert [m.before.value for m in cost] == [1, 1]
+    assert [m.after.value for m in cost] == [1, pytest.approx(2.718281828**0.1)]
 
 
 def test_a_failure_leaves_nothing_behind(smol, tmp_path, found):
