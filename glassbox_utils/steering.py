@@ -651,11 +651,11 @@ def generate_with_steering(
 
 @torch.no_grad()
 def answer_losses(
-    model: Model, questions: Sequence[str], answers: Sequence[str], batch_size: int = 25, system: str | None = None
+    model: Model, questions: Sequence[Any], answers: Sequence[str], batch_size: int = 25, system: str | None = None
 ) -> tuple[NDArray, NDArray]:
     """Summed loss (nats) and number of tokens of each answer, given its chat prompt; interventions apply.
 
-    ``system`` as in ``models.chat``. Empty answers have 0 tokens.
+    A question is a user's turn, or a list of turns; ``system`` as in ``models.chat``. Empty answers have 0 tokens.
     """
     losses, counts = np.zeros(len(answers)), np.zeros(len(answers), dtype=int)
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))

@@ -1,7 +1,7 @@
-"""The long runs behind notebook 05: ``glassbox study steering-sweep``, then -tone, -sharper, -seeds and -costs.
+"""The long runs behind notebook 05: ``glassbox study steering-sweep``, -sharper, -layers, -tone, -seeds, -costs.
 
 Each is resumable (what is done is kept in the cache folder and not done again), deterministic, and writes one table
-under ``data/studies/`` with its provenance. Selection happens in the sweep, on selection prompts; all else reports.
+under ``data/studies/`` with its provenance. The first three select, on selection prompts; the others report.
 """
 
 import json
@@ -39,11 +39,18 @@ KL_BUDGET = 0.35
 """nats per token on neutral text: half of log 2"""
 PERPLEXITY_BUDGET = 1.75
 """times the unsteered answers' perplexity on selection prompts; the report's limit is 2"""
+SPANS = {"5 to 20": (1 / 6, 0.7), "10 to 24": (1 / 3, 5 / 6)}
+"""layers of the many-layer vectors, as shares of the depth; the names count the embedded model's"""
+SPAN_ALPHAS = (0.012, 0.016, 0.020)
+"""the pushes of sixteen layers add up, so each is a tenth of a single layer's"""
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """strengths of the report, times the selected alpha"""
 N_RANDOM = 10
-RANDOM_PROMPTS = 200
-"""of the 200 report prompts, for the random directions"""
+KINDS = ("shared", "apart")
+"""random directions of many layers: one for all layers, or one drawn for each layer.
+
+Stated before the report prompts were touched: the bar of five times is counted against the ten *shared* ones, whose
+pushes add up through the layers as the fitted ones do; ten drawn *apart* are reported beside them."""
 NEW_TOKENS = 20
 
 ATTRIBUTES = ("tone", "formality", "honesty", "refusal", "gender")
@@ -82,20 +89,30 @@ def combined_directions(model: Model, layers: Sequence[int], n_pairs: int | None
     return steering.fit_directions(model, positive, negative, "combined", layers=layers, name="tone", **options)
 
 
-def random_effects(model: Model, like: steering.Direction, alpha: float, seeds: Sequence[int]) -> list[float]:
-    """Effect on tone (mean at +alpha minus mean at -alpha) of random directions, on 30 selection prompts."""
-    asked = steering.prompts("selection")[:30]
-    settings = [(steering.random_direction(like, k), s * alpha) for k in seeds for s in (1, -1)]
+def random_effects(
+    model: Model, like: steering.Vector, alpha: float, seeds: Sequence[int], n: int = 30, **options: Any
+) -> list[float]:
+    """Effect on tone (mean at +alpha minus mean at -alpha) of random directions, on the first n selection prompts.
+
+    ``options``: ``shared`` of ``steering.random_vector``, ``system`` of ``steering.continuations``.
+    """
+    asked, shared = steering.prompts("selection")[:n], options.pop("shared", False)
+    settings = [(steering.random_vector(like, k, shared), s * alpha) for k in seeds for s in (1, -1)]
+    rows = [s for s in settings for _ in asked]
     texts = steering.continuations(
-        model,
-        asked * len(settings),
-        [s for s in settings for _ in asked],
-        NEW_TOKENS,
-        100,
-        label=f"random {like.layer}",
+        model, asked * len(settings), rows, NEW_TOKENS, 100, label="random directions", **options
     )
     tones = style.tone(texts).reshape(len(seeds), 2, -1).mean(-1)
     return (tones[:, 0] - tones[:, 1]).round(4).tolist()
+
+
+def tone_vector(model: Model, span: tuple[float, float], n_resamples: int = 100) -> steering.ControlVector:
+    """The tone direction after each layer of a span of the depth: mean difference over the answers' tokens."""
+    layers = range(max(1, int(span[0] * model.n_layers)), max(2, int(span[1] * model.n_layers)))
+    options: dict[str, Any] = {"layers": layers, "name": "tone", "n_resamples": n_resamples, "seed": SEED}
+    positive, negative = tone_answers()
+    found = steering.fit_directions(model, positive, negative, system=NO_SYSTEM, **options)
+    return steering.ControlVector(tuple(found[layer] for layer in layers))
 
 
 def fit_attribute(model: Model, name: str, layer: int, method: Any = "mean_difference") -> steering.Direction:
@@ -105,7 +122,10 @@ def fit_attribute(model: Model, name: str, layer: int, method: Any = "mean_diffe
 
 
 def study_sweep() -> Path:
-    """Layer x strength of tone on 30 selection prompts and 48 neutral sentences; ships vectors at the best layer."""
+    """Layer x strength of tone on 30 selection prompts and 48 neutral sentences; ships vectors at the best layer.
+
+    The tone vector of that one layer is ``tone-single``.
+    """
     start, model = time.time(), load_model()
     directions = tone_directions(model, LAYERS)
     rows: list[dict[str, float]] = []
@@ -117,7 +137,8 @@ def study_sweep() -> Path:
         )
     best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
     for name in ATTRIBUTES:
-        steering.save_direction(fit_attribute(model, name, int(best["layer"])), steering.DATA / "vectors" / name)
+        path = steering.DATA / "vectors" / ("tone-single" if name == "tone" else name)
+        steering.save_direction(fit_attribute(model, name, int(best["layer"])), path)
     budgets = {"kl": KL_BUDGET, "perplexity": PERPLEXITY_BUDGET}
     stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in directions.values()}
     return write_table(
@@ -129,9 +150,46 @@ def _triple(interval: Any) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def selected() -> tuple[steering.Direction, float]:
-    """The shipped tone vector and the strength that the sweep selected."""
-    return steering.load_direction("tone"), read_table("steering_sweep")["selected"]["alpha"]
+def study_layers() -> Path:
+    """A little at many layers: two spans x three strengths on the 60 selection prompts; ships the tone vector.
+
+    Same budgets as the sweep's. The selection's random directions, of both kinds, have the seeds 100 and 101.
+    """
+    start, model = time.time(), load_model()
+    asked, neutral = steering.prompts("selection"), steering.prompts("neutral")
+    rows: list[dict[str, Any]] = []
+    vectors = {span: tone_vector(model, SPANS[span]) for span in SPANS}
+    for span, vector in vectors.items():
+        for alpha in SPAN_ALPHAS:  # one at a time: what gets interrupted is short
+            key = [span, alpha, model.hash, NEW_TOKENS, len(asked)]
+            given: list[Any] = [vector, [alpha], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
+            found = resumed("steering_layers", key, steering.sweep, model, *given)
+            rows += [{"layers": span, **row} for row in found]
+    best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
+    chosen = vectors[best["layers"]]  # type: ignore[index]
+    steering.save_direction(chosen, steering.DATA / "vectors" / "tone")
+    control = {}
+    for kind in KINDS:
+        key = [kind, best["layers"], best["alpha"], SELECTION_SEEDS, model.hash, NEW_TOKENS]
+        control[kind] = resumed("steering_layers", key, _pilot, model, chosen, best["alpha"], kind == "shared")
+    stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in chosen.parts}
+    return write_table(
+        "steering_layers", model, time.time() - start, selected=best, random=control, stability=stability, rows=rows
+    )
+
+
+def _pilot(model: Model, like: steering.Vector, alpha: float, shared: bool) -> list[float]:
+    return random_effects(model, like, alpha, SELECTION_SEEDS, 60, shared=shared, system=NO_SYSTEM)
+
+
+def selected() -> tuple[steering.Vector, float]:
+    """The shipped tone vector and the strength that was selected for it."""
+    return steering.load_vector("tone"), read_table("steering_layers")["selected"]["alpha"]
+
+
+def single() -> tuple[steering.Vector, float]:
+    """The best vector of one layer and its strength, from the sweep: what many layers are compared with."""
+    return steering.load_vector("tone-single"), read_table("steering_sweep")["selected"]["alpha"]
 
 
 # --- tone on report prompts, against every baseline ---------------------------------------------------
@@ -205,25 +263,32 @@ def condition(name: str, plain: Model) -> Iterator[Model]:
     if name.split()[0] in ("lora", "half-lora"):
         side = "positive" if name.endswith("+") else "negative"
         yield load_model(adapter=half_lora(side) if name.startswith("half") else lora(side))
-    elif name.startswith("steer"):
-        direction, alpha = selected()
-        with steering.steer(plain, direction, float(name.split()[1]) * alpha):
+    elif name.startswith("steer") and (setting := setting_of(name)):
+        with steering.steer(plain, *setting):
             yield plain
     else:
         yield plain
 
 
+def setting_of(name: str) -> tuple[steering.Vector, float] | None:
+    """Vector and strength of a condition: ``steer S``, ``single S``, or a random one of RANDOM_KINDS, ``KIND K S``.
+
+    None: it steers nothing.
+    """
+    kind, *_, step = name.split()
+    vector, alpha = single() if kind.startswith("single") else selected()
+    if kind in RANDOM_KINDS:
+        vector = steering.random_vector(vector, int(name.split()[1]), kind == "shared")
+    return (vector, float(step) * alpha) if float(step) else None
+
+
 def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
-    """Greedy answers of one condition: ``steer S``, ``random K S``, ``system ±``, ``few-shot ±``, ``lora ±``."""
+    """Greedy answers of one condition: one of ``setting_of``, or one of BASELINES and a sign, ``lora +``."""
     side = "positive" if name.endswith("+") else "negative"
     kind = name.split()[0]
-    if name == "steer 0":
-        return steering.continuations(model, questions, [None] * len(questions), NEW_TOKENS, 100, system=NO_SYSTEM)
-    if kind in ("steer", "random"):
-        direction, alpha = selected()
-        used = direction if kind == "steer" else steering.random_direction(direction, int(name.split()[1]))
-        setting = (used, float(name.split()[-1]) * alpha)
-        return steering.continuations(model, questions, [setting] * len(questions), NEW_TOKENS, 100, system=NO_SYSTEM)
+    if kind in ("steer", "single", *RANDOM_KINDS):
+        settings = [setting_of(name)] * len(questions)
+        return steering.continuations(model, questions, settings, NEW_TOKENS, 100, system=NO_SYSTEM)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     texts = [""] * len(questions)
     with condition(name, model) as used_model:
@@ -239,40 +304,53 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
 
 
 BASELINES = ("system", "few-shot", "lora", "half-lora")
-MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"]
-SHARPER = [f"steer {s:.4g}" for s in STEPS if s]
-RANDOM = [f"random {k} {s}" for k in range(N_RANDOM) for s in (-1, 1)]
+MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
+RANDOM_KINDS = (*KINDS, "single-random")
+RANDOM = [f"{kind} {k} {s}" for kind in RANDOM_KINDS for k in range(N_RANDOM) for s in (-1, 1)]
+
+
+def layers_of(vector: steering.Vector) -> list[int]:
+    """The layers after which a vector is added."""
+    return [part.layer for part in steering.parts_of(vector)]
+
+
+def used_by(name: str) -> list[Any]:
+    """Layers and strength that a condition depends on, for the cache; empty if it steers nothing."""
+    steers = name.split()[0] in ("steer", "single", *RANDOM_KINDS) and setting_of(name)
+    return [layers_of(steers[0]), steers[1]] if steers else []
 
 
 def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
     return [x.tolist() for x in steering.answer_losses(model, questions, answers, 50, NO_SYSTEM)]
 
 
+def tone_row(model: Model, name: str) -> dict[str, Any]:
+    """One condition on the 200 report prompts: tone; of all but random directions also losses, relevance and answers.
+
+    Relevance, which costs as much as generation, is that of the first 50 prompts.
+    """
+    questions = steering.prompts("report")
+    texts = answers_of(name, model, questions)
+    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
+    if name in RANDOM:
+        return row
+    losses, counts = steering.answer_losses(model, questions, texts, 50, NO_SYSTEM)
+    few, others = slice(0, 50), [*questions[1:], questions[0]]
+    unrelated, _ = steering.answer_losses(model, others[few], texts[few], 50, NO_SYSTEM)
+    relevance = (unrelated - losses[few]) / np.maximum(counts[few], 1)
+    row |= {"loss": losses.round(3).tolist(), "tokens": counts.tolist(), "relevance": relevance.round(4).tolist()}
+    return row | {"answers": texts}
+
+
 def study_tone() -> Path:
     """Answers to the 200 report prompts under every condition, with tone, perplexity and relevance."""
     start, model = time.time(), load_model()
-    direction, alpha = selected()
+    vector, alpha = selected()
     questions = steering.prompts("report")
-    others = questions[1:] + questions[:1]
-    model_key = [model.hash, NEW_TOKENS, len(questions), NO_SYSTEM]
-    half = slice(0, 50)  # relevance on the first 50 prompts: as costly as generation
-    rows = []
-    for name in [*MAIN, *RANDOM]:
-        moved = name.split()[0] in ("steer", "random") and name != "steer 0"
-        base = [*model_key, direction.layer, alpha] if moved else model_key
-        texts = resumed("steering_tone", ["answers", name, *base], answers_of, name, model, questions)
-        row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
-        if name in MAIN:
-            given, wrong = [questions, texts], [others[half], texts[half]]
-            losses, counts = resumed("steering_tone", ["losses", name, *base], _losses, model, *given)
-            unrelated, _ = resumed("steering_tone", ["relevance", name, *base], _losses, model, *wrong)
-            relevance = (np.array(unrelated) - losses[half]) / np.maximum(counts[half], 1)
-            row |= {"loss": np.round(losses, 3).tolist(), "tokens": counts, "relevance": relevance.round(4).tolist()}
-            row["answers"] = texts
-        rows.append(row)
-    return write_table(
-        "steering_tone", model, time.time() - start, layer=direction.layer, alpha=alpha, prompts=questions, rows=rows
-    )
+    key = [model.hash, NEW_TOKENS, len(questions), NO_SYSTEM]
+    rows = [resumed("steering_tone", [name, *key, *used_by(name)], tone_row, model, name) for name in [*MAIN, *RANDOM]]
+    about = {"layers": layers_of(vector), "alpha": alpha, "prompts": questions}
+    return write_table("steering_tone", model, time.time() - start, **about, rows=rows)
 
 
 # --- sharper directions -------------------------------------------------------------------------------
@@ -317,7 +395,7 @@ def choose(rows: Sequence[Mapping[str, Any]], control: Mapping[int, Sequence[flo
 
 
 def study_sharper() -> Path:
-    """Sharper directions at one layer, compared and chosen on 30 selection prompts."""
+    """Sharper directions at one layer, compared and chosen on 30 selection prompts: a null result, kept as one."""
     start, model = time.time(), load_model()
     asked, neutral = steering.prompts("selection")[:30], steering.prompts("neutral")
     recipes = {recipe: {layer: sharper_direction(model, recipe, layer) for layer in CLOSER} for recipe in RECIPES}
@@ -339,33 +417,6 @@ def study_sharper() -> Path:
     return write_table("steering_sharper", model, time.time() - start, selected=best, random=control, rows=rows)
 
 
-def study_sharper_report() -> Path:
-    """The sharper direction that was chosen, on the 200 report prompts, with ten random directions of its length."""
-    start, model = time.time(), load_model()
-    best, chosen = read_table("steering_sharper")["selected"], steering.load_direction("tone-sharper")
-    rows = [_report(model, name, chosen, best["alpha"]) for name in [*SHARPER, *RANDOM]]
-    about = {"layer": chosen.layer, "alpha": best["alpha"], "n_random": RANDOM_PROMPTS}
-    return write_table("steering_sharper_report", model, time.time() - start, **about, rows=rows)
-
-
-def _report(model: Model, name: str, direction: steering.Direction, alpha: float) -> dict[str, Any]:
-    """One condition of ``study_sharper_report``; random directions answer the first RANDOM_PROMPTS only."""
-    used = steering.random_direction(direction, int(name.split()[1])) if name in RANDOM else direction
-    setting = (used, float(name.split()[-1]) * alpha)
-    questions = steering.prompts("report")[: RANDOM_PROMPTS if name in RANDOM else None]
-    base = [name, model.hash, NEW_TOKENS, NO_SYSTEM, direction.layer, alpha, direction.method]
-    texts = []
-    for part in range(0, len(questions), 100):  # in parts: the longest piece of work is the one that gets interrupted
-        few = questions[part : part + 100]
-        given = [model, few, [setting] * len(few), NEW_TOKENS, 100, 0.0, None, NO_SYSTEM]
-        texts += resumed("steering_sharper", [part, *base], steering.continuations, *given)
-    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
-    if name in SHARPER:
-        losses, counts = resumed("steering_sharper", ["losses", *base], _losses, model, questions, texts)
-        row |= {"loss": np.round(losses, 3).tolist(), "tokens": counts, "answers": texts}
-    return row
-
-
 # --- with sampling ------------------------------------------------------------------------------------
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -381,30 +432,29 @@ def sampled_prompts() -> list[str]:
 def sampled_tones(name: str, model: Model, seed: int) -> list[float]:
     """Tone of one sampled answer to each of ``sampled_prompts`` under one condition."""
     asked = sampled_prompts()
-    direction, alpha = selected()
-    setting = (direction, float(name.split()[1]) * alpha)
-    texts = steering.continuations(
-        model, asked, [setting] * len(asked), NEW_TOKENS, 100, TEMPERATURE, 100 * seed, system=NO_SYSTEM
-    )
+    settings = [setting_of(name)] * len(asked)
+    texts = steering.continuations(model, asked, settings, NEW_TOKENS, 100, TEMPERATURE, 100 * seed, system=NO_SYSTEM)
     return style.tone(texts).round(4).tolist()
 
 
 def study_seeds() -> Path:
     """Sampled answers: 40 report prompts x five seeds, at -alpha, 0 and +alpha."""
     start, model = time.time(), load_model()
-    direction, alpha = selected()
+    vector, alpha = selected()
     rows = []
     for name in progress(SAMPLED, "conditions"):
-        base = [model.hash, NEW_TOKENS, TEMPERATURE, len(sampled_prompts()), direction.layer, alpha]
+        base = [model.hash, NEW_TOKENS, TEMPERATURE, len(sampled_prompts()), *used_by(name)]
         tones = [resumed("steering_seeds", [name, k, *base], sampled_tones, name, model, k) for k in SEEDS]
         rows.append({"condition": name, "tone": tones})
-    about = {"layer": direction.layer, "alpha": alpha, "temperature": TEMPERATURE, "seeds": SEEDS}
+    about = {"layers": layers_of(vector), "alpha": alpha, "temperature": TEMPERATURE, "seeds": SEEDS}
     return write_table("steering_seeds", model, time.time() - start, **about, rows=rows)
 
 
 # --- what else it costs -------------------------------------------------------------------------------
 
-COSTS = ["steer 0", "steer -1", "steer 1"] + [f"{k} {s}" for k in ("lora", "half-lora", "system") for s in "-+"]
+COSTS = [f"steer {s:.4g}" for s in (0, -1, 1, -0.5, 0.5)] + [f"{k} {s}" for k in BASELINES for s in "-+"]
+CHOICES = ("steer 0", "steer -1", "steer 1", "lora -", "lora +")
+"""conditions that also answer multiple-choice questions"""
 
 
 def instructions() -> tuple[list[str], list[str]]:
@@ -416,30 +466,34 @@ def instructions() -> tuple[list[str], list[str]]:
 def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
     """Per-item losses and hits of one condition.
 
-    A system prompt has no place in front of plain text and of a question without a chat: there it costs nothing.
+    A prompt has no place in front of plain text and of a question without a chat: there it costs nothing.
     """
-    kind = name.split()[0]
-    system = SYSTEM["positive" if name.endswith("+") else "negative"] if kind == "system" else NO_SYSTEM
+    kind, side = name.split()[0], "positive" if name.endswith("+") else "negative"
+    system = SYSTEM[side] if kind == "system" else NO_SYSTEM
+    asked: Sequence[Any]
+    asked, replies = instructions()
+    if kind == "few-shot":
+        asked = [few_shot(side, question) for question in asked]
     with condition(name, plain) as model:
-        reply, n_reply = steering.answer_losses(model, *instructions(), 25, system)
+        reply, n_reply = steering.answer_losses(model, asked, replies, 25, system)
         result = {"reply_loss": reply, "reply_tokens": n_reply}
-        if kind != "system":
+        if kind not in ("system", "few-shot"):
             text, n_text = text_losses(model, held_texts(), max_tokens=96)
             result |= {"text_loss": text, "text_tokens": n_text}
         rounded = {k: np.round(v, 3).tolist() for k, v in result.items()}
-        return rounded | ({"choice": choice_right(model)} if kind in ("steer", "lora") else {})
+        return rounded | ({"choice": choice_right(model)} if name in CHOICES else {})
 
 
 def study_costs() -> Path:
-    """Other skills under steering, LoRA and a system prompt: held-out text, unrelated instructions, multiple choice."""
+    """Other skills under steering, LoRA and prompts: held-out text, unrelated instructions, multiple choice."""
     start, model = time.time(), load_model()
-    direction, alpha = selected()
+    vector, alpha = selected()
     rows = []
     for name in progress(COSTS, "conditions"):
-        moved = name.startswith("steer") and name != "steer 0"
-        key = [name, model.hash, *([direction.layer, alpha] if moved else [])]
+        key = [name, model.hash, *used_by(name)]
         rows.append({"condition": name} | resumed("steering_costs", key, costs_of, name, model))
-    return write_table("steering_costs", model, time.time() - start, layer=direction.layer, alpha=alpha, rows=rows)
+    about = {"layers": layers_of(vector), "alpha": alpha}
+    return write_table("steering_costs", model, time.time() - start, **about, rows=rows)
 
 
 # --- at equal effect ----------------------------------------------------------------------------------
@@ -486,9 +540,9 @@ def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray
 
 STUDIES_OF_STEERING = {
     "steering-sweep": study_sweep,
-    "steering-tone": study_tone,
     "steering-sharper": study_sharper,
-    "steering-sharper-report": study_sharper_report,
+    "steering-layers": study_layers,
+    "steering-tone": study_tone,
     "steering-seeds": study_seeds,
     "steering-costs": study_costs,
 }
