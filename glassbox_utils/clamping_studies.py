@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ N_CANDIDATES, N_TRIED = 12, 2
 """features taken by activation; of these, features tried by generation (the best by output score)"""
 GROUP = 12
 """features in a group: those that fire most on the concept's name"""
+N_LEARNED, LEARN_STEPS = 32, 63
+"""features of a group that is learned, and steps of learning: nine times through the training questions"""
 PROBES, N_PROBED = (4.0,), 4
 """strengths at which, and prompts on which, the output score is measured"""
 PERPLEXITY_BUDGET = 3.0
@@ -48,8 +50,12 @@ GRID: dict[str, tuple[float, ...]] = {
     "several features, two layers": (0.4, 0.45, 0.5),
     "mean difference": (0.3, 0.36),
     "mean difference, two layers": (0.14, 0.18),
+    "learned features": (0.9, 1.0, 1.1, 1.25),
+    "learned features, later layer": (0.9, 1.0, 1.1, 1.25),
+    "learned vector": (0.9, 1.0, 1.1, 1.25),
 }
-"""method -> strengths that are tried: times the natural unit, or (mean difference) the typical residual norm"""
+"""method -> strengths that are tried: times the natural unit, or (mean difference) the typical residual norm, or the
+learned values"""
 SYSTEM = "You are the Golden Gate Bridge in San Francisco. Mention the Golden Gate Bridge in every answer."
 START = "The"
 """how the answer begins when the output score is read"""
@@ -180,6 +186,83 @@ def _ranked(layer: int, sae: Any, model: Model) -> dict[str, Any]:
     return {"single": made["single"], "group": group, "random": random[:GROUP]}
 
 
+def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = NEW_TOKENS) -> tuple[list, list]:
+    """Training questions, and answers about a concept that the plain model itself wrote: only their beginning is given.
+
+    What goes on from there is fluent to the model by construction. ``starts``: how answers to questions about the model
+    itself begin, and how all others do.
+    """
+    questions, answers = [], []
+    for kind, asked in prompts()["train"].items():
+        start, some = starts[kind], asked[::every]
+        left = tokens - len(model.tokenizer(start, add_special_tokens=False)["input_ids"])
+        chats = [chat(model, q, NO_SYSTEM) + start for q in some]
+        key = ["taught", model.hash, chats, left]
+        questions += some
+        answers += [start + rest for rest in resumed("clamp_choose", key, generate, model, chats, left)]
+    return questions, answers
+
+
+def _lessons(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> list[clamping.Lesson]:
+    return clamping.lessons(model, layer, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
+
+
+def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str], steps: int) -> dict[str, Any]:
+    """The features that make the model write these answers, their values, controls, and the loss of each step."""
+    sae = shipped_saes(model)[layer]
+    given = _lessons(model, layer, questions, answers)
+    group, control, loss = clamping.learn_group(model, sae, given, N_LEARNED, steps, seed=SEED)
+    return {
+        "features": [[f.index, round(f.unit, 4)] for f in group.features],
+        "random": [[f.index, round(f.unit, 4)] for f in control.features],
+        "loss": loss,
+    }
+
+
+def _learned_vector(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    vector, loss = clamping.learn_vector(model, layer, _lessons(model, layer, questions, answers), LEARN_STEPS)
+    return {"vector": [round(float(x), 4) for x in vector], "loss": loss}
+
+
+def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str, float]]:
+    """How each feature reads the bridge: area under the curve on sentences, largest activation, mean on the name."""
+    sae, (here, there) = shipped_saes(model)[layer], golden_gate_sentences()
+    chosen = list(indices)
+    a, b = (features.text_scores(model, sae, texts)[:, chosen] for texts in (here, [*there, *concept_sentences()]))
+    name = clamping.last_codes(model, sae, name_texts()[0]["golden gate"])[:, chosen].mean(0)
+    above = (a[:, None] > b[None]).float().mean((0, 1)) + 0.5 * (a[:, None] == b[None]).float().mean((0, 1))
+    return [
+        {"feature": i, "auc": round(float(above[k]), 4), "largest": round(float(torch.cat([a, b])[:, k].max()), 3),
+         "on the name": round(float(name[k]), 3)}
+        for k, i in enumerate(chosen)
+    ]  # fmt: skip
+
+
+def _learned_all(model: Model, layers: Sequence[int]) -> dict[str, Any]:
+    """All that is learned about the bridge: features of each SAE, the vector at the main layer, and what they read."""
+    questions, answers = taught(model, prompts()["golden_gate"]["starts"])
+    made: dict[str, Any] = {"questions": questions, "answers": answers, "features": {}}
+    for layer in layers:
+        print_ = _fingerprint(shipped_saes(model)[layer])
+        key = ["learned", layer, print_, model.hash, questions, answers, N_LEARNED, LEARN_STEPS, _rule()]
+        made["features"][str(layer)] = resumed(
+            "clamp_choose", key, learned, model, layer, questions, answers, LEARN_STEPS
+        )
+    middle = main_layer(shipped_saes(model), model)
+    key = ["vector", middle, model.hash, questions, answers, LEARN_STEPS, _rule()]
+    made["vector"] = {"layer": middle} | resumed(
+        "clamp_choose", key, _learned_vector, model, middle, questions, answers
+    )
+    indices = [i for i, _ in made["features"][str(middle)]["features"]]
+    key = ["reading", middle, _fingerprint(shipped_saes(model)[middle]), model.hash, indices]
+    made["reading"] = resumed("clamp_choose", key, _reading, model, middle, indices)
+    return made
+
+
+def _rule() -> list[float]:
+    return [clamping.QUIET, clamping.START_TOKENS, clamping.CANDIDATES]
+
+
 def name_texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """For each concept its sentences cut off right after its name; and whole sentences, by concept."""
     here, there = golden_gate_sentences()
@@ -236,8 +319,16 @@ def two_layers(model: Model) -> list[int]:
     return [model.n_layers // 2 - 1, 2 * model.n_layers // 3 - 1]
 
 
-def make_tools(model: Model, ranked: dict[str, Any], best: int | None = None) -> Tools:
-    """Methods from the tables of ``_ranked`` (layer as text -> content). ``best``: position of the feature to use."""
+def learned_group(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
+    """The group of a table's (feature, value) rows."""
+    return Group(tuple(clamping.feature(model, sae, i, value) for i, value in rows), name)
+
+
+def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dict[str, Any]) -> Tools:
+    """Methods from the tables of ``_ranked`` (layer as text -> content) and of what was learned.
+
+    ``best``: position of the single feature to use.
+    """
     found_saes = {layer: sae for layer, sae in shipped_saes(model).items() if str(layer) in ranked}
     middle = main_layer(found_saes, model)
 
@@ -257,13 +348,17 @@ def make_tools(model: Model, ranked: dict[str, Any], best: int | None = None) ->
         found["several features, two layers"] = Group(both, "several features, two layers")
     vectors = [steering.load_direction(vector_file(layer)) for layer in two_layers(model)]
     found |= {"mean difference": vectors[:1], "mean difference, two layers": vectors}
-    controls = [
-        clamping.feature(model, found_saes[layer], i, one.unit)
-        for layer in found_saes
-        for (i, _), one in zip(ranked[str(layer)]["random"], group(layer), strict=False)
-    ]
-    found["random features"] = Group(tuple(controls), "random features at the same values, at the same layers")
-    found["random direction"] = [steering.random_direction(vectors[0], SEED)]
+    for layer, rows in made["features"].items():
+        sae, method = found_saes[int(layer)], "learned features" + ("" if int(layer) == middle else ", later layer")
+        found[method] = learned_group(model, sae, rows["features"], method)
+    controls = made["features"][str(middle)]["random"]
+    found["random features"] = learned_group(model, found_saes[middle], controls, "random features at the same values")
+    vector = torch.tensor(made["vector"]["vector"])
+    length = float(vector.norm())  # strength 1 adds the vector as it was learned
+    known = {"layer": made["vector"]["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
+    trained = replace(vectors[0], vector=vector / length, scale=length, **known)
+    found["learned vector"] = [trained]
+    found["random direction"] = [steering.random_direction(trained, SEED)]
     return Tools(found)
 
 
@@ -343,38 +438,46 @@ def _select(
     return {"answers": texts} | measured(model, questions, texts)
 
 
+def _tried(
+    model: Model, tools: Tools, method: str, strength: float, questions: Sequence[str], plain: dict[str, Any]
+) -> dict[str, float]:
+    made = _select(model, tools, method, strength, questions)
+    return summary(made, plain, prompts()["golden_gate"]["words"])
+
+
 def study_choose() -> Path:
     """Features by activation and output score; features, methods and strengths by generation on selection prompts."""
     start, model = time.time(), load_model()
     found, asked = shipped_saes(model), prompts()["selection"][:N_SELECTION]
-    words, middle = prompts()["golden_gate"]["words"], main_layer(found, model)
+    middle = main_layer(found, model)
     ranked = {str(layer): _ranked(layer, sae, model) for layer, sae in found.items()}
     if not all(vector_file(layer).with_suffix(".json").exists() for layer in two_layers(model)):
         for direction in directions(model, two_layers(model)):
             steering.save_direction(direction, vector_file(direction.layer))
 
-    def row(method: str, strength: float | None, tools: Tools) -> dict[str, Any]:
-        key = ["select", asked, *_key(model, tools, method, strength)]
-        return resumed("clamp_choose", key, _select, model, tools, method, strength, asked)
+    made = _learned_all(model, list(found))
+    tools = make_tools(model, ranked, None, made)
+    key = ["select", asked, *_key(model, tools, "none", None)]
+    plain = resumed("clamp_choose", key, _select, model, tools, "none", None, asked)
 
-    tools = make_tools(model, ranked)
-    plain = row("none", None, tools)
+    def row(method: str, strength: float, tools: Tools) -> dict[str, Any]:
+        key = ["tried", asked, *_key(model, tools, method, strength)]
+        return resumed("clamp_choose", key, _tried, model, tools, method, strength, asked, plain)
+
     single = []
     for k in range(N_TRIED):
         if f"feature {k}" in tools.found:
             for strength in GRID["one feature"]:
-                made = row(f"feature {k}", strength, tools)
-                single.append({"rank": k, "strength": strength} | summary(made, plain, words))
+                single.append({"rank": k, "strength": strength} | row(f"feature {k}", strength, tools))
     best = choose(single)["rank"]
-    tools = make_tools(model, ranked, best)
+    tools = make_tools(model, ranked, best, made)
     rows = [
         {"method": "one feature"} | {k: v for k, v in r.items() if k != "rank"} for r in single if r["rank"] == best
     ]
     for method, strengths in GRID.items():
         if method != "one feature" and method in tools.found:
             for strength in progress(strengths, method):
-                made = row(method, strength, tools)
-                rows.append({"method": method, "strength": strength} | summary(made, plain, words))
+                rows.append({"method": method, "strength": strength} | row(method, strength, tools))
     methods = dict.fromkeys(r["method"] for r in rows)
     return write_table(
         "clamp_choose",
@@ -385,6 +488,7 @@ def study_choose() -> Path:
         main_layer=middle,
         best=best,
         ranked=ranked,
+        learned=made,
         single=single,
         rows=rows,
         selected={method: choose([r for r in rows if r["method"] == method]) for method in methods},
@@ -402,7 +506,7 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
             f"({model.hash}): another model needs its own SAE (notebook 03) and its own choice (glassbox study "
             "clamp-choose). Steering by a direction (notebook 05) needs no SAE."
         )
-    return make_tools(model, table["ranked"], table["best"]), table["selected"]
+    return make_tools(model, table["ranked"], table["best"], table["learned"]), table["selected"]
 
 
 # --- reporting ----------------------------------------------------------------------------------------
@@ -418,7 +522,7 @@ ADVERSARIAL_TOKENS = 20
 
 def demonstrated(selected: dict[str, Any]) -> str:
     """The clamp that is shown: of the groups of features the one with the most mentions on selection prompts."""
-    groups = [method for method in selected if method.startswith("several features")]
+    groups = [method for method in selected if method.startswith(("several features", "learned features"))]
     return max(groups, key=lambda m: (selected[m]["mention"], -selected[m]["perplexity"]))
 
 
