@@ -1,0 +1,331 @@
+"""What notebook 05 shows of the steering studies: tables and figures. All numbers come from the studies' tables.
+
+Tables are pandas, figures matplotlib on the current style.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glassbox_utils import figures, steering, style
+from glassbox_utils.evaluation import Interval, bootstrap_ci, difference_ci, spearman
+from glassbox_utils.models import Model
+from glassbox_utils.steering_studies import N_RANDOM, SEED, SIDE_EFFECTS, at_effect, extra
+
+Table = Mapping[str, Any]
+
+
+def cell(i: Interval, digits: int = 2, sign: str = "+") -> str:
+    """An interval as a table shows it."""
+    return f"{i.value:{sign}.{digits}f} ({i.low:{sign}.{digits}f} to {i.high:{sign}.{digits}f})"
+
+
+def ruler_table(n: int = 1000, seed: int = SEED) -> Any:
+    """Rank correlation of the lexicon with human ratings, for each source of rated sentences."""
+    import pandas as pd
+
+    rng, rows = np.random.default_rng(seed), []
+    for source in style.RATED:
+        texts, rating = style.human_ratings(source)
+        chosen = rng.choice(len(texts), n, replace=False)
+        rho = spearman(style.tone([texts[i] for i in chosen]), rating[chosen], n_resamples=500).rho
+        rows.append({"sentences": source, "n": n, "rank correlation": cell(rho, sign="")})
+    return pd.DataFrame(rows).set_index("sentences")
+
+
+# --- fitting ------------------------------------------------------------------------------------------
+
+
+def order_of(model: Model, direction: steering.Direction, name: str) -> tuple[int, int]:
+    """How many held-out pairs of a contrast set a direction puts in the right order, and of how many."""
+    vectors = [steering.pooled(model, texts, [direction.layer])[0][0] for texts in steering.pairs(name, "report")]
+    positive, negative = (v @ direction.vector for v in vectors)
+    return int((positive > negative).sum()), len(positive)
+
+
+def shuffled(positive: Tensor, negative: Tensor, held: Sequence[Tensor], n: int = 200) -> tuple[Interval, Interval]:
+    """The control of a fit, labels shuffled within the pairs: stability of what is found, and held-out pairs right."""
+    rng = np.random.default_rng(SEED)
+    stable, right = [], []
+    for _ in range(n):
+        flip = torch.from_numpy(rng.random(len(positive)) < 0.5)[:, None]
+        a, b = torch.where(flip, negative, positive), torch.where(flip, positive, negative)
+        v = steering.direction_of(a, b)
+        draws = [torch.from_numpy(rng.integers(len(a), size=len(a))) for _ in range(10)]
+        stable.append(np.mean([float(steering.direction_of(a[i], b[i]) @ v) for i in draws]))
+        right.append(int((held[0] @ v > held[1] @ v).sum()))
+    low, high = np.quantile(stable, [0.025, 0.975])
+    fewest, most = np.quantile(right, [0.025, 0.975])
+    return Interval(float(np.mean(stable)), low, high, n), Interval(float(np.mean(right)), fewest, most, n)
+
+
+# --- choosing -----------------------------------------------------------------------------------------
+
+
+def heat_maps(table: Table, rows: str = "layer", picked: Mapping[str, Any] | None = None) -> Any:
+    """Effect, side effect and perplexity of every setting of a sweep; the chosen one in a red frame."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    frame = pd.DataFrame(table["rows"])
+    grid = frame[frame.alpha > 0]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 0.9 + 0.6 * grid[rows].nunique()))
+    panels = [
+        ("effect on tone\n(mean at +α minus mean at −α)", grid.effect),
+        ("side effect\n(nats per token on neutral text)", grid.kl),
+        ("answers' perplexity\n(times unsteered)", grid.perplexity / frame[frame.alpha == 0].perplexity.min()),
+    ]
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        square = grid.assign(value=values).pivot(index=rows, columns="alpha", values="value")
+        names = [f"{v:.0f}" if isinstance(v, float) else v for v in square.index]
+        axis.imshow(square, aspect="auto", origin="lower", cmap="viridis")
+        axis.set_xticks(range(square.shape[1]), [f"{a:g}" for a in square.columns])
+        axis.set_yticks(range(len(names)), names)
+        middle = (square.to_numpy().max() + square.to_numpy().min()) / 2
+        for (i, j), value in np.ndenumerate(square.to_numpy()):
+            colour = "white" if value < middle else "black"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        if picked:
+            i, j = list(square.index).index(picked[rows]), list(square.columns).index(picked["alpha"])
+            frame_ = plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=figures.RED, linewidth=2.5)
+            axis.add_patch(frame_)
+        axis.set_xlabel("strength α (typical residual norms)")
+        axis.set_title(label)
+    axes[0].set_ylabel("after layer" if rows == "layer" else "after layers")
+    return figure
+
+
+# --- on report prompts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answers of study steering-tone: what each condition does to 200 report prompts."""
+
+    table: Table
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Condition -> its row."""
+        return {row["condition"]: row for row in self.table["rows"]}
+
+    @property
+    def steps(self) -> list[str]:
+        """The conditions of the dial, from minus to plus."""
+        return [name for name in self.rows if name.startswith("steer")]
+
+    def mean(self, name: str) -> Interval:
+        """Mean tone of a condition's answers."""
+        return bootstrap_ci(self.rows[name]["tone"], seed=SEED)
+
+    def signs(self, kind: str) -> tuple[str, str]:
+        """Minus and plus condition of a kind: ``steer -1`` and ``steer 1``, ``lora -`` and ``lora +``."""
+        return (f"{kind} -1", f"{kind} 1") if f"{kind} 1" in self.rows else (f"{kind} -", f"{kind} +")
+
+    def effect(self, kind: str) -> Interval:
+        """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …"""
+        minus, plus = (np.array(self.rows[name]["tone"]) for name in self.signs(kind))
+        return bootstrap_ci(plus - minus, seed=SEED)
+
+    def random(self, kind: str) -> list[Interval]:
+        """Effects of the ten random directions of a kind."""
+        return [self.effect(f"{kind} {k}") for k in range(N_RANDOM)]
+
+    def perplexity(self, name: str) -> float:
+        """Perplexity of a condition's answers under the plain model, times that of the unsteered answers."""
+        values = [sum(self.rows[n]["loss"]) / sum(self.rows[n]["tokens"]) for n in (name, "steer 0")]
+        return float(np.exp(values[0] - values[1]))
+
+
+CONTROLS = (
+    ("many layers", "steer", "shared"),
+    ("many layers", "steer", "apart"),
+    ("one layer", "single", "single-random"),
+)
+"""label, kind of condition, and the random directions of the same length"""
+
+
+def control_table(report: Report) -> Any:
+    """Each vector beside the random directions of its own length."""
+    import pandas as pd
+
+    rows = []
+    for vector, kind, control in CONTROLS:
+        effect, others = report.effect(kind), report.random(control)
+        strongest = max(others, key=lambda i: abs(i.value))
+        row = {"vector": vector, "random directions": "" if kind == "single" else control, "effect": cell(effect)}
+        row |= {"strongest of ten random": cell(strongest)}
+        row |= {"mean size of the ten": f"{np.mean([abs(i.value) for i in others]):.2f}"}
+        row |= {"times the strongest": f"{effect.value / abs(strongest.value):.1f}"}
+        row |= {"perplexity × − / +": " / ".join(f"{report.perplexity(name):.2f}" for name in report.signs(kind))}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index(["vector", "random directions"]).T
+
+
+def dial_figure(report: Report) -> Any:
+    """Mean tone over the strengths, and the ten shared random directions."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    means = [report.mean(name) for name in report.steps]
+    strengths = [float(name.split()[1]) * report.table["alpha"] for name in report.steps]
+    for k in range(N_RANDOM):
+        low, high = (np.mean(report.rows[f"shared {k} {s}"]["tone"]) for s in (-1, 1))
+        line = [low, means[len(means) // 2].value, high]
+        label = "ten random directions" if k == 0 else None
+        axis.plot([strengths[0], 0, strengths[-1]], line, color=figures.GREY, alpha=0.5, linewidth=1, label=label)
+    errors = [[i.value - i.low for i in means], [i.high - i.value for i in means]]
+    options: dict[str, Any] = {"color": figures.BLUE, "marker": "o", "capsize": 3}
+    axis.errorbar(strengths, [i.value for i in means], errors, label="tone vector, 95 % interval", **options)
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xlabel("strength α at each of the layers (typical residual norms)")
+    axis.set_ylabel("mean tone of 200 answers\n(VADER, −1 to 1)")
+    axis.set_title("The dial moves the tone step by step; random directions of the same length hardly do")
+    axis.legend()
+    return figure
+
+
+METHODS = {
+    "steering, half": ("steer -0.5", "steer 0.5"),
+    "steering, full": ("steer -1", "steer 1"),
+    "steering, one layer": ("single -1", "single 1"),
+    "system prompt": ("system -", "system +"),
+    "three examples": ("few-shot -", "few-shot +"),
+    "LoRA, half": ("half-lora -", "half-lora +"),
+    "LoRA": ("lora -", "lora +"),
+}
+
+
+def methods_table(report: Report) -> Any:
+    """Effect, fluency, relevance and off-target attributes of every method, one column each."""
+    import pandas as pd
+
+    def column(minus: str, plus: str) -> dict[str, str]:
+        rows = [report.rows[name] for name in (minus, plus)]
+        effect = bootstrap_ci(np.array(rows[1]["tone"]) - np.array(rows[0]["tone"]), seed=SEED)
+        found = {"effect on tone": cell(effect), "tone − / +": " / ".join(f"{np.mean(r['tone']):+.2f}" for r in rows)}
+        found["perplexity × − / +"] = " / ".join(f"{report.perplexity(name):.2f}" for name in (minus, plus))
+        found["relevance − / +"] = " / ".join(f"{np.mean(r['relevance']):.2f}" for r in rows)
+        for label, measure in (
+            ("Δ formality", style.formality),
+            ("Δ words", style.length),
+            ("Δ gender words", style.gender_words),
+        ):
+            off = difference_ci(measure(rows[1]["answers"]), measure(rows[0]["answers"]), n_resamples=500, seed=SEED)
+            found[label] = cell(off, 1)
+        return found
+
+    return pd.DataFrame({label: column(*names) for label, names in METHODS.items() if names[0] in report.rows}).T
+
+
+def frontier_figure(report: Report) -> Any:
+    """Tone against perplexity: what each method pays."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+
+    def draw(names: Sequence[str], label: str, colour: str, marker: str, line: str) -> None:
+        points = sorted((np.mean(report.rows[n]["tone"]), report.perplexity(n)) for n in names if n in report.rows)
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=label)
+
+    draw(report.steps, "steering, many layers", figures.BLUE, "o", "-")
+    draw(["single -1", "steer 0", "single 1"], "steering, one layer", figures.SKY, "v", "-")
+    draw(["system -", "system +"], "system prompt", figures.ORANGE, "s", ":")
+    draw(["few-shot -", "few-shot +"], "three examples", figures.GREEN, "^", ":")
+    draw(["lora -", "half-lora -", "steer 0", "half-lora +", "lora +"], "LoRA, half and full", figures.PINK, "D", "-")
+    axis.axhline(2, color=figures.GREY, linewidth=1)
+    axis.axhline(1, color="black", linewidth=0.5)
+    axis.set_xlabel("mean tone of 200 answers (VADER)")
+    axis.set_ylabel("perplexity under the unsteered model\n(times that of unsteered answers)")
+    axis.set_title("What each method pays for its tone: lower is cheaper, further out is stronger")
+    axis.legend()
+    return figure
+
+
+def seeds_table(table: Table) -> Any:
+    """Sampled answers: the effect with each seed, and over all of them."""
+    import pandas as pd
+
+    tone = {row["condition"]: np.array(row["tone"]) for row in table["rows"]}  # [seed, prompt]
+    difference = tone["steer 1"] - tone["steer -1"]
+    found = {f"seed {k}": cell(bootstrap_ci(d, seed=SEED)) for k, d in zip(table["seeds"], difference, strict=True)}
+    found["all, by prompt"] = cell(bootstrap_ci(difference.mean(0), seed=SEED))
+    return pd.DataFrame({"effect from −α to +α": found}).T
+
+
+# --- what it costs ------------------------------------------------------------------------------------
+
+
+def more_loss(costs: Table, name: str, kind: str) -> Interval:
+    """Nats per token more than the plain model, on held-out ``text`` or the ``reply`` to unrelated requests."""
+    rows = {row["condition"]: row for row in costs["rows"]}
+    difference = np.array(rows[name][f"{kind}_loss"]) - np.array(rows["steer 0"][f"{kind}_loss"])
+    pairs = (difference, np.array(rows[name][f"{kind}_tokens"]))
+    return bootstrap_ci(pairs, lambda d, t: float(d.sum() / t.sum()), n_resamples=1000, seed=SEED)
+
+
+def costs_table(costs: Table) -> Any:
+    """Other skills under every condition that was measured, as differences to the plain model."""
+    import pandas as pd
+
+    rows = {row["condition"]: row for row in costs["rows"]}
+    plain, found = np.array(rows["steer 0"]["choice"]), {}
+    for label, signs in METHODS.items():
+        for sign, name in zip("−+", signs, strict=True):
+            if name not in rows:
+                continue
+            text = cell(more_loss(costs, name, "text")) if "text_loss" in rows[name] else "no prompt there"
+            choice = np.array(rows[name].get("choice", [])) - plain if "choice" in rows[name] else None
+            found[f"{label} {sign}"] = {
+                "held-out text, nats": text,
+                "unrelated replies, nats": cell(more_loss(costs, name, "reply")),
+                "multiple choice, share right": "" if choice is None else cell(bootstrap_ci(choice, seed=SEED)),
+            }
+    return pd.DataFrame(found).T
+
+
+STRENGTHS = {
+    "steering": [METHODS["steering, half"], METHODS["steering, full"]],
+    "LoRA": [METHODS["LoRA, half"], METHODS["LoRA"]],
+    "system prompt": [METHODS["system prompt"]],
+    "three examples": [METHODS["three examples"]],
+}
+LABELS = ("answers' perplexity ×", "relevance lost, nats", "held-out text, nats", "unrelated replies, nats")
+
+
+def priced(report: Report, costs: Table, method: str, target: float) -> dict[str, str]:
+    """A method's side effects at a given effect on tone: interpolated between the strengths that were measured."""
+    cost, found = {row["condition"]: row for row in costs["rows"]}, {"effect on tone": f"{target:.2f}"}
+    for kind, label in zip(SIDE_EFFECTS, LABELS, strict=True):
+        source = report.rows if kind in ("answers", "relevance") else cost
+        points: list[Any] = []
+        for minus, plus in STRENGTHS[method]:
+            if minus in source and (kind != "text" or "text_loss" in source[minus]):
+                effect = np.mean(report.rows[plus]["tone"]) - np.mean(report.rows[minus]["tone"])
+                points.append((float(effect), extra(source, (minus, plus), kind)))
+        if not points:
+            found[label] = "no prompt there"
+            continue
+        i = bootstrap_ci(at_effect([(0.0, 0 * points[0][1]), *points], target), seed=SEED)
+        times = Interval(float(np.exp(i.value)), float(np.exp(i.low)), float(np.exp(i.high)), i.n)
+        found[label] = cell(times, sign="") if kind == "answers" else cell(i)
+    return found
+
+
+def equal_effect_table(report: Report, costs: Table) -> Any:
+    """Steering, LoRA and prompts read at the same effects: those of the prompts, and of steering at full strength."""
+    import pandas as pd
+
+    effects = {m: report.effect(k).value for m, k in (("system prompt", "system"), ("three examples", "few-shot"))}
+    columns = {}
+    for asked, target in sorted(effects.items(), key=lambda item: item[1]):
+        for method in (asked, "steering", "LoRA"):
+            columns[f"as far as {asked}", method] = priced(report, costs, method, target)
+    for method in ("steering", "LoRA"):
+        columns["as far as steering", method] = priced(report, costs, method, report.effect("steer").value)
+    return pd.DataFrame(columns).T
