@@ -210,10 +210,15 @@ def lessons(
 
 
 def lesson_loss(model: Model, layer: int, lesson: Lesson, resid: Float[Tensor, "row pos d_model"]) -> Tensor:
-    """Nats per token of the answers' beginnings plus those of all later tokens, if the layers above read ``resid``."""
-    n = int(lesson.answer.sum(-1).max())
+    """``taught_loss`` if the layers above ``layer`` read ``resid``."""
     with resume(model, layer + 1, resid):
-        logits = model.hf(**lesson.batch.inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
+        return taught_loss(model, lesson)
+
+
+def taught_loss(model: Model, lesson: Lesson) -> Tensor:
+    """Nats per token of the answers' beginnings plus those of all later tokens; interventions apply."""
+    n = int(lesson.answer.sum(-1).max())
+    logits = model.hf(**lesson.batch.inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
     target, real = lesson.batch.input_ids[:, -n:], lesson.answer[:, -n:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     first = real & (real.cumsum(-1) <= START_TOKENS)
@@ -297,7 +302,8 @@ def learn_group(
         values.mul_(alive)
 
     history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], rate, after)
-    found = [(int(order[i]), float(values[i])) for i in values.argsort(descending=True) if values[i] > 0]
+    held = values.detach()
+    found = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
     others = sorted(set(quiet.nonzero().flatten().tolist()) - set(order.tolist())) or order.tolist()
     drawn = random.Random(seed).sample(others, min(len(found), len(others)))
     group = Group(tuple(feature(model, sae, i, v) for i, v in found), name)

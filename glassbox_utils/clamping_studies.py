@@ -514,8 +514,8 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
 N_REPORT, N_BASELINE, N_SWEEP = 100, 50, 25
 """report prompts: for the demonstration and the unclamped model; for the main baselines; for all else. Fewer are every
 second or every fourth, because neighbours in the list are alike (the first twenty are about the model itself)"""
-BASELINES = ("system prompt", "mean difference")
-SWEEP = (0.25, 0.5, 0.65, 1.0)
+BASELINES = ("system prompt", "mean difference", "learned vector")
+SWEEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """the demonstration's other strengths, from nothing to word salad"""
 ADVERSARIAL_TOKENS = 20
 
@@ -532,8 +532,9 @@ def report_settings(selected: dict[str, Any]) -> list[tuple[str, float | None, i
     strengths = {"none": None, shown: selected[shown]["strength"], "system prompt": None}
     strengths |= {method: row["strength"] for method, row in selected.items()}
     strengths |= {"random features": selected[shown]["strength"]}
-    strengths |= {"random direction": selected["mean difference"]["strength"]}
-    sizes = {"none": N_REPORT, shown: N_REPORT} | {m: N_BASELINE for m in BASELINES if m != shown}
+    strengths |= {"random direction": selected["learned vector"]["strength"]}
+    readers = demonstrated({m: row for m, row in selected.items() if not m.startswith("learned")})
+    sizes = {m: N_REPORT for m in ("none", shown, readers)} | {m: N_BASELINE for m in BASELINES if m != shown}
     settings = [(method, s, sizes.get(method, N_SWEEP)) for method, s in strengths.items()]
     extra = {m: GRID[m] for m in selected if m != "one feature"} | {shown: SWEEP}
     settings += [(m, s, N_SWEEP) for m, given in extra.items() for s in given if s != strengths[m]]
@@ -630,29 +631,30 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
 # --- ten further concepts -----------------------------------------------------------------------------
 
 N_CONCEPT, N_CONCEPT_SELECTION, CONCEPT_TOKENS = 8, 4, 24
-CONCEPT_STRENGTHS = (0.65, 1.0, 1.4)
+EVERY, CONCEPT_STEPS = 2, 35
+"""the ten concepts learn from every second training question, and for fewer steps: the bridge costs twice as much"""
 
 
-def concept_of(name: str, model: Model, rows: Sequence[Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """One concept through the same rules: the features of its name, the strength by selection prompts."""
-    words, found = prompts()["concepts"][name]["words"], shipped_saes(model)
-    sae = found[main_layer(found, model)]
-    tools = Tools({name: Group(tuple(clamping.feature(model, sae, i, unit) for i, unit in rows), name)})
-    asked = concept_prompts()
+def concept_of(name: str, model: Model, layer: int, plain: dict[str, Any]) -> dict[str, Any]:
+    """One concept through the same rules: features that are learned, the strength by selection prompts."""
+    concept, sae, asked = prompts()["concepts"][name], shipped_saes(model)[layer], concept_prompts()
+    questions, answers = taught(model, concept["starts"], EVERY, CONCEPT_TOKENS)
+    made = learned(model, layer, questions, answers, CONCEPT_STEPS)
+    tools = Tools({name: learned_group(model, sae, made["features"], name)})
 
     def run(split: str, strength: float) -> dict[str, Any]:
         texts = written_answers(model, tools, name, strength, asked[split], CONCEPT_TOKENS)
         row = {"answers": texts} | measured(model, asked[split], texts)
-        return row | {"strength": strength} | summary(row, plain[split], words)
+        return row | {"strength": strength} | summary(row, plain[split], concept["words"])
 
-    best = choose([run("selection", strength) for strength in CONCEPT_STRENGTHS])
+    best = choose([run("selection", strength) for strength in GRID["learned features"]])
     row = run("report", best["strength"])
     return {
         "concept": name,
-        "features": [i for i, _ in rows],
+        "features": made["features"],
         "strength": best["strength"],
-        "mentioned": [float(x) for x in clamping.mentions(row["answers"], words)],
-        "unclamped": [float(x) for x in clamping.mentions(plain["report"]["answers"], words)],
+        "mentioned": [float(x) for x in clamping.mentions(row["answers"], concept["words"])],
+        "unclamped": [float(x) for x in clamping.mentions(plain["report"]["answers"], concept["words"])],
         **{k: row[k] for k in ("perplexity", "distinct", "answers")},
     }
 
@@ -677,15 +679,17 @@ def _plain_concepts(model: Model) -> dict[str, Any]:
 def study_concepts() -> Path:
     """Ten further concepts, written down before any was run, through the same code; failures stay in the table."""
     start, model = time.time(), load_model()
-    table, found = read_table("clamp_choose"), shipped_saes(model)
-    prints = _fingerprint(found[main_layer(found, model)])
-    ranked = table["ranked"][str(table["main_layer"])]["group"]
-    plain = resumed("clamp_concepts", ["plain", model.hash, concept_prompts(), CONCEPT_TOKENS], _plain_concepts, model)
+    tools, selected = chosen(model)
+    sae = tools.found[demonstrated(selected)].features[0].sae
+    layer, asked = features.site_of_sae(sae).layer, concept_prompts()
+    plain = resumed("clamp_concepts", ["plain", model.hash, asked, CONCEPT_TOKENS], _plain_concepts, model)
     rows = []
     for name in progress(list(prompts()["concepts"]), "concepts"):
-        key = [name, prints, model.hash, ranked[name], CONCEPT_STRENGTHS, concept_prompts(), CONCEPT_TOKENS]
-        rows.append(resumed("clamp_concepts", key, concept_of, name, model, ranked[name], plain))
-    return write_table("clamp_concepts", model, time.time() - start, rows=rows)
+        settings = [EVERY, CONCEPT_STEPS, N_LEARNED, GRID["learned features"], CONCEPT_TOKENS, *_rule()]
+        starts = [prompts()["concepts"][name]["starts"], prompts()["train"]]
+        key = [name, layer, _fingerprint(sae), model.hash, asked, starts, settings]
+        rows.append(resumed("clamp_concepts", key, concept_of, name, model, layer, plain))
+    return write_table("clamp_concepts", model, time.time() - start, layer=layer, rows=rows)
 
 
 # --- side effects, and ablation -----------------------------------------------------------------------
@@ -711,7 +715,7 @@ def costs_of(model: Model, tools: Tools, method: str, strength: float | None) ->
     return {"loss": np.round(loss, 3).tolist(), "tokens": tokens.tolist(), "choice": right}
 
 
-def ablations(model: Model, ranked: dict[str, Any]) -> list[dict[str, Any]]:
+def ablations(model: Model, ranked: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """Facts about the bridge and about other landmarks, with features set to zero at all positions."""
     found = shipped_saes(model)
     middle = main_layer(found, model)
@@ -719,6 +723,7 @@ def ablations(model: Model, ranked: dict[str, Any]) -> list[dict[str, Any]]:
     sets = {
         "cleanest feature": [max(here["single"]["golden gate"], key=lambda r: r["auc"])["feature"]],
         "the name's features": [i for i, _ in here["group"]["golden gate"]],
+        "the learned features": [i for i, _ in made["features"][str(middle)]["features"]],
         "random features": [i for i, _ in here["random"]],
     }
     result = [{"ablated": "nothing", "n": 0} | {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}]
@@ -735,16 +740,15 @@ def study_costs() -> Path:
     start, model = time.time(), load_model()
     tools, selected = chosen(model)
     rows, shown = [], demonstrated(selected)
-    settings = [("none", None)] + [(m, selected[m]["strength"]) for m in (shown, "mean difference")]
+    settings = [("none", None)] + [(m, selected[m]["strength"]) for m in (shown, "learned vector", "mean difference")]
     for method, strength in [*settings, ("random features", selected[shown]["strength"])]:
         key = ["costs", *_key(model, tools, method, strength)]
         rows.append({"method": method, "strength": strength} | resumed(
             "clamp_costs", key, costs_of, model, tools, method, strength))  # fmt: skip
-    ranked = read_table("clamp_choose")["ranked"]
-    found = shipped_saes(model)
-    main = str(main_layer(found, model))
-    key = ["ablation", model.hash, _fingerprint(found[int(main)]), ranked[main]]
-    ablated = resumed("clamp_costs", key, ablations, model, ranked)
+    table, found = read_table("clamp_choose"), shipped_saes(model)
+    main, made = str(main_layer(found, model)), table["learned"]
+    key = ["ablation", model.hash, _fingerprint(found[int(main)]), table["ranked"][main], made["features"][main]]
+    ablated = resumed("clamp_costs", key, ablations, model, table["ranked"], made)
     return write_table("clamp_costs", model, time.time() - start, rows=rows, ablation=ablated)
 
 

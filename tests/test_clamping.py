@@ -207,6 +207,38 @@ def test_logits_are_bit_identical_afterwards(model, sae):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
 
 
+# --- learning ---------------------------------------------------------------------------------------------------
+
+
+def test_learning_finds_features_that_make_the_answers_likelier(model, monkeypatch):
+    monkeypatch.setattr(clamping, "QUIET", 0.5)  # a random SAE has few rare features
+    sae, before = make_sae(model), logits(model)
+    wants_gradient = [p.requires_grad for p in model.hf.parameters()]
+    given = clamping.lessons(model, 1, ["w1 w2", "w3", "w4 w5 w6"], [" w7 w8 w9"] * 3, batch_size=2)
+    assert [int(x.answer.sum()) for x in given] == [6, 3]
+    group, control, loss = clamping.learn_group(model, sae, given, n=4, steps=24, rate=0.2)
+    again, _, same = clamping.learn_group(model, sae, given, n=4, steps=24, rate=0.2)
+    assert loss == same and [vars(f) for f in group.features] == [vars(f) for f in again.features]
+    assert 1 <= len(group.features) <= 4 and all(f.unit > 0 for f in group.features)
+    assert [f.unit for f in control.features] == [f.unit for f in group.features]
+    held = []
+    for what in (None, control, group):
+        with clamping.clamp(model, [what] * 2), torch.no_grad():
+            held.append(float(clamping.taught_loss(model, given[0])))
+    assert held[2] < min(held[:2])  # clamping itself does what learning promised
+    vector, loss = clamping.learn_vector(model, 1, given, steps=24, rate=0.1)
+    assert vector.shape == (WIDTH,) and min(loss[-2:]) < min(loss[:2])
+    assert torch.equal(logits(model), before)
+    assert [p.requires_grad for p in model.hf.parameters()] == wants_gradient
+    assert all(p.grad is None for p in model.hf.parameters())
+
+
+def test_learning_needs_features_that_are_quiet(llama):
+    given = clamping.lessons(llama, 1, ["w1 w2"], [" w3 w4"])
+    with pytest.raises(ClampError, match=r"Only \d+ features are quiet.*too few to learn 33"):
+        clamping.learn_group(llama, make_sae(llama), given, n=33)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +335,9 @@ def test_scores_are_per_answer_and_harmonic():
 def test_prompts_are_ours_disjoint_and_have_nothing_to_do_with_bridges():
     p = clamping_studies.prompts()
     assert len(set(p["report"])) >= 100 and len(set(p["adversarial"])) >= 50 and len(p["concepts"]) == 10
-    assert not set(p["report"]) & set(p["selection"])
+    train = [q for asked in p["train"].values() for q in asked]
+    assert not set(p["report"]) & set(p["selection"] + train) and not set(p["selection"]) & set(train)
+    assert not set(p["adversarial"] + p["demo"]) & set(train)
     assert not any(clamping.mentions(p["report"] + p["selection"], [*p["golden_gate"]["words"], "river", "landmark"]))
     assert {"clamp-choose", "clamp-report", "clamp-concepts", "clamp-costs"} <= set(cli.studies())
 
@@ -320,7 +354,8 @@ def real():
 def test_the_shipped_choice_holds_the_concept(real):
     """The features that the study chose, at the strength that it chose: a mixed batch, bit-identical after."""
     model, (tools, selected) = real
-    one, strength = tools.found["several features"], selected["several features"]["strength"]
+    shown = clamping_studies.demonstrated(selected)
+    one, strength = tools.found[shown], selected[shown]["strength"]
     asked = [chat(model, q, "") for q in ("Who are you?", "How do I boil an egg?", "What is a computer?")]
     ids = tokenize(model, asked)
     with torch.no_grad():

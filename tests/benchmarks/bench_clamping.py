@@ -17,9 +17,10 @@ def model():
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_clamped_generation_costs_at_most_fifteen_percent(model, rows):
-    """The selected group, all tokens: the SAE's whole encoder runs, because TopK needs all of it."""
+    """The demonstrated group, all tokens: the SAE's whole encoder runs, because TopK needs all of it."""
     tools, selected = clamping_studies.chosen(model)
-    one, strength = tools.found["several features"], selected["several features"]["strength"]
+    shown = clamping_studies.demonstrated(selected)
+    one, strength = tools.found[shown], selected[shown]["strength"]
     prompts = [chat(model, p, "") for p in clamping_studies.prompts()["selection"][:rows]]
     batch = tokenize(model, prompts)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
