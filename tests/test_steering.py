@@ -67,6 +67,11 @@ def direction(model, layer=1, seed=0, scale=3.0):
     return steering.random_direction(blank, seed)
 
 
+def several(model, seed=0):
+    """A control vector after the layers 0 and 2."""
+    return steering.ControlVector((direction(model, 0, seed), direction(model, 2, seed + 1, scale=2.0)))
+
+
 def logits(model, texts=PROMPTS):
     with torch.no_grad():
         return model.hf(**tokenize(model, texts)._asdict()).logits
@@ -227,6 +232,47 @@ def test_two_vectors_compose(model):
         torch.testing.assert_close(logits(model), nested, atol=1e-3, rtol=1e-3)
 
 
+def test_several_layers_by_one_dial_are_the_sum_of_their_parts(model):
+    many = several(model)
+    for mode in ("add", "project_out", "affine"):
+        with steering.steer(model, many, -0.7, mode):
+            together = logits(model)
+        with steering.steer(model, many.parts[0], -0.7, mode), steering.steer(model, many.parts[1], -0.7, mode):
+            torch.testing.assert_close(logits(model), together)
+    assert many.layers == [0, 2] and "layers [0, 2]" in repr(many)
+
+
+def test_rows_of_one_layer_of_several_and_of_none_share_a_batch(model):
+    many, one = several(model), direction(model, 1, seed=7)
+    plain = logits(model)
+    with steering.steer(model, [many, None, one, many], [1.0, 1.0, -2.0, None]):
+        mixed = logits(model)
+    assert torch.equal(mixed[[1, 3]], plain[[1, 3]])
+    with steering.steer(model, many, 1.0):
+        torch.testing.assert_close(logits(model)[0], mixed[0])
+    with steering.steer(model, one, -2.0):
+        torch.testing.assert_close(logits(model)[2], mixed[2])
+    assert torch.equal(logits(model), plain)
+    written = generate(model, PROMPTS, 8)
+    with steering.steer(model, [many, None, one, many], [2.0, 1.0, -2.0, None]):
+        again = generate(model, PROMPTS, 8)
+    assert (again[1], again[3]) == (written[1], written[3])
+    assert not torch.allclose(mixed[0], plain[0]) and not torch.allclose(mixed[2], plain[2])
+
+
+def test_random_vectors_of_several_layers_are_apart_or_shared(llama):
+    many = several(llama)
+    apart, shared = (steering.random_vector(many, 3, kind) for kind in (False, True))
+    for found in (apart, shared):
+        assert [(d.layer, d.scale) for d in found.parts] == [(d.layer, d.scale) for d in many.parts]
+        assert all(float(d.vector.norm()) == pytest.approx(1, abs=1e-5) for d in found.parts)
+    assert torch.equal(shared.parts[0].vector, shared.parts[1].vector)
+    assert abs(float(apart.parts[0].vector @ apart.parts[1].vector)) < 0.9
+    assert torch.equal(steering.random_vector(many, 3).parts[0].vector, apart.parts[0].vector)
+    single = steering.random_vector(many.parts[0], 3)
+    assert torch.equal(single.vector, steering.random_direction(many.parts[0], 3).vector)
+
+
 def test_zero_strength_changes_nothing(model):
     before = logits(model)
     with steering.steer(model, direction(model), 0.0), steering.steer(model, direction(model), None):
@@ -243,6 +289,9 @@ def test_generate_with_steering_on_plain_models(model):
     many = steering.generate_with_steering(model.hf, model.tokenizer, PROMPTS, d, [2.0, 0, None, 2.0], max_new_tokens=8)
     assert many[0] == one and many[1:3] == plain[1:3] and len(many) == 4
     assert steering.generate_with_steering(model.hf, *asked, d, 0.0, max_new_tokens=8) == plain[0]
+    layered = steering.generate_with_steering(model.hf, *asked, several(model), 1.0, max_new_tokens=8)
+    with steering.steer(model, several(model), 1.0):
+        assert layered == generate(model, PROMPTS[0], 8)[0]
 
 
 # --- fitting --------------------------------------------------------------------------------------------
@@ -335,28 +384,45 @@ def test_save_and_load(tmp_path, llama):
     bare = replace(d, stability=None)
     steering.save_direction(bare, tmp_path / "bare")
     assert steering.load_direction(tmp_path / "bare").stability is None
+    assert torch.equal(steering.load_vector(tmp_path / "ends").vector, d.vector)
+
+
+def test_several_layers_are_one_file(tmp_path, llama):
+    texts = [f"w{i} w{i + 1}" for i in range(1, 20)]
+    found = steering.fit_directions(llama, texts, [t + " w30" for t in texts], layers=[0, 2], n_resamples=5)
+    many = steering.ControlVector(tuple(found.values()))
+    card = json.loads(steering.save_direction(many, tmp_path / "many").read_text())
+    assert [part["layer"] for part in card["parts"]] == [0, 2] and "typical residual norm" in card["units"]
+    back = steering.load_vector(tmp_path / "many")
+    for a, b in zip(back.parts, many.parts, strict=True):
+        assert torch.equal(a.vector, b.vector)
+        assert {k: v for k, v in vars(a).items() if k != "vector"} == {
+            k: v for k, v in vars(b).items() if k != "vector"
+        }
+    with pytest.raises(SteeringError, match=r"layers \[0, 2\].*load_vector"):
+        steering.load_direction(tmp_path / "many")
 
 
 def test_control_vector_has_what_llama_cpp_expects(tmp_path, llama):
     from gguf import GGMLQuantizationType, GGUFReader
 
-    several = [direction(llama, 1, 1), direction(llama, 2, 2, scale=5.0)]
-    path = steering.export_gguf(several, tmp_path / "tone.gguf", alpha=0.5)
+    many = steering.ControlVector((direction(llama, 1, 1), direction(llama, 2, 2, scale=5.0)))
+    path = steering.export_gguf(many, tmp_path / "tone.gguf", alpha=0.5)
     reader = GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     assert fields["general.architecture"] == "controlvector"
     assert fields["controlvector.model_hint"] == "llama" and fields["controlvector.layer_count"] == 2
     tensors = {t.name: t for t in reader.tensors}
     assert set(tensors) == {"direction.1", "direction.2"}
-    for d in several:
+    for d in many.parts:
         tensor = tensors[f"direction.{d.layer}"]
         assert tensor.tensor_type == GGMLQuantizationType.F32 and tensor.shape.tolist() == [WIDTH]
         np.testing.assert_allclose(tensor.data, 0.5 * d.scale * d.vector.numpy(), rtol=1e-6)
     back = steering.import_gguf(path)
     assert [d.layer for d in back] == [1, 2]
-    with steering.steer(llama, several[1], 0.5):
+    with steering.steer(llama, many, 0.5):
         expected = logits(llama)
-    with steering.steer(llama, back[1], 1.0):
+    with steering.steer(llama, steering.ControlVector(tuple(back)), 1.0):
         torch.testing.assert_close(logits(llama), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -393,6 +459,9 @@ def test_errors_name_the_value_and_the_fix(tmp_path, llama):
         (lambda: steering.import_gguf(tmp_path / "none.gguf"), "no file"),
         (lambda: steering.export_gguf(direction(llama, 0), tmp_path / "x.gguf"), "layer 0"),
         (lambda: steering.generate_with_steering(llama.hf, llama.tokenizer, "w1", torch.ones(WIDTH)), "layer="),
+        (lambda: steering.ControlVector((direction(llama, 2), direction(llama, 1))), r"\[2, 1\]. Sort them"),
+        (lambda: steering.ControlVector(()), "one direction for each"),
+        (lambda: steering.generate_with_steering(llama.hf, llama.tokenizer, "w1", d, layer=0), "knows its layer"),
         (lambda: steering.select(ROWS, 0.1, 2), "smallest are 0.500 and 1.50"),
         (lambda: style.human_ratings("songs"), "movies, products"),
     ]:

@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from glassbox_utils.models import chat, generate, load_model
-from glassbox_utils.steering import load_direction, steer
+from glassbox_utils.steering import load_vector, steer
 
-model, tone, queue = load_model(), load_direction("tone"), asyncio.Queue()
+model, tone, queue = load_model(), load_vector("tone"), asyncio.Queue()
 FULL, BATCH, NEW_TOKENS = 0.2, 16, 24  # steer = 1 is FULL times the typical residual norm
 
 
