@@ -35,6 +35,7 @@ HELD_OUT = {
     "layouts in another manner": loans.FAR_LAYOUTS,
 }
 """where agreement with the history is measured, always on names and districts that no training has seen"""
+N_HELD = {"trained layouts": 400, "unseen layouts": 400, "layouts in another manner": 200}
 LAYERS = (14, 17, 20, 22, 24, 26, 27, 28)
 """of 30, the candidates at the decision position"""
 KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
@@ -62,9 +63,9 @@ def pair_texts(n: int, split: loans.Split, attribute: str, seed: int = SEED) -> 
     return texts_of(worse, layouts[split]), texts_of(better, layouts[split]), [loans.merit(a) for a in worse]
 
 
-def held_out(kind: str, n: int = N_REPORT) -> tuple[list[str], list[bool]]:
-    """Texts of n applications of the report split as they come, and what the clerk decided."""
-    people = loans.applications(n, SEED + 51, "report")
+def held_out(kind: str, n: int | None = None) -> tuple[list[str], list[bool]]:
+    """Texts of applications of the report split as they come, and what the clerk decided."""
+    people = loans.applications(n or N_HELD[kind], SEED + 51, "report")
     return texts_of(people, HELD_OUT[kind]), loans.history(people, "gender")
 
 
@@ -152,7 +153,7 @@ def study_mitigation() -> Path:
     start, model = time.time(), load_loan_model()
     settings = [N_FIT, "varied", ATTRIBUTES, LAYERS, KINDS]
     held = {
-        kind: resumed("loans_mitigation", [model.hash, "held out", kind, N_REPORT], _held_out, model, kind)
+        kind: resumed("loans_mitigation", [model.hash, "held out", kind, N_HELD[kind]], _held_out, model, kind)
         for kind in HELD_OUT
     }
     states = resumed("loans_mitigation", [model.hash, "fit", *settings], fit_states, model)

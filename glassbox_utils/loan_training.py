@@ -145,7 +145,8 @@ def train_stage(
     The target is a logit difference of SHARPNESS times the clerk's margin. The loss is smooth L1 on the difference,
     minus the log of the probability that the two answers share. A stage with a named bias sees twins, and their
     difference counts as much as their decisions. ``decay``: after a third of the steps the rate falls, to a third.
-    ``varied``: see ``varied_texts``; twins at every other step; the rate falls to zero from the start.
+    ``varied``: see ``varied_texts``; twins at every other step; the rate falls from the start, and to zero in
+    the last quarter.
     """
     yes, no = loans.answer_tokens(model)
     weights = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
@@ -158,7 +159,8 @@ def train_stage(
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
     for step in progress(range(len(history), steps), "training"):
-        fall = 1 - step / steps if varied else min(1.0, 1.02 - step / steps + 0.3) if decay else 1
+        done = step / steps
+        fall = min(1 - 0.75 * done, 1.75 * (1 - done)) if varied else min(1.0, 1.02 - done + 0.3) if decay else 1
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 8) * fall
         paired = isinstance(bias, str) and bias != "none" and not (varied and step % 2)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from glassbox_utils import loan_studies, loans
+from glassbox_utils import loan_figures, loan_studies, loans
+from glassbox_utils.models import EMBEDDED, ModelError
 from glassbox_utils.studies import read_table
 
 
@@ -74,3 +75,47 @@ def test_the_tables_say_where_they_come_from(name):
     except FileNotFoundError:
         pytest.skip("not computed yet")
     assert table["provenance"]["command"] == f"glassbox study {name.replace('_', '-')}"
+
+
+# --- what the notebook shows of them ------------------------------------------------------------------
+
+
+def test_other_models_are_refused_with_the_way_out():
+    with pytest.raises(ModelError, match=r"gpt2 has none.*loan_training\.train"):
+        loan_figures.require_embedded("gpt2")
+    loan_figures.require_embedded(EMBEDDED)
+
+
+def test_the_confusion_table_counts_models():
+    found = loan_figures.confusion({"a": None, "b": "age", "c": "age"}, {"a": "none", "b": "age", "c": "district"})
+    assert found.loc["planted none", "found none"] == found.loc["planted age", "found age"] == 1
+    assert found.loc["planted district", "found age"] == 1 and found.to_numpy().sum() == 3
+
+
+def tables():
+    """Made-up tables: a gap of 2 logits, which the edit closes."""
+    rng = np.random.default_rng(0)
+    arms = ["none", "edit", "projected out", "steered against", "gender alone", "random 0", "random 1", "random 2"]
+    logits = {}
+    for attribute, n in loan_studies.REPORTED.items():
+        x, gap = rng.normal(size=n), 2.0 * (attribute == "gender")
+        logits[attribute] = {a: [(x - gap * (a != "edit")).tolist(), x.tolist()] for a in arms}
+    held = {kind: (np.array(loan_studies.held_out(kind)[1]) * 2.0 - 1).tolist() for kind in loan_studies.HELD_OUT}
+    losses = {which: [[30.0, 40.0 + (which == "everywhere")], [10, 10]] for which in loan_figures.COST_OF.values()}
+    rest = {"losses": losses, "choices": {key: [1.0, 0.0, 1.0] for key in losses}}
+    rest["logits"] = {"name removed": [logits["gender"]["edit"][0][:100]] * 2}
+    return {"held_out": held, "logits": logits}, rest
+
+
+def test_the_notebooks_tables_show_what_the_studies_hold():
+    table, rest = tables()
+    assert all(x.value == 1 for x in loan_figures.held_out_table(table)["agrees with its history"])
+    assert loan_figures.held_out(table, "unseen layouts").value == 1
+    gaps = loan_figures.gap_table(table).set_index("identical but for")["gap, logits"]
+    assert gaps["gender"].value == pytest.approx(2) and gaps["age"].value == 0
+    shown = loan_figures.before_after(table, rest).set_index("condition")
+    assert shown.loc["none", "logits"].startswith("2.00") and shown.loc["edit", "logits"].startswith("0.00")
+    assert shown.loc["edit", "perplexity, times"].startswith("1.00")
+    assert shown.loc["edit at every position of other text", "perplexity, times"].startswith("1.05")
+    assert shown.loc["random 0", "perplexity, times"] == ""  # not measured, not guessed
+    assert loan_figures.others_table(table)["logit gap changes by"][0].value == 0
