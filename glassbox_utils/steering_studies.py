@@ -39,8 +39,8 @@ KL_BUDGET = 0.35
 """nats per token on neutral text: half of log 2"""
 PERPLEXITY_BUDGET = 1.75
 """times the unsteered answers' perplexity on selection prompts; the report's limit is 2"""
-SPANS = {"5 to 20": (1 / 6, 0.7), "10 to 24": (1 / 3, 5 / 6)}
-"""layers of the many-layer vectors, as shares of the depth; the names count the embedded model's"""
+SPAN = (1 / 6, 0.7)
+"""layers of the many-layer vector, as shares of the depth: 5 to 20 of 30"""
 SPAN_ALPHAS = (0.012, 0.016, 0.020)
 """the pushes of sixteen layers add up, so each is a tenth of a single layer's"""
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -106,9 +106,10 @@ def random_effects(
     return (tones[:, 0] - tones[:, 1]).round(4).tolist()
 
 
-def tone_vector(model: Model, span: tuple[float, float], n_resamples: int = 100) -> steering.ControlVector:
-    """The tone direction after each layer of a span of the depth: mean difference over the answers' tokens."""
-    layers = range(max(1, int(span[0] * model.n_layers)), max(2, int(span[1] * model.n_layers)))
+def tone_vector(model: Model, n_resamples: int = 100) -> steering.ControlVector:
+    """The tone direction after each layer of SPAN: mean difference over the tokens of the sentences as answers."""
+    first, end = (round(share * model.n_layers) for share in SPAN)
+    layers = range(max(1, first), max(2, end))
     options: dict[str, Any] = {"layers": layers, "name": "tone", "n_resamples": n_resamples, "seed": SEED}
     positive, negative = tone_answers()
     found = steering.fit_directions(model, positive, negative, system=NO_SYSTEM, **options)
@@ -151,35 +152,32 @@ def _triple(interval: Any) -> tuple[float, float, float]:
 
 
 def study_layers() -> Path:
-    """A little at many layers: two spans x three strengths on the 60 selection prompts; ships the tone vector.
+    """A little at many layers: three strengths on the 60 selection prompts; ships the tone vector.
 
     Same budgets as the sweep's. The selection's random directions, of both kinds, have the seeds 100 and 101.
     """
     start, model = time.time(), load_model()
     asked, neutral = steering.prompts("selection"), steering.prompts("neutral")
-    rows: list[dict[str, Any]] = []
-    vectors = {span: tone_vector(model, SPANS[span]) for span in SPANS}
-    for span, vector in vectors.items():
-        for alpha in SPAN_ALPHAS:  # one at a time: what gets interrupted is short
-            key = [span, alpha, model.hash, NEW_TOKENS, len(asked)]
-            given: list[Any] = [vector, [alpha], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
-            found = resumed("steering_layers", key, steering.sweep, model, *given)
-            rows += [{"layers": span, **row} for row in found]
+    vector, rows = tone_vector(model), []
+    layers = f"{vector.layers[0]} to {vector.layers[-1]}"
+    for alpha in SPAN_ALPHAS:  # one at a time: what gets interrupted is short
+        key = [layers, alpha, model.hash, NEW_TOKENS, len(asked)]
+        given: list[Any] = [vector, [alpha], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
+        rows += [{"layers": layers, **row} for row in resumed("steering_layers", key, steering.sweep, model, *given)]
     best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
-    chosen = vectors[best["layers"]]  # type: ignore[index]
-    steering.save_direction(chosen, steering.DATA / "vectors" / "tone")
+    steering.save_direction(vector, steering.DATA / "vectors" / "tone")
     control = {}
     for kind in KINDS:
-        key = [kind, best["layers"], best["alpha"], SELECTION_SEEDS, model.hash, NEW_TOKENS]
-        control[kind] = resumed("steering_layers", key, _pilot, model, chosen, best["alpha"], kind == "shared")
-    stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in chosen.parts}
+        key = [kind, layers, best["alpha"], SELECTION_SEEDS, model.hash, NEW_TOKENS]
+        control[kind] = resumed("steering_layers", key, _pilot, model, vector, best["alpha"], kind == "shared")
+    stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in vector.parts}
     return write_table(
         "steering_layers", model, time.time() - start, selected=best, random=control, stability=stability, rows=rows
     )
 
 
 def _pilot(model: Model, like: steering.Vector, alpha: float, shared: bool) -> list[float]:
-    return random_effects(model, like, alpha, SELECTION_SEEDS, 60, shared=shared, system=NO_SYSTEM)
+    return random_effects(model, like, alpha, SELECTION_SEEDS, shared=shared, system=NO_SYSTEM)
 
 
 def selected() -> tuple[steering.Vector, float]:
@@ -190,6 +188,15 @@ def selected() -> tuple[steering.Vector, float]:
 def single() -> tuple[steering.Vector, float]:
     """The best vector of one layer and its strength, from the sweep: what many layers are compared with."""
     return steering.load_vector("tone-single"), read_table("steering_sweep")["selected"]["alpha"]
+
+
+def dial(model: Model) -> tuple[steering.ControlVector, float, bool]:
+    """Tone vector, full strength, and whether it is the shipped one; another model gets one fitted on the spot."""
+    table = read_table("steering_layers")
+    if model.hash == table["provenance"]["model_hash"]:
+        vector, alpha = selected()
+        return steering.ControlVector(steering.parts_of(vector)), alpha, True
+    return tone_vector(model, n_resamples=0), table["selected"]["alpha"], False
 
 
 # --- tone on report prompts, against every baseline ---------------------------------------------------
@@ -496,6 +503,27 @@ def study_costs() -> Path:
     return write_table("steering_costs", model, time.time() - start, **about, rows=rows)
 
 
+# --- far from the weather --------------------------------------------------------------------------------
+
+FACTS = {
+    "What is the capital of France?": ("paris",),
+    "What is 7 + 5?": ("12", "twelve"),
+    "Name three planets.": ("mars", "venus", "earth", "jupiter", "saturn"),
+    "Write a Python function that adds two numbers.": ("return", "+"),
+    "Translate 'good morning' into Spanish.": ("buenos", "buenas"),
+    "Who wrote Hamlet?": ("shakespeare",),
+    "How many days has a week?": ("7", "seven"),
+    "What is water made of?": ("hydrogen", "oxygen", "h2o"),
+}
+"""questions that have nothing to do with tone, and words one of which a right answer holds"""
+
+
+def facts_kept(model: Model, vector: steering.Vector, alpha: float) -> tuple[list[str], list[bool]]:
+    """Steered answers to FACTS, and whether each still holds its fact."""
+    texts = steering.continuations(model, list(FACTS), [(vector, alpha)] * len(FACTS), 30)
+    return texts, [any(w in t.lower() for w in words) for t, words in zip(texts, FACTS.values(), strict=True)]
+
+
 # --- at equal effect ----------------------------------------------------------------------------------
 
 SIDE_EFFECTS = ("answers", "relevance", "text", "reply")
@@ -537,6 +565,9 @@ def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray
     weight = (target - low) / (high - low)
     return (1 - weight) * before + weight * after
 
+
+TABLES = ("sweep", "sharper", "layers", "tone", "seeds", "costs")
+"""what notebook 05 draws: data/studies/steering_NAME.json"""
 
 STUDIES_OF_STEERING = {
     "steering-sweep": study_sweep,
