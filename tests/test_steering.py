@@ -16,7 +16,7 @@ from transformers import (
 )
 from wired import VOCABULARY, tokenizer
 
-from glassbox_utils import steering, steering_studies, style
+from glassbox_utils import steering, steering_figures, steering_studies, style
 from glassbox_utils.interventions import capture, edit, not_first
 from glassbox_utils.models import ModelError, Site, chat, generate, load_model, tokenize, wrap_model
 from glassbox_utils.steering import SteeringError
@@ -639,6 +639,58 @@ def test_costs_at_equal_effect_are_interpolated_between_measured_strengths():
         "lora +": {"text_loss": [2.0, 6.0], "text_tokens": [2, 4]},
     }
     assert steering_studies.extra(rows, ("lora -", "lora +"), "text").tolist() == [0.5, 0.25]
+
+
+def report_of(tones, losses=1.0):
+    """A report table with constant tones: condition -> tone, and the loss of a token."""
+    rows = [{"condition": name, "tone": [tone] * 5} for name, tone in tones.items()]
+    for row in rows:
+        moved = losses if row["condition"] != "steer 0" else 1.0
+        row |= {"loss": [2 * moved] * 5, "tokens": [2] * 5, "relevance": [0.5] * 5, "answers": ["a b"] * 5}
+    return steering_figures.Report({"alpha": 0.1, "prompts": ["w"] * 5, "rows": rows})
+
+
+def test_the_bar_is_counted_against_the_strongest_random_direction_of_either_sign():
+    tones = {"steer -1": -0.4, "steer 0": 0.1, "steer 1": 0.4, "single -1": -0.2, "single 1": 0.2}
+    for kind in (*steering_studies.KINDS, "single-random"):
+        tones |= {f"{kind} {k} {s}": 0.01 * k * -s / 2 for k in range(10) for s in (-1, 1)}
+    report = report_of(tones, losses=1.0 + np.log(1.5))
+    assert report.steps == ["steer -1", "steer 0", "steer 1"]
+    assert report.effect("steer").value == pytest.approx(0.8)
+    assert [i.value for i in report.random("shared")] == pytest.approx([-0.01 * k for k in range(10)])
+    assert report.perplexity("steer 1") == pytest.approx(1.5) and report.perplexity("steer 0") == 1
+    table = steering_figures.control_table(report)
+    assert table.loc["times the strongest"].tolist() == ["8.9", "8.9", "4.4"]
+    assert table.loc["perplexity × − / +"].tolist() == ["1.50 / 1.50"] * 3
+
+
+def test_prices_are_read_at_the_same_effect_and_missing_ones_named():
+    tones = {"steer -1": -0.4, "steer -0.5": -0.2, "steer 0": 0.0, "steer 0.5": 0.2, "steer 1": 0.4}
+    report = report_of(tones | {"system -": -0.1, "system +": 0.2}, losses=1.0 + np.log(2))
+    losses = {"steer 0": 2.0, "steer -0.5": 3.0, "steer 0.5": 3.0, "steer -1": 4.0, "steer 1": 4.0}
+    rows = [{"condition": n, "text_loss": [v] * 3, "text_tokens": [2] * 3} for n, v in losses.items()]
+    for row in rows:
+        row |= {"reply_loss": row["text_loss"], "reply_tokens": row["text_tokens"], "choice": [1.0, 0.0, 1.0]}
+    rows.append({"condition": "system -", "reply_loss": [2.5] * 3, "reply_tokens": [2] * 3})
+    rows.append(rows[-1] | {"condition": "system +"})
+    costs = {"rows": rows}
+    found = steering_figures.priced(report, costs, "steering", 0.2)
+    assert found["held-out text, nats"].startswith("+0.25 ") and found["answers' perplexity ×"].startswith("1.41 ")
+    asked = steering_figures.priced(report, costs, "system prompt", 0.3)
+    assert asked["held-out text, nats"] == "no prompt there"
+    assert asked["unrelated replies, nats"].startswith("+0.25 ")
+    assert steering_figures.more_loss(costs, "steer 1", "text").value == pytest.approx(1.0)
+    shown = steering_figures.costs_table(costs)
+    assert shown.loc["system prompt −", "held-out text, nats"] == "no prompt there"
+    assert shown.loc["steering, full +", "multiple choice, share right"].startswith("+0.00 ")
+
+
+def test_shuffled_labels_are_the_control_of_a_fit():
+    positive, negative, truth = clouds(shift=1.0)
+    held = clouds(20, shift=1.0, seed=5)[:2]
+    stable, right = steering_figures.shuffled(positive, negative, held, n=40)
+    assert stable.value < 0.85 and right.low < 10 < right.high
+    assert (held[0] @ truth > held[1] @ truth).sum() >= 17
 
 
 def test_the_layer_is_chosen_against_random_directions_and_the_strength_within_budgets():
