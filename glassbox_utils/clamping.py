@@ -177,8 +177,8 @@ def name_group(
 
 QUIET = 0.05
 """a feature that is learned fires at most at this share of the positions of the plain answers that it learns from"""
-START_TOKENS = 6
-"""the first tokens of an answer, whose mean loss counts as much as that of all others: they decide what it is about"""
+START_TOKENS, START_WEIGHT = 4, 2.0
+"""an answer's first tokens decide what it is about: their mean loss counts twice as much as that of all others"""
 CANDIDATES = 256
 """features that learning begins with"""
 
@@ -216,14 +216,14 @@ def lesson_loss(model: Model, layer: int, lesson: Lesson, resid: Float[Tensor, "
 
 
 def taught_loss(model: Model, lesson: Lesson) -> Tensor:
-    """Nats per token of the answers' beginnings plus those of all later tokens; interventions apply."""
+    """Nats per token of the answers, their first tokens weighted by ``START_WEIGHT``; interventions apply."""
     n = int(lesson.answer.sum(-1).max())
     logits = model.hf(**lesson.batch.inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
     target, real = lesson.batch.input_ids[:, -n:], lesson.answer[:, -n:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     first = real & (real.cumsum(-1) <= START_TOKENS)
     parts = [((loss * part).sum(-1) / part.sum(-1).clamp(min=1)).mean() for part in (first, real & ~first)]
-    return parts[0] + parts[1]
+    return START_WEIGHT * parts[0] + parts[1]
 
 
 def _descend(
@@ -250,7 +250,7 @@ def learn_group(
     sae: Any,
     given: Sequence[Lesson],
     n: int = 32,
-    steps: int = 63,
+    steps: int = 49,
     rate: float = 0.5,
     name: str = "",
     seed: int = 0,
@@ -312,7 +312,7 @@ def learn_group(
 
 
 def learn_vector(
-    model: Model, layer: int, given: Sequence[Lesson], steps: int = 63, rate: float = 0.25
+    model: Model, layer: int, given: Sequence[Lesson], steps: int = 49, rate: float = 0.25
 ) -> tuple[Float[Tensor, " d_model"], list[float]]:
     """The vector that, added at every position, makes the model write the lessons' answers: no SAE in between."""
     vector = torch.zeros(model.d_model, requires_grad=True)

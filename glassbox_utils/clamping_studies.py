@@ -35,8 +35,8 @@ N_CANDIDATES, N_TRIED = 12, 2
 """features taken by activation; of these, features tried by generation (the best by output score)"""
 GROUP = 12
 """features in a group: those that fire most on the concept's name"""
-N_LEARNED, LEARN_STEPS = 32, 63
-"""features of a group that is learned, and steps of learning: nine times through the training questions"""
+N_LEARNED, LEARN_STEPS = 32, 49
+"""features of a group that is learned, and steps of learning: seven times through the training questions"""
 PROBES, N_PROBED = (4.0,), 4
 """strengths at which, and prompts on which, the output score is measured"""
 PERPLEXITY_BUDGET = 3.0
@@ -51,7 +51,6 @@ GRID: dict[str, tuple[float, ...]] = {
     "mean difference": (0.3, 0.36),
     "mean difference, two layers": (0.14, 0.18),
     "learned features": (0.9, 1.0, 1.1, 1.25),
-    "learned features, later layer": (0.9, 1.0, 1.1, 1.25),
     "learned vector": (0.9, 1.0, 1.1, 1.25),
 }
 """method -> strengths that are tried: times the natural unit, or (mean difference) the typical residual norm, or the
@@ -221,7 +220,7 @@ def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequenc
 
 def _learned_vector(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     vector, loss = clamping.learn_vector(model, layer, _lessons(model, layer, questions, answers), LEARN_STEPS)
-    return {"vector": [round(float(x), 4) for x in vector], "loss": loss}
+    return {"vector": [round(float(x), 4) for x in vector], "vector_loss": loss}
 
 
 def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str, float]]:
@@ -238,29 +237,23 @@ def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str,
     ]  # fmt: skip
 
 
-def _learned_all(model: Model, layers: Sequence[int]) -> dict[str, Any]:
-    """All that is learned about the bridge: features of each SAE, the vector at the main layer, and what they read."""
+def _learned_all(model: Model, layer: int) -> dict[str, Any]:
+    """All that is learned about the bridge: features and what they read, and, without an SAE, a vector."""
     questions, answers = taught(model, prompts()["golden_gate"]["starts"])
-    made: dict[str, Any] = {"questions": questions, "answers": answers, "features": {}}
-    for layer in layers:
-        print_ = _fingerprint(shipped_saes(model)[layer])
-        key = ["learned", layer, print_, model.hash, questions, answers, N_LEARNED, LEARN_STEPS, _rule()]
-        made["features"][str(layer)] = resumed(
-            "clamp_choose", key, learned, model, layer, questions, answers, LEARN_STEPS
-        )
-    middle = main_layer(shipped_saes(model), model)
-    key = ["vector", middle, model.hash, questions, answers, LEARN_STEPS, _rule()]
-    made["vector"] = {"layer": middle} | resumed(
-        "clamp_choose", key, _learned_vector, model, middle, questions, answers
-    )
-    indices = [i for i, _ in made["features"][str(middle)]["features"]]
-    key = ["reading", middle, _fingerprint(shipped_saes(model)[middle]), model.hash, indices]
-    made["reading"] = resumed("clamp_choose", key, _reading, model, middle, indices)
-    return made
+    made: dict[str, Any] = {"layer": layer, "questions": questions, "answers": answers}
+    weights = [_fingerprint(shipped_saes(model)[layer]), model.hash]
+    key = ["learned", layer, weights, questions, answers, N_LEARNED, LEARN_STEPS, _rule()]
+    made |= resumed("clamp_choose", key, learned, model, layer, questions, answers, LEARN_STEPS)
+    key = ["vector", layer, model.hash, questions, answers, LEARN_STEPS, _rule()]
+    made |= resumed("clamp_choose", key, _learned_vector, model, layer, questions, answers)
+    indices = [i for i, _ in made["features"]]
+    return made | {
+        "reading": resumed("clamp_choose", ["reading", layer, weights, indices], _reading, model, layer, indices)
+    }
 
 
 def _rule() -> list[float]:
-    return [clamping.QUIET, clamping.START_TOKENS, clamping.CANDIDATES]
+    return [clamping.QUIET, clamping.START_TOKENS, clamping.START_WEIGHT, clamping.CANDIDATES]
 
 
 def name_texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -348,14 +341,11 @@ def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dic
         found["several features, two layers"] = Group(both, "several features, two layers")
     vectors = [steering.load_direction(vector_file(layer)) for layer in two_layers(model)]
     found |= {"mean difference": vectors[:1], "mean difference, two layers": vectors}
-    for layer, rows in made["features"].items():
-        sae, method = found_saes[int(layer)], "learned features" + ("" if int(layer) == middle else ", later layer")
-        found[method] = learned_group(model, sae, rows["features"], method)
-    controls = made["features"][str(middle)]["random"]
-    found["random features"] = learned_group(model, found_saes[middle], controls, "random features at the same values")
-    vector = torch.tensor(made["vector"]["vector"])
+    for method, kind in (("learned features", "features"), ("random features", "random")):
+        found[method] = learned_group(model, found_saes[middle], made[kind], method)
+    vector = torch.tensor(made["vector"])
     length = float(vector.norm())  # strength 1 adds the vector as it was learned
-    known = {"layer": made["vector"]["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
+    known = {"layer": made["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
     trained = replace(vectors[0], vector=vector / length, scale=length, **known)
     found["learned vector"] = [trained]
     found["random direction"] = [steering.random_direction(trained, SEED)]
@@ -455,7 +445,7 @@ def study_choose() -> Path:
         for direction in directions(model, two_layers(model)):
             steering.save_direction(direction, vector_file(direction.layer))
 
-    made = _learned_all(model, list(found))
+    made = _learned_all(model, middle)
     tools = make_tools(model, ranked, None, made)
     key = ["select", asked, *_key(model, tools, "none", None)]
     plain = resumed("clamp_choose", key, _select, model, tools, "none", None, asked)
@@ -631,7 +621,7 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
 # --- ten further concepts -----------------------------------------------------------------------------
 
 N_CONCEPT, N_CONCEPT_SELECTION, CONCEPT_TOKENS = 8, 4, 24
-EVERY, CONCEPT_STEPS = 2, 35
+EVERY, CONCEPT_STEPS = 2, 28
 """the ten concepts learn from every second training question, and for fewer steps: the bridge costs twice as much"""
 
 
@@ -723,7 +713,7 @@ def ablations(model: Model, ranked: dict[str, Any], made: dict[str, Any]) -> lis
     sets = {
         "cleanest feature": [max(here["single"]["golden gate"], key=lambda r: r["auc"])["feature"]],
         "the name's features": [i for i, _ in here["group"]["golden gate"]],
-        "the learned features": [i for i, _ in made["features"][str(middle)]["features"]],
+        "the learned features": [i for i, _ in made["features"]],
         "random features": [i for i, _ in here["random"]],
     }
     result = [{"ablated": "nothing", "n": 0} | {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}]
@@ -747,7 +737,7 @@ def study_costs() -> Path:
             "clamp_costs", key, costs_of, model, tools, method, strength))  # fmt: skip
     table, found = read_table("clamp_choose"), shipped_saes(model)
     main, made = str(main_layer(found, model)), table["learned"]
-    key = ["ablation", model.hash, _fingerprint(found[int(main)]), table["ranked"][main], made["features"][main]]
+    key = ["ablation", model.hash, _fingerprint(found[int(main)]), table["ranked"][main], made["features"]]
     ablated = resumed("clamp_costs", key, ablations, model, table["ranked"], made)
     return write_table("clamp_costs", model, time.time() - start, rows=rows, ablation=ablated)
 
