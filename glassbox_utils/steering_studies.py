@@ -283,10 +283,12 @@ def setting_of(name: str) -> tuple[steering.Vector, float] | None:
     None: it steers nothing.
     """
     kind, *_, step = name.split()
+    if not float(step):
+        return None
     vector, alpha = single() if kind.startswith("single") else selected()
     if kind in RANDOM_KINDS:
         vector = steering.random_vector(vector, int(name.split()[1]), kind == "shared")
-    return (vector, float(step) * alpha) if float(step) else None
+    return vector, float(step) * alpha
 
 
 def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
@@ -332,31 +334,39 @@ def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> l
 
 
 def tone_row(model: Model, name: str) -> dict[str, Any]:
-    """One condition on the 200 report prompts: tone; of all but random directions also losses, relevance and answers.
-
-    Relevance, which costs as much as generation, is that of the first 50 prompts.
-    """
+    """One condition on the 200 report prompts: tone, losses, relevance (of the first 50) and the answers."""
     questions = steering.prompts("report")
     texts = answers_of(name, model, questions)
-    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist()}
-    if name in RANDOM:
-        return row
     losses, counts = steering.answer_losses(model, questions, texts, 50, NO_SYSTEM)
-    few, others = slice(0, 50), [*questions[1:], questions[0]]
+    few, others = slice(0, 50), [*questions[1:], questions[0]]  # relevance is as costly as generation
     unrelated, _ = steering.answer_losses(model, others[few], texts[few], 50, NO_SYSTEM)
     relevance = (unrelated - losses[few]) / np.maximum(counts[few], 1)
-    row |= {"loss": losses.round(3).tolist(), "tokens": counts.tolist(), "relevance": relevance.round(4).tolist()}
-    return row | {"answers": texts}
+    row = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "loss": losses.round(3).tolist()}
+    return row | {"tokens": counts.tolist(), "relevance": relevance.round(4).tolist(), "answers": texts}
+
+
+def random_tones(model: Model, name: str, part: int) -> list[float]:
+    """Tone under a random direction of one half of the report prompts: short, for what gets interrupted."""
+    few = steering.prompts("report")[100 * part : 100 * (part + 1)]
+    return style.tone(answers_of(name, model, few)).round(4).tolist()
+
+
+def tone_key(model: Model, name: str, *part: int) -> list[Any]:
+    """What a row of ``study_tone`` depends on."""
+    return [name, *part, model.hash, NEW_TOKENS, len(steering.prompts("report")), NO_SYSTEM, *used_by(name)]
 
 
 def study_tone() -> Path:
     """Answers to the 200 report prompts under every condition, with tone, perplexity and relevance."""
     start, model = time.time(), load_model()
     vector, alpha = selected()
-    questions = steering.prompts("report")
-    key = [model.hash, NEW_TOKENS, len(questions), NO_SYSTEM]
-    rows = [resumed("steering_tone", [name, *key, *used_by(name)], tone_row, model, name) for name in [*MAIN, *RANDOM]]
-    about = {"layers": layers_of(vector), "alpha": alpha, "prompts": questions}
+    rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in MAIN]
+    for name in RANDOM:
+        tones: list[float] = []
+        for part in range(2):
+            tones += resumed("steering_tone", tone_key(model, name, part), random_tones, model, name, part)
+        rows.append({"condition": name, "tone": tones})
+    about = {"layers": layers_of(vector), "alpha": alpha, "prompts": steering.prompts("report")}
     return write_table("steering_tone", model, time.time() - start, **about, rows=rows)
 
 
