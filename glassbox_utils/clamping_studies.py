@@ -43,15 +43,16 @@ PERPLEXITY_BUDGET = 3.0
 """times the unclamped answers' perplexity, on selection prompts"""
 DISTINCT_BUDGET = 0.7
 """times the unclamped answers' share of different word pairs: a loop has a low perplexity and is no answer"""
-N_SELECTION = 10
+N_SELECTION, N_SELECTION_LEARNED = 10, 24
+"""selection prompts: for what is learned all of them, since it comes close to the goal and a coarse choice is a bet"""
 GRID: dict[str, tuple[float, ...]] = {
     "one feature": (2.0, 3.5),
     "several features": (0.5, 0.65, 0.8),
     "several features, two layers": (0.4, 0.45, 0.5),
     "mean difference": (0.3, 0.36),
     "mean difference, two layers": (0.14, 0.18),
-    "learned features": (0.9, 1.0, 1.1, 1.25),
-    "learned vector": (0.9, 1.0, 1.1, 1.25),
+    "learned features": (0.85, 0.9, 0.95, 1.0),
+    "learned vector": (0.8, 0.9, 1.0),
 }
 """method -> strengths that are tried: times the natural unit, or (mean difference) the typical residual norm, or the
 learned values"""
@@ -438,7 +439,7 @@ def _tried(
 def study_choose() -> Path:
     """Features by activation and output score; features, methods and strengths by generation on selection prompts."""
     start, model = time.time(), load_model()
-    found, asked = shipped_saes(model), prompts()["selection"][:N_SELECTION]
+    found = shipped_saes(model)
     middle = main_layer(found, model)
     ranked = {str(layer): _ranked(layer, sae, model) for layer, sae in found.items()}
     if not all(vector_file(layer).with_suffix(".json").exists() for layer in two_layers(model)):
@@ -447,12 +448,13 @@ def study_choose() -> Path:
 
     made = _learned_all(model, middle)
     tools = make_tools(model, ranked, None, made)
-    key = ["select", asked, *_key(model, tools, "none", None)]
-    plain = resumed("clamp_choose", key, _select, model, tools, "none", None, asked)
 
     def row(method: str, strength: float, tools: Tools) -> dict[str, Any]:
-        key = ["tried", asked, *_key(model, tools, method, strength)]
-        return resumed("clamp_choose", key, _tried, model, tools, method, strength, asked, plain)
+        some = prompts()["selection"][: N_SELECTION_LEARNED if method.startswith("learned") else N_SELECTION]
+        key = ["select", some, *_key(model, tools, "none", None)]
+        plain = resumed("clamp_choose", key, _select, model, tools, "none", None, some)
+        key = ["tried", some, *_key(model, tools, method, strength)]
+        return resumed("clamp_choose", key, _tried, model, tools, method, strength, some, plain)
 
     single = []
     for k in range(N_TRIED):
@@ -482,7 +484,7 @@ def study_choose() -> Path:
         single=single,
         rows=rows,
         selected={method: choose([r for r in rows if r["method"] == method]) for method in methods},
-        prompts=asked,
+        prompts=prompts()["selection"][:N_SELECTION_LEARNED],
     )
 
 
@@ -505,7 +507,7 @@ N_REPORT, N_BASELINE, N_SWEEP = 100, 50, 25
 """report prompts: for the demonstration and the unclamped model; for the main baselines; for all else. Fewer are every
 second or every fourth, because neighbours in the list are alike (the first twenty are about the model itself)"""
 BASELINES = ("system prompt", "mean difference", "learned vector")
-SWEEP = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+SWEEP = (0.5, 0.7, 0.8, 1.0, 1.25, 1.6)
 """the demonstration's other strengths, from nothing to word salad"""
 ADVERSARIAL_TOKENS = 20
 
