@@ -623,30 +623,29 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
 # --- ten further concepts -----------------------------------------------------------------------------
 
 N_CONCEPT, N_CONCEPT_SELECTION, CONCEPT_TOKENS = 8, 4, 24
-EVERY, CONCEPT_STEPS = 2, 28
-"""the ten concepts learn from every second training question, and for fewer steps: the bridge costs twice as much"""
+CONCEPT_STRENGTHS = (0.65, 1.0, 1.4)
 
 
-def concept_of(name: str, model: Model, layer: int, plain: dict[str, Any]) -> dict[str, Any]:
-    """One concept through the same rules: features that are learned, the strength by selection prompts."""
-    concept, sae, asked = prompts()["concepts"][name], shipped_saes(model)[layer], concept_prompts()
-    questions, answers = taught(model, concept["starts"], EVERY, CONCEPT_TOKENS)
-    made = learned(model, layer, questions, answers, CONCEPT_STEPS)
-    tools = Tools({name: learned_group(model, sae, made["features"], name)})
+def concept_of(name: str, model: Model, rows: Sequence[Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """One concept as the bridge's readers were chosen: features of its name, the strength by selection prompts."""
+    words, found = prompts()["concepts"][name]["words"], shipped_saes(model)
+    sae = found[main_layer(found, model)]
+    tools = Tools({name: Group(tuple(clamping.feature(model, sae, i, unit) for i, unit in rows), name)})
+    asked = concept_prompts()
 
     def run(split: str, strength: float) -> dict[str, Any]:
         texts = written_answers(model, tools, name, strength, asked[split], CONCEPT_TOKENS)
         row = {"answers": texts} | measured(model, asked[split], texts)
-        return row | {"strength": strength} | summary(row, plain[split], concept["words"])
+        return row | {"strength": strength} | summary(row, plain[split], words)
 
-    best = choose([run("selection", strength) for strength in GRID["learned features"]])
+    best = choose([run("selection", strength) for strength in CONCEPT_STRENGTHS])
     row = run("report", best["strength"])
     return {
         "concept": name,
-        "features": made["features"],
+        "features": [i for i, _ in rows],
         "strength": best["strength"],
-        "mentioned": [float(x) for x in clamping.mentions(row["answers"], concept["words"])],
-        "unclamped": [float(x) for x in clamping.mentions(plain["report"]["answers"], concept["words"])],
+        "mentioned": [float(x) for x in clamping.mentions(row["answers"], words)],
+        "unclamped": [float(x) for x in clamping.mentions(plain["report"]["answers"], words)],
         **{k: row[k] for k in ("perplexity", "distinct", "answers")},
     }
 
@@ -669,19 +668,17 @@ def _plain_concepts(model: Model) -> dict[str, Any]:
 
 
 def study_concepts() -> Path:
-    """Ten further concepts, written down before any was run, through the same code; failures stay in the table."""
+    """Ten further concepts, written down before any was run, by their names' features; failures stay in the table."""
     start, model = time.time(), load_model()
-    tools, selected = chosen(model)
-    sae = tools.found[demonstrated(selected)].features[0].sae
-    layer, asked = features.site_of_sae(sae).layer, concept_prompts()
-    plain = resumed("clamp_concepts", ["plain", model.hash, asked, CONCEPT_TOKENS], _plain_concepts, model)
+    table, found = read_table("clamp_choose"), shipped_saes(model)
+    prints = _fingerprint(found[main_layer(found, model)])
+    ranked = table["ranked"][str(table["main_layer"])]["group"]
+    plain = resumed("clamp_concepts", ["plain", model.hash, concept_prompts(), CONCEPT_TOKENS], _plain_concepts, model)
     rows = []
     for name in progress(list(prompts()["concepts"]), "concepts"):
-        settings = [EVERY, CONCEPT_STEPS, N_LEARNED, GRID["learned features"], CONCEPT_TOKENS, *_rule()]
-        starts = [prompts()["concepts"][name]["starts"], prompts()["train"]]
-        key = [name, layer, _fingerprint(sae), model.hash, asked, starts, settings]
-        rows.append(resumed("clamp_concepts", key, concept_of, name, model, layer, plain))
-    return write_table("clamp_concepts", model, time.time() - start, layer=layer, rows=rows)
+        key = [name, prints, model.hash, ranked[name], CONCEPT_STRENGTHS, concept_prompts(), CONCEPT_TOKENS]
+        rows.append(resumed("clamp_concepts", key, concept_of, name, model, ranked[name], plain))
+    return write_table("clamp_concepts", model, time.time() - start, rows=rows)
 
 
 # --- side effects, and ablation -----------------------------------------------------------------------
