@@ -155,6 +155,8 @@ def control_table(report: Report) -> Any:
 
     rows = []
     for vector, kind, control in CONTROLS:
+        if f"{control} 0 1" not in report.rows:
+            continue
         effect, others = report.effect(kind), report.random(control)
         strongest = max(others, key=lambda i: abs(i.value))
         row = {"vector": vector, "random directions": "" if kind == "single" else control, "effect": cell(effect)}
@@ -174,7 +176,9 @@ def dial_figure(report: Report) -> Any:
     means = [report.mean(name) for name in report.steps]
     strengths = [float(name.split()[1]) * report.table["alpha"] for name in report.steps]
     for k in range(N_RANDOM):
-        low, high = (np.mean(report.rows[f"shared {k} {s}"]["tone"]) for s in (-1, 1))
+        tones = [np.array(report.rows[f"shared {k} {s}"]["tone"]) for s in (-1, 1)]
+        start = np.mean(report.rows["steer 0"]["tone"][: len(tones[0])])  # of the prompts that they answered
+        low, high = (means[len(means) // 2].value + tone.mean() - start for tone in tones)
         line = [low, means[len(means) // 2].value, high]
         label = "ten random directions" if k == 0 else None
         axis.plot([strengths[0], 0, strengths[-1]], line, color=figures.GREY, alpha=0.5, linewidth=1, label=label)
@@ -219,7 +223,9 @@ def methods_table(report: Report) -> Any:
             found[label] = cell(off, 1)
         return found
 
-    return pd.DataFrame({label: column(*names) for label, names in METHODS.items() if names[0] in report.rows}).T
+    return pd.DataFrame(
+        {label: column(*names) for label, names in METHODS.items() if "loss" in report.rows.get(names[0], {})}
+    ).T
 
 
 def frontier_figure(report: Report) -> Any:
@@ -229,7 +235,9 @@ def frontier_figure(report: Report) -> Any:
     figure, axis = plt.subplots(figsize=(7, 4))
 
     def draw(names: Sequence[str], label: str, colour: str, marker: str, line: str) -> None:
-        points = sorted((np.mean(report.rows[n]["tone"]), report.perplexity(n)) for n in names if n in report.rows)
+        points = sorted(
+            (np.mean(report.rows[n]["tone"]), report.perplexity(n)) for n in names if "loss" in report.rows.get(n, {})
+        )
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=label)
 
@@ -305,11 +313,12 @@ def priced(report: Report, costs: Table, method: str, target: float) -> dict[str
         source = report.rows if kind in ("answers", "relevance") else cost
         points: list[Any] = []
         for minus, plus in STRENGTHS[method]:
-            if minus in source and (kind != "text" or "text_loss" in source[minus]):
+            key = {"answers": "loss", "relevance": "relevance"}.get(kind, f"{kind}_loss")
+            if key in source.get(minus, {}):
                 effect = np.mean(report.rows[plus]["tone"]) - np.mean(report.rows[minus]["tone"])
                 points.append((float(effect), extra(source, (minus, plus), kind)))
         if not points:
-            found[label] = "no prompt there"
+            found[label] = "no prompt there" if kind == "text" else "not measured"
             continue
         i = bootstrap_ci(at_effect([(0.0, 0 * points[0][1]), *points], target), seed=SEED)
         times = Interval(float(np.exp(i.value)), float(np.exp(i.low)), float(np.exp(i.high)), i.n)

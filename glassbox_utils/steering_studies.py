@@ -270,7 +270,7 @@ def condition(name: str, plain: Model) -> Iterator[Model]:
     if name.split()[0] in ("lora", "half-lora"):
         side = "positive" if name.endswith("+") else "negative"
         yield load_model(adapter=half_lora(side) if name.startswith("half") else lora(side))
-    elif name.startswith("steer") and (setting := setting_of(name)):
+    elif name.startswith(("steer", "single")) and (setting := setting_of(name)):
         with steering.steer(plain, *setting):
             yield plain
     else:
@@ -312,10 +312,15 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     return texts
 
 
-BASELINES = ("system", "few-shot", "lora", "half-lora")
+BASELINES = ("system", "few-shot", "lora")
+"""``half-lora`` can be put beside them: the same adapter at half its strength"""
 MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
 RANDOM_KINDS = (*KINDS, "single-random")
-RANDOM = [f"{kind} {k} {s}" for kind in RANDOM_KINDS for k in range(N_RANDOM) for s in (-1, 1)]
+HALVES = {"shared": 1, "single-random": 2}
+"""random directions that are reported, and how many halves of the report prompts they answered"""
+TONE_ONLY = ("steer -0.5", "steer 0.5")
+"""conditions without losses and relevance"""
+RANDOM = [f"{kind} {k} {s}" for kind in HALVES for k in range(N_RANDOM) for s in (-1, 1)]
 
 
 def layers_of(vector: steering.Vector) -> list[int]:
@@ -337,12 +342,15 @@ def tone_row(model: Model, name: str) -> dict[str, Any]:
     """One condition on the 200 report prompts: tone, losses, relevance (of the first 50) and the answers."""
     questions = steering.prompts("report")
     texts = answers_of(name, model, questions)
+    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "answers": texts}
+    if name in TONE_ONLY:
+        return row
     losses, counts = steering.answer_losses(model, questions, texts, 50, NO_SYSTEM)
     few, others = slice(0, 50), [*questions[1:], questions[0]]  # relevance is as costly as generation
     unrelated, _ = steering.answer_losses(model, others[few], texts[few], 50, NO_SYSTEM)
     relevance = (unrelated - losses[few]) / np.maximum(counts[few], 1)
-    row = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "loss": losses.round(3).tolist()}
-    return row | {"tokens": counts.tolist(), "relevance": relevance.round(4).tolist(), "answers": texts}
+    row |= {"loss": losses.round(3).tolist(), "tokens": counts.tolist()}
+    return row | {"relevance": relevance.round(4).tolist()}
 
 
 def random_tones(model: Model, name: str, part: int) -> list[float]:
@@ -363,7 +371,7 @@ def study_tone() -> Path:
     rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in MAIN]
     for name in RANDOM:
         tones: list[float] = []
-        for part in range(2):
+        for part in range(HALVES[name.split()[0]]):
             tones += resumed("steering_tone", tone_key(model, name, part), random_tones, model, name, part)
         rows.append({"condition": name, "tone": tones})
     about = {"layers": layers_of(vector), "alpha": alpha, "prompts": steering.prompts("report")}
@@ -469,8 +477,8 @@ def study_seeds() -> Path:
 
 # --- what else it costs -------------------------------------------------------------------------------
 
-COSTS = [f"steer {s:.4g}" for s in (0, -1, 1, -0.5, 0.5)] + [f"{k} {s}" for k in BASELINES for s in "-+"]
-CHOICES = ("steer 0", "steer -1", "steer 1", "lora -", "lora +")
+COSTS = ["steer 0", "steer -1", "steer 1", "single -1", "single 1", "lora -", "lora +"]
+CHOICES = ("steer 0", "single -1", "single 1", "lora -", "lora +")
 """conditions that also answer multiple-choice questions"""
 
 
@@ -576,7 +584,7 @@ def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray
     return (1 - weight) * before + weight * after
 
 
-TABLES = ("sweep", "sharper", "layers", "tone", "seeds", "costs")
+TABLES = ("sweep", "sharper", "layers", "tone", "costs")
 """what notebook 05 draws: data/studies/steering_NAME.json"""
 
 STUDIES_OF_STEERING = {
