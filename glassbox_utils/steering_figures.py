@@ -63,6 +63,24 @@ def shuffled(positive: Tensor, negative: Tensor, held: Sequence[Tensor], n: int 
     return Interval(float(np.mean(stable)), low, high, n), Interval(float(np.mean(right)), fewest, most, n)
 
 
+def fit_table(model: Model, fitted: Mapping[str, steering.Direction], points: Sequence[Tensor]) -> tuple[Any, Interval]:
+    """Stability and held-out order of each attribute's direction, shuffled tone labels last; and their stability.
+
+    ``points``: pooled vectors of tone's positive and negative texts, of the train and of the report split.
+    """
+    import pandas as pd
+
+    rows: dict[str, Any] = {}
+    for name, d in fitted.items():
+        right, n = order_of(model, d, name)
+        rows[name] = [d.n_texts[0], cell(d.stability, sign="") if d.stability else "", f"{right} of {n}"]
+    stable, ordered = shuffled(points[0], points[1], points[2:])
+    last = [len(points[0]), cell(stable, sign=""), f"{cell(ordered, 0, '')} of {len(points[2])}"]
+    rows["tone, labels shuffled (200 times)"] = last
+    columns = ["pairs", "stability", "held-out pairs in the right order"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns), stable
+
+
 # --- choosing -----------------------------------------------------------------------------------------
 
 
@@ -188,7 +206,7 @@ def dial_figure(report: Report) -> Any:
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xlabel("strength α at each of the layers (typical residual norms)")
     axis.set_ylabel("mean tone of 200 answers\n(VADER, −1 to 1)")
-    axis.set_title("The dial moves the tone step by step; random directions of the same length hardly do")
+    axis.set_title("The dial moves the tone step by step; most random directions of the same length do not")
     axis.legend()
     return figure
 
@@ -245,7 +263,7 @@ def frontier_figure(report: Report) -> Any:
     draw(["single -1", "steer 0", "single 1"], "steering, one layer", figures.SKY, "v", "-")
     draw(["system -", "system +"], "system prompt", figures.ORANGE, "s", ":")
     draw(["few-shot -", "few-shot +"], "three examples", figures.GREEN, "^", ":")
-    draw(["lora -", "half-lora -", "steer 0", "half-lora +", "lora +"], "LoRA, half and full", figures.PINK, "D", "-")
+    draw(["lora -", "half-lora -", "steer 0", "half-lora +", "lora +"], "LoRA", figures.PINK, "D", "-")
     axis.axhline(2, color=figures.GREY, linewidth=1)
     axis.axhline(1, color="black", linewidth=0.5)
     axis.set_xlabel("mean tone of 200 answers (VADER)")
@@ -300,9 +318,11 @@ def costs_table(costs: Table) -> Any:
 STRENGTHS = {
     "steering": [METHODS["steering, half"], METHODS["steering, full"]],
     "LoRA": [METHODS["LoRA, half"], METHODS["LoRA"]],
+    "steering, one layer": [METHODS["steering, one layer"]],
     "system prompt": [METHODS["system prompt"]],
     "three examples": [METHODS["three examples"]],
 }
+PROMPTS = ("system prompt", "three examples")
 LABELS = ("answers' perplexity ×", "relevance lost, nats", "held-out text, nats", "unrelated replies, nats")
 
 
@@ -315,10 +335,10 @@ def priced(report: Report, costs: Table, method: str, target: float) -> dict[str
         for minus, plus in STRENGTHS[method]:
             key = {"answers": "loss", "relevance": "relevance"}.get(kind, f"{kind}_loss")
             if key in source.get(minus, {}):
-                effect = np.mean(report.rows[plus]["tone"]) - np.mean(report.rows[minus]["tone"])
+                effect = np.mean(np.array(report.rows[plus]["tone"]) - np.array(report.rows[minus]["tone"]))
                 points.append((float(effect), extra(source, (minus, plus), kind)))
         if not points:
-            found[label] = "no prompt there" if kind == "text" else "not measured"
+            found[label] = "no prompt there" if kind == "text" and method in PROMPTS else "not measured"
             continue
         i = bootstrap_ci(at_effect([(0.0, 0 * points[0][1]), *points], target), seed=SEED)
         times = Interval(float(np.exp(i.value)), float(np.exp(i.low)), float(np.exp(i.high)), i.n)
@@ -330,11 +350,12 @@ def equal_effect_table(report: Report, costs: Table) -> Any:
     """Steering, LoRA and prompts read at the same effects: those of the prompts, and of steering at full strength."""
     import pandas as pd
 
-    effects = {m: report.effect(k).value for m, k in (("system prompt", "system"), ("three examples", "few-shot"))}
     columns = {}
-    for asked, target in sorted(effects.items(), key=lambda item: item[1]):
-        for method in (asked, "steering", "LoRA"):
-            columns[f"as far as {asked}", method] = priced(report, costs, method, target)
-    for method in ("steering", "LoRA"):
-        columns["as far as steering", method] = priced(report, costs, method, report.effect("steer").value)
+    for asked, kind, others in (
+        ("system prompt", "system", ("steering", "steering, one layer", "LoRA")),
+        ("three examples", "few-shot", ("steering", "LoRA")),
+        ("steering", "steer", ("LoRA",)),
+    ):
+        for method in (asked, *others):
+            columns[f"as far as {asked}", method] = priced(report, costs, method, report.effect(kind).value)
     return pd.DataFrame(columns).T
