@@ -313,8 +313,8 @@ def two_layers(model: Model) -> list[int]:
     return [model.n_layers // 2 - 1, 2 * model.n_layers // 3 - 1]
 
 
-def learned_group(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
-    """The group of a table's (feature, value) rows."""
+def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
+    """The group of a table's rows: features and the value of each at strength 1."""
     return Group(tuple(clamping.feature(model, sae, i, value) for i, value in rows), name)
 
 
@@ -343,7 +343,7 @@ def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dic
     vectors = [steering.load_direction(vector_file(layer)) for layer in two_layers(model)]
     found |= {"mean difference": vectors[:1], "mean difference, two layers": vectors}
     for method, kind in (("learned features", "features"), ("random features", "random")):
-        found[method] = learned_group(model, found_saes[middle], made[kind], method)
+        found[method] = group_of(model, found_saes[middle], made[kind], method)
     vector = torch.tensor(made["vector"])
     length = float(vector.norm())  # strength 1 adds the vector as it was learned
     known = {"layer": made["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
