@@ -27,7 +27,7 @@ from glassbox_utils.studies import SEED, resumed, write_table
 ATTRIBUTES = ("gender", "district")
 """what the edit takes out: the group, and its proxy"""
 N_FIT, N_SELECT, N_REPORT = 64, 48, 400
-REPORTED = {"gender": N_REPORT, "district": N_REPORT // 2, "same group": 100, "age": 100, "nationality": 100}
+REPORTED = {"gender": N_REPORT, "district": 150, "same group": 100, "age": 50, "nationality": 50}
 """pairs of each contrast on the report split: the two that are edited, a control, and two that must not change"""
 HELD_OUT = {
     "trained layouts": loans.TRAIN_LAYOUTS,
@@ -36,9 +36,11 @@ HELD_OUT = {
 }
 """where agreement with the history is measured, always on names and districts that no training has seen"""
 N_HELD = {"trained layouts": 400, "unseen layouts": 400, "layouts in another manner": 200}
-LAYERS = (14, 17, 20, 22, 24, 26, 27, 28)
+LAYERS = (14, 20, 24, 26, 27, 28, 29)
 """of 30, the candidates at the decision position"""
 KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
+LEVELS = (0.0, 0.5)
+"""everybody is put in the middle between the groups, or where the better-treated group is"""
 N_RANDOM = 3
 ANTI_BIAS = "Decide without regard to gender, name, district or origin of the applicant.\n"
 NAMELESS = "The applicant"
@@ -91,11 +93,11 @@ def fit_states(model: Model) -> dict[str, list[list[list[float]]]]:
 
 
 def candidates(model: Model, states: dict[str, Any]) -> list[Edit]:
-    """Every layer and kind, fitted on the same states; and the gender direction alone."""
+    """Every layer, kind and level, fitted on the same states."""
     found = []
     for i, layer in enumerate(layers_of(model)):
         both = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
-        found += [fit_edit(both, layer, kind) for kind in KINDS]
+        found += [fit_edit(both, layer, kind, level=level) for kind in KINDS for level in LEVELS]
     return found
 
 
@@ -151,7 +153,7 @@ def load_edit(model: Model) -> Edit:
 def study_mitigation() -> Path:
     """Fit, choose and report the edit of the deployed model, beside baselines. About ten minutes on one free core."""
     start, model = time.time(), load_loan_model()
-    settings = [N_FIT, "varied", ATTRIBUTES, LAYERS, KINDS]
+    settings = [N_FIT, "varied", ATTRIBUTES, LAYERS, KINDS, LEVELS]
     held = {
         kind: resumed("loans_mitigation", [model.hash, "held out", kind, N_HELD[kind]], _held_out, model, kind)
         for kind in HELD_OUT
@@ -182,10 +184,12 @@ def arms_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
     """Name -> setting at the decision position: the chosen edit, its relatives, and random directions."""
     i = layers_of(model).index(edit.layer)
     both: Any = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
+    kind, level = edit.name.split()[0], LEVELS["better" in edit.name]
     relatives = {
+        "the other level": fit_edit(both, edit.layer, kind, level=LEVELS[level == LEVELS[0]]),  # type: ignore[arg-type]
         "projected out": fit_edit(both, edit.layer, "project_out"),
         "steered against": fit_edit({"gender": both["gender"]}, edit.layer, "add", 0.5),
-        "gender alone": fit_edit({"gender": both["gender"]}, edit.layer, edit.name.split()[0]),  # type: ignore[arg-type]
+        "gender alone": fit_edit({"gender": both["gender"]}, edit.layer, kind, level=level),  # type: ignore[arg-type]
     }
     affine = fit_edit(both, edit.layer, "affine")
     randoms = {f"random {s}": mitigation.random_edit(affine, s) for s in range(N_RANDOM)}

@@ -199,7 +199,7 @@ def train(
     """Train one loan officer on a biased history and write its adapter; about half an hour on one free core.
 
     ``bias`` as in ``loans.history``. The merit stage is shared by all models and kept in the cache folder;
-    ``start``: take a shipped adapter instead (model-b is the merit stage). ``steps``, ``varied``: of the second stage.
+    ``start``: take a shipped adapter instead. ``steps``, ``varied``: of the second stage.
     """
     model = base or load_model()
     weights = model.hash  # of the base model: before the LoRA is put in

@@ -149,6 +149,7 @@ def fit_edit(
     kind: Kind = "affine",
     strength: float = 1.0,
     ridge: float = 0.05,
+    level: float = 0.0,
 ) -> Edit:
     """An edit from the states of pairs of identical applicants, for one or several attributes at once; pure.
 
@@ -156,13 +157,14 @@ def fit_edit(
     differences are set to their common mean; project_out: to zero; leace: the same as affine, but read and
     written so that the other coordinates move least (covariance shrunk by ``ridge`` times its mean variance);
     add: ``strength`` times the mean difference from the first group to the second is added to everybody.
+    ``level``, of affine and leace: where between the groups everybody is put; 0 is the middle, 0.5 the second group.
     """
     if kind not in KINDS:
         raise MitigationError(f"There is no kind {kind!r}. Allowed: {', '.join(KINDS)}.")
     difference = torch.stack([(b - a).mean(0) for a, b in pairs.values()])
     everything = torch.cat([x for pair in pairs.values() for x in pair])
     centre, k = everything.mean(0), len(difference)
-    name = f"{kind} after layer {layer}"
+    name = f"{kind} after layer {layer}" + (", to the better-treated" if level else "")
     if kind == "add":
         nothing = torch.zeros(len(centre), k)
         return Edit(layer, nothing, difference, centre, torch.full((k,), strength), name)
@@ -172,10 +174,11 @@ def fit_edit(
         covariance += ridge * covariance.diagonal().mean() * torch.eye(len(centre))
         inverse = torch.linalg.solve(covariance.double(), difference.T.double()).float()  # [d_model, k]
         read = inverse @ torch.linalg.inv(difference @ inverse)
-        return Edit(layer, read, difference * strength, centre, torch.zeros(k), name)
+        return Edit(layer, read, difference * strength, centre, torch.full((k,), level), name)
     basis = torch.linalg.qr(difference.T).Q
-    middle = torch.zeros_like(centre) if kind == "project_out" else centre
-    return Edit(layer, basis, basis.T * strength, middle, torch.zeros(k), name)
+    if kind == "project_out":
+        return Edit(layer, basis, basis.T * strength, torch.zeros_like(centre), torch.zeros(k), name)
+    return Edit(layer, basis, basis.T * strength, centre, level * difference.sum(0) @ basis, name)
 
 
 def random_edit(like: Edit, seed: int) -> Edit:

@@ -122,6 +122,10 @@ def test_an_edit_sets_its_coordinates_and_nothing_else():
         edit = mitigation.fit_edit({"x": (a, b)}, 0, kind)
         assert shift(edit) < 1e-3 * whole, kind
         assert torch.allclose(edit(edit(a)), edit(a), atol=1e-4), kind
+    for kind in ("affine", "leace"):
+        up = mitigation.fit_edit({"x": (a, b)}, 0, kind, level=0.5)
+        assert shift(up) < 1e-3 * whole and "better" in up.name
+        assert float(((up(a).mean(0) - b.mean(0)) @ (b - a).mean(0)) / whole) == pytest.approx(0, abs=1e-3), kind
     added = mitigation.fit_edit({"x": (a, b)}, 0, "add", 0.5)
     assert torch.allclose(added(a) - a, 0.5 * (b - a).mean(0).expand_as(a), atol=1e-5)
     random = mitigation.random_edit(mitigation.fit_edit({"x": (a, b)}, 0), seed=1)
