@@ -259,7 +259,7 @@ def figure_arrival(found: Explanation) -> str:
         return 118 - (v - low) / (high - low) * 106
 
     parts = [_line(left, y(0), right, y(0)), _line(left, y(1), right, y(1), LINE, 1, "4 3")]
-    for index, colour, label in ((1, BLUE, "name of the other gender"), (2, GREY, "control: name of the same group")):
+    for index, colour, label in ((1, BLUE, "name of the other gender"), (2, GREY, "control: own group")):
         points = " ".join(f"{x(row[0]):.1f},{y(row[index]):.1f}" for row in found.arrival)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         ends = [y(v) for v in found.arrival[-1][1:]]
