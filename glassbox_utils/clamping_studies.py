@@ -203,14 +203,15 @@ def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = N
     return questions, answers
 
 
-def _lessons(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> list[clamping.Lesson]:
+def lessons(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> list[clamping.Lesson]:
+    """Chats with their answers, as the layers above ``layer`` read them."""
     return clamping.lessons(model, layer, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
 
 
 def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str], steps: int) -> dict[str, Any]:
     """The features that make the model write these answers, their values, controls, and the loss of each step."""
     sae = shipped_saes(model)[layer]
-    given = _lessons(model, layer, questions, answers)
+    given = lessons(model, layer, questions, answers)
     group, control, loss = clamping.learn_group(model, sae, given, N_LEARNED, steps, seed=SEED)
     return {
         "features": [[f.index, round(f.unit, 4)] for f in group.features],
@@ -220,7 +221,7 @@ def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequenc
 
 
 def _learned_vector(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    vector, loss = clamping.learn_vector(model, layer, _lessons(model, layer, questions, answers), LEARN_STEPS)
+    vector, loss = clamping.learn_vector(model, layer, lessons(model, layer, questions, answers), LEARN_STEPS)
     return {"vector": [round(float(x), 4) for x in vector], "vector_loss": loss}
 
 

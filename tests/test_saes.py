@@ -325,8 +325,9 @@ def test_an_sae_of_another_model_is_refused(model, shards, tmp_path):
     saes.export(config, tmp_path, tmp_path / "out", model)
     with pytest.raises(SaeError, match=f"hash {model.hash}"):
         saes.load_sae(tmp_path / "out", small_model(seed=1))
-    with pytest.raises(SaeError, match="no SAE 'nothing'"):
-        saes.load_sae("nothing")
+    for function in (saes.load_sae, saes.evaluate_again):
+        with pytest.raises(SaeError, match="no SAE 'nothing'"):
+            function("nothing")
 
 
 @pytest.mark.parametrize("name", saes.shipped())
