@@ -39,7 +39,7 @@ lint: $(DONE)
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
 	$(BIN)/pytest tests
-	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 300 \
+	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
