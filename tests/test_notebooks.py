@@ -1,5 +1,6 @@
 """Notebooks are committed executed, are lessons, and their numbers are really compared."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -69,6 +70,25 @@ def test_nbval_compares_numbers(tmp_path):
     path.write_text(path.read_text().replace("2.33", "2.34"))
     result = nbval(path)
     assert result.returncode == 1 and "2.34" in result.stdout
+
+
+@pytest.mark.parametrize(("expected", "passes"), [("2.34", True), ("2.35", False), ("2.3", False), ("3.33", False)])
+def test_beside_the_notebooks_a_last_digit_may_flicker(tmp_path, expected, passes):
+    """What notebooks/conftest.py adds: one unit in the last printed digit, for other CPUs. Two units fail."""
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    path = small(tmp_path)
+    path.write_text(path.read_text().replace("2.33", expected))
+    assert (nbval(path).returncode == 0) == passes
+
+
+def test_only_decimals_may_flicker():
+    spec = importlib.util.spec_from_file_location("notebooks_conftest", ROOT / "notebooks" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.close("a +0.01 [-0.03, 0.05]", "a +0.02 [-0.03, 0.04]") and module.close("-0.00", "+0.01")
+    assert module.close("n = 12, 1.5", "n = 12, 1.5") and module.close("−0.4", "−0.5")
+    for other in ("n = 13, 1.5", "n = 12, 1.7", "n = 12, 1.50", "m = 12, 1.5", "n = 12, 1.5, 1.5", "n = 12, -1.5"):
+        assert not module.close("n = 12, 1.5", other)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
