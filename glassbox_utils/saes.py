@@ -480,7 +480,8 @@ def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.d
         return F.embedding_bag(grouped, source, starts, mode="sum", per_sample_weights=weights[order])
 
     # A row's direction is what is decoded, its length a gain on the value: the gradient has a part for each.
-    turn, gain = gather(error, values.flatten()), torch.zeros_like(norm).index_add_(0, flat, to_value * values.flatten())
+    turn = gather(error, values.flatten())
+    gain = torch.zeros_like(norm).index_add_(0, flat, to_value * values.flatten())
     turn -= (turn * unit).sum(-1, keepdim=True) * unit
     sae.W_dec.grad = (turn + gain[:, None] * unit) / norm[:, None]
     to_hidden = to_value * norm[flat]

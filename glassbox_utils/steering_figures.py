@@ -102,7 +102,7 @@ def heat_maps(table: Table, rows: str = "layer", picked: Mapping[str, Any] | Non
         names = [f"{v:.0f}" if isinstance(v, float) else v for v in square.index]
         axis.imshow(square, aspect="auto", origin="lower", cmap="viridis")
         axis.set_xticks(range(square.shape[1]), [f"{a:g}" for a in square.columns])
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
         middle = (square.to_numpy().max() + square.to_numpy().min()) / 2
         for (i, j), value in np.ndenumerate(square.to_numpy()):
             colour = "white" if value < middle else "black"
@@ -113,7 +113,7 @@ def heat_maps(table: Table, rows: str = "layer", picked: Mapping[str, Any] | Non
             axis.add_patch(frame_)
         axis.set_xlabel("strength α (typical residual norms)")
         axis.set_title(label)
-    axes[0].set_ylabel("after layer" if rows == "layer" else "after layers")
+    axes[0].set_ylabel("after layer" if rows == "layer" else rows)
     return figure
 
 
@@ -140,18 +140,19 @@ class Report:
         """Mean tone of a condition's answers."""
         return bootstrap_ci(self.rows[name]["tone"], seed=SEED)
 
-    def signs(self, kind: str) -> tuple[str, str]:
-        """Minus and plus condition of a kind: ``steer -1`` and ``steer 1``, ``lora -`` and ``lora +``."""
-        return (f"{kind} -1", f"{kind} 1") if f"{kind} 1" in self.rows else (f"{kind} -", f"{kind} +")
+    def signs(self, kind: str, step: float = 1.0) -> tuple[str, str]:
+        """Minus and plus condition of a kind: ``steer -0.5`` and ``steer 0.5``, ``lora -`` and ``lora +``."""
+        turned = (f"{kind} {-step:g}", f"{kind} {step:g}")
+        return turned if turned[1] in self.rows else (f"{kind} -", f"{kind} +")
 
-    def effect(self, kind: str) -> Interval:
+    def effect(self, kind: str, step: float = 1.0) -> Interval:
         """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …"""
-        minus, plus = (np.array(self.rows[name]["tone"]) for name in self.signs(kind))
+        minus, plus = (np.array(self.rows[name]["tone"]) for name in self.signs(kind, step))
         return bootstrap_ci(plus - minus, seed=SEED)
 
-    def random(self, kind: str) -> list[Interval]:
+    def random(self, kind: str, step: float = 1.0) -> list[Interval]:
         """Effects of the ten random directions of a kind."""
-        return [self.effect(f"{kind} {k}") for k in range(N_RANDOM)]
+        return [self.effect(f"{kind} {k}", step) for k in range(N_RANDOM)]
 
     def perplexity(self, name: str) -> float:
         """Perplexity of a condition's answers under the plain model, times that of the unsteered answers."""
@@ -160,11 +161,18 @@ class Report:
 
 
 CONTROLS = (
-    ("many layers", "steer", "shared"),
-    ("many layers", "steer", "apart"),
-    ("one layer", "single", "single-random"),
+    ("many layers, half turn", "steer", "shared", 0.5),
+    ("many layers, half turn", "steer", "apart", 0.5),
+    ("many layers, full turn", "steer", "shared", 1.0),
+    ("many layers, full turn", "steer", "apart", 1.0),
+    ("one layer, full turn", "single", "single-random", 1.0),
 )
-"""label, kind of condition, and the random directions of the same length"""
+"""label, kind of condition, the random directions of the same length, and the part of the full strength"""
+
+
+def strongest_of(others: Sequence[Interval]) -> Interval:
+    """The random direction whose effect is largest, of either sign."""
+    return max(others, key=lambda i: abs(i.value))
 
 
 def control_table(report: Report) -> Any:
@@ -172,18 +180,20 @@ def control_table(report: Report) -> Any:
     import pandas as pd
 
     rows = []
-    for vector, kind, control in CONTROLS:
-        if f"{control} 0 1" not in report.rows:
+    for vector, kind, control, step in CONTROLS:
+        if f"{control} 0 {step:g}" not in report.rows:
             continue
-        effect, others = report.effect(kind), report.random(control)
-        strongest = max(others, key=lambda i: abs(i.value))
-        row = {"vector": vector, "random directions": "" if kind == "single" else control, "effect": cell(effect)}
-        row |= {"strongest of ten random": cell(strongest)}
+        effect, others = report.effect(kind, step), report.random(control, step)
+        strongest = strongest_of(others)
+        row: dict[str, Any] = {"vector": vector, "random directions": "" if kind == "single" else control}
+        row["effect"] = cell(effect)
+        row |= {"strongest of ten random": cell(strongest), "prompts they answered": strongest.n}
         row |= {"mean size of the ten": f"{np.mean([abs(i.value) for i in others]):.2f}"}
         row |= {"times the strongest": f"{effect.value / abs(strongest.value):.1f}"}
-        row |= {"perplexity × − / +": " / ".join(f"{report.perplexity(name):.2f}" for name in report.signs(kind))}
+        ppl = [report.perplexity(name) for name in report.signs(kind, step)]
+        row |= {"perplexity × − / +": " / ".join(f"{v:.2f}" for v in ppl)}
         rows.append(row)
-    return pd.DataFrame(rows).set_index(["vector", "random directions"]).T
+    return pd.DataFrame(rows).set_index(["vector", "random directions"])
 
 
 def dial_figure(report: Report) -> Any:
@@ -192,14 +202,17 @@ def dial_figure(report: Report) -> Any:
 
     figure, axis = plt.subplots()
     means = [report.mean(name) for name in report.steps]
-    strengths = [float(name.split()[1]) * report.table["alpha"] for name in report.steps]
+    steps = [float(name.split()[1]) for name in report.steps]
+    strengths = [step * report.table["alpha"] for step in steps]
+    drawn = [step for step in steps if step and f"shared 0 {step:g}" in report.rows]
     for k in range(N_RANDOM):
-        tones = [np.array(report.rows[f"shared {k} {s}"]["tone"]) for s in (-1, 1)]
-        start = np.mean(report.rows["steer 0"]["tone"][: len(tones[0])])  # of the prompts that they answered
-        low, high = (means[len(means) // 2].value + tone.mean() - start for tone in tones)
-        line = [low, means[len(means) // 2].value, high]
+        points = [(0.0, means[len(means) // 2].value)]
+        for step in drawn:
+            tone = np.array(report.rows[f"shared {k} {step:g}"]["tone"])
+            start = np.mean(report.rows["steer 0"]["tone"][: len(tone)])  # of the prompts that they answered
+            points.append((step * report.table["alpha"], points[0][1] + tone.mean() - start))
         label = "ten random directions" if k == 0 else None
-        axis.plot([strengths[0], 0, strengths[-1]], line, color=figures.GREY, alpha=0.5, linewidth=1, label=label)
+        axis.plot(*zip(*sorted(points), strict=True), color=figures.GREY, alpha=0.5, linewidth=1, label=label)
     errors = [[i.value - i.low for i in means], [i.high - i.value for i in means]]
     options: dict[str, Any] = {"color": figures.BLUE, "marker": "o", "capsize": 3}
     axis.errorbar(strengths, [i.value for i in means], errors, label="tone vector, 95 % interval", **options)

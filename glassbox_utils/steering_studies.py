@@ -31,7 +31,9 @@ CLOSER = (15,)
 CLOSER_ALPHAS = (0.08, 0.14)
 RECIPES = ("combined", "trained")
 SELECTION_SEEDS = (100, 101)
-"""random directions of the selection; the report's have the seeds 0 to 9"""
+"""random directions of the second round; the report's have the seeds 0 to 9"""
+TURN_SEEDS = tuple(range(100, 110))
+"""random directions that the many-layer vector is compared with on selection prompts"""
 NO_SYSTEM = ""
 """the report's chats have an empty system message: the model's default one would be most of every prompt"""
 ALPHAS = (0.08, 0.14, 0.20)
@@ -43,6 +45,9 @@ SPAN = (1 / 6, 0.7)
 """layers of the many-layer vector, as shares of the depth: 5 to 20 of 30"""
 SPAN_ALPHAS = (0.012, 0.016, 0.020)
 """the pushes of sixteen layers add up, so each is a tenth of a single layer's"""
+SPAN_RECIPES = ("mean_difference", "combined")
+TURNS = (0.5, 1.0)
+"""half and full turn of the dial: at one of them, chosen on selection prompts, the bar is counted"""
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """strengths of the report, times the selected alpha"""
 N_RANDOM = 10
@@ -50,7 +55,8 @@ KINDS = ("shared", "apart")
 """random directions of many layers: one for all layers, or one drawn for each layer.
 
 Stated before the report prompts were touched: the bar of five times is counted against the ten *shared* ones, whose
-pushes add up through the layers as the fitted ones do; ten drawn *apart* are reported beside them."""
+pushes add up through the layers as the fitted ones do; ten drawn *apart* are reported beside them. A first vector
+(mean difference, bar at the full turn) missed it at 3.0; recipe and turn were then chosen on selection prompts."""
 NEW_TOKENS = 20
 
 ATTRIBUTES = ("tone", "formality", "honesty", "refusal", "gender")
@@ -106,13 +112,18 @@ def random_effects(
     return (tones[:, 0] - tones[:, 1]).round(4).tolist()
 
 
-def tone_vector(model: Model, n_resamples: int = 100) -> steering.ControlVector:
-    """The tone direction after each layer of SPAN: mean difference over the tokens of the sentences as answers."""
+def tone_vector(
+    model: Model, n_resamples: int = 100, recipe: Any = "combined", n_pairs: int | None = None
+) -> steering.ControlVector:
+    """The tone direction after each layer of SPAN, over the tokens of the sentences as answers.
+
+    ``recipe``: a method of ``steering.fit_directions``; ``n_pairs``: from the first few pairs only.
+    """
     first, end = (round(share * model.n_layers) for share in SPAN)
     layers = range(max(1, first), max(2, end))
     options: dict[str, Any] = {"layers": layers, "name": "tone", "n_resamples": n_resamples, "seed": SEED}
-    positive, negative = tone_answers()
-    found = steering.fit_directions(model, positive, negative, system=NO_SYSTEM, **options)
+    positive, negative = (side[:n_pairs] for side in tone_answers())
+    found = steering.fit_directions(model, positive, negative, recipe, system=NO_SYSTEM, **options)
     return steering.ControlVector(tuple(found[layer] for layer in layers))
 
 
@@ -152,37 +163,61 @@ def _triple(interval: Any) -> tuple[float, float, float]:
 
 
 def study_layers() -> Path:
-    """A little at many layers: three strengths on the 60 selection prompts; ships the tone vector.
+    """A little at many layers: two recipes x three strengths on the 60 selection prompts; ships the tone vector.
 
-    Same budgets as the sweep's. The selection's random directions, of both kinds, have the seeds 100 and 101.
+    Same budgets as the sweep's. Full strength is the largest effect within them. Then the half and the full turn are
+    compared with ten random directions each, shared by the layers: the turn at which the vector stands out more
+    (effect over the root mean square of theirs) is the one at which the report counts its bar.
     """
     start, model = time.time(), load_model()
     asked, neutral = steering.prompts("selection"), steering.prompts("neutral")
-    vector, rows = tone_vector(model), []
-    layers = f"{vector.layers[0]} to {vector.layers[-1]}"
-    for alpha in SPAN_ALPHAS:  # one at a time: what gets interrupted is short
-        key = [layers, alpha, model.hash, NEW_TOKENS, len(asked)]
+    vectors: dict[str, steering.ControlVector] = {}
+    rows: list[dict[str, Any]] = []
+
+    def measured(recipe: str, alpha: float) -> list[dict[str, Any]]:
+        vector = vectors[recipe]
+        key = [recipe, layers_of(vector), alpha, model.hash, NEW_TOKENS, len(asked)]
         given: list[Any] = [vector, [alpha], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
-        rows += [{"layers": layers, **row} for row in resumed("steering_layers", key, steering.sweep, model, *given)]
+        found = resumed("steering_layers", key, steering.sweep, model, *given)
+        return [{"recipe": recipe.replace("_", " "), **row} for row in found]
+
+    for recipe in SPAN_RECIPES:
+        vectors[recipe] = tone_vector(model, recipe=recipe)
+        for alpha in SPAN_ALPHAS:  # one at a time: what gets interrupted is short
+            rows += measured(recipe, alpha)
     best = steering.select(rows, KL_BUDGET, PERPLEXITY_BUDGET)
+    recipe = next(r for r in SPAN_RECIPES if r.replace("_", " ") == best["recipe"])
+    vector = vectors[recipe]
     steering.save_direction(vector, steering.DATA / "vectors" / "tone")
-    control = {}
-    for kind in KINDS:
-        key = [kind, layers, best["alpha"], SELECTION_SEEDS, model.hash, NEW_TOKENS]
-        control[kind] = resumed("steering_layers", key, _pilot, model, vector, best["alpha"], kind == "shared")
+    turns = []
+    for step in TURNS:
+        alpha = step * best["alpha"]
+        [row] = [row for row in measured(recipe, alpha) if row["alpha"]]
+        key = ["shared", recipe, layers_of(vector), alpha, TURN_SEEDS, model.hash, NEW_TOKENS, len(asked)]
+        others = resumed("steering_layers", key, _others, model, vector, alpha)
+        turns.append(row | {"step": step, "random": others, "times": round(standing_out(row["effect"], others), 2)})
     stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in vector.parts}
-    return write_table(
-        "steering_layers", model, time.time() - start, selected=best, random=control, stability=stability, rows=rows
-    )
+    about = {"selected": best, "turns": turns, "turn": max(turns, key=lambda t: t["times"])["step"]}
+    return write_table("steering_layers", model, time.time() - start, **about, stability=stability, rows=rows)
 
 
-def _pilot(model: Model, like: steering.Vector, alpha: float, shared: bool) -> list[float]:
-    return random_effects(model, like, alpha, SELECTION_SEEDS, shared=shared, system=NO_SYSTEM)
+def _others(model: Model, like: steering.Vector, alpha: float) -> list[float]:
+    return random_effects(model, like, alpha, TURN_SEEDS, n=60, shared=True, system=NO_SYSTEM)
+
+
+def standing_out(effect: float, others: Sequence[float]) -> float:
+    """An effect as a multiple of the root mean square of random directions' effects."""
+    return float(effect / np.sqrt(np.mean(np.square(others))))
 
 
 def selected() -> tuple[steering.Vector, float]:
     """The shipped tone vector and the strength that was selected for it."""
     return steering.load_vector("tone"), read_table("steering_layers")["selected"]["alpha"]
+
+
+def turn() -> float:
+    """The part of the full turn at which the bar is counted, from the selection prompts."""
+    return read_table("steering_layers")["turn"]
 
 
 def single() -> tuple[steering.Vector, float]:
@@ -316,11 +351,21 @@ BASELINES = ("system", "few-shot", "lora")
 """``half-lora`` can be put beside them: the same adapter at half its strength"""
 MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
 RANDOM_KINDS = (*KINDS, "single-random")
-HALVES = {"shared": 1, "single-random": 2}
-"""random directions that are reported, and how many halves of the report prompts they answered"""
-TONE_ONLY = ("steer -0.5", "steer 0.5")
-"""conditions without losses and relevance"""
-RANDOM = [f"{kind} {k} {s}" for kind in HALVES for k in range(N_RANDOM) for s in (-1, 1)]
+HALVES = {"shared": 1, "apart": 2, "single-random": 2}
+"""random directions that are reported, and how many halves of the report prompts they answered at full strength"""
+
+
+def random_conditions() -> dict[str, int]:
+    """Every random condition and its number of halves; at the turn where the bar is counted *shared* ones answer all.
+
+    *apart* ones answer at that turn only.
+    """
+    found: dict[str, int] = {}
+    for kind, halves in HALVES.items():
+        for step in {"shared": sorted({turn(), 1.0}), "apart": [turn()]}.get(kind, [1.0]):
+            n = 2 if kind == "shared" and step == turn() else halves
+            found |= {f"{kind} {k} {s * step:g}": n for k in range(N_RANDOM) for s in (-1, 1)}
+    return found
 
 
 def layers_of(vector: steering.Vector) -> list[int]:
@@ -329,9 +374,12 @@ def layers_of(vector: steering.Vector) -> list[int]:
 
 
 def used_by(name: str) -> list[Any]:
-    """Layers and strength that a condition depends on, for the cache; empty if it steers nothing."""
+    """What a condition depends on, for the cache: layers, strength and method of its vector; empty if none."""
     steers = name.split()[0] in ("steer", "single", *RANDOM_KINDS) and setting_of(name)
-    return [layers_of(steers[0]), steers[1]] if steers else []
+    if not steers:
+        return []
+    method = steering.parts_of(steers[0])[0].method
+    return [layers_of(steers[0]), steers[1], *([] if method == "mean_difference" else [method])]
 
 
 def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
@@ -343,8 +391,6 @@ def tone_row(model: Model, name: str) -> dict[str, Any]:
     questions = steering.prompts("report")
     texts = answers_of(name, model, questions)
     row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "answers": texts}
-    if name in TONE_ONLY:
-        return row
     losses, counts = steering.answer_losses(model, questions, texts, 50, NO_SYSTEM)
     few, others = slice(0, 50), [*questions[1:], questions[0]]  # relevance is as costly as generation
     unrelated, _ = steering.answer_losses(model, others[few], texts[few], 50, NO_SYSTEM)
@@ -369,9 +415,9 @@ def study_tone() -> Path:
     start, model = time.time(), load_model()
     vector, alpha = selected()
     rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in MAIN]
-    for name in RANDOM:
+    for name, halves in random_conditions().items():
         tones: list[float] = []
-        for part in range(HALVES[name.split()[0]]):
+        for part in range(halves):
             tones += resumed("steering_tone", tone_key(model, name, part), random_tones, model, name, part)
         rows.append({"condition": name, "tone": tones})
     about = {"layers": layers_of(vector), "alpha": alpha, "prompts": steering.prompts("report")}
@@ -413,7 +459,7 @@ def choose(rows: Sequence[Mapping[str, Any]], control: Mapping[int, Sequence[flo
     allowed = [r for r in at if r["kl"] <= KL_BUDGET and r["perplexity"] <= PERPLEXITY_BUDGET * plain]
 
     def ratio(row: Mapping[str, Any]) -> float:
-        return row["effect"] / np.sqrt(np.mean(np.square(control[int(row["layer"])])))
+        return standing_out(row["effect"], control[int(row["layer"])])
 
     layer = max(allowed or at, key=ratio)["layer"]
     return steering.select([row for row in rows if row["layer"] == layer], KL_BUDGET, PERPLEXITY_BUDGET)
@@ -477,8 +523,9 @@ def study_seeds() -> Path:
 
 # --- what else it costs -------------------------------------------------------------------------------
 
-COSTS = ["steer 0", "steer -1", "steer 1", "single -1", "single 1", "lora -", "lora +"]
-CHOICES = ("steer 0", "single -1", "single 1", "lora -", "lora +")
+COSTS = ["steer 0", "steer -1", "steer 1", "steer -0.5", "steer 0.5", "single -1", "single 1"]
+COSTS += [f"{kind} {sign}" for kind in BASELINES for sign in "-+"]
+CHOICES = ("steer 0", "steer -1", "steer 1", "single -1", "single 1", "lora -", "lora +")
 """conditions that also answer multiple-choice questions"""
 
 
@@ -536,10 +583,14 @@ FACTS = {
 """questions that have nothing to do with tone, and words one of which a right answer holds"""
 
 
-def facts_kept(model: Model, vector: steering.Vector, alpha: float) -> tuple[list[str], list[bool]]:
-    """Steered answers to FACTS, and whether each still holds its fact."""
-    texts = steering.continuations(model, list(FACTS), [(vector, alpha)] * len(FACTS), 30)
-    return texts, [any(w in t.lower() for w in words) for t, words in zip(texts, FACTS.values(), strict=True)]
+def facts_kept(model: Model, vector: steering.Vector, alphas: Sequence[float]) -> list[tuple[list[str], list[bool]]]:
+    """At each strength: steered answers to FACTS, and whether each still holds its fact."""
+    settings = [(vector, alpha) for alpha in alphas for _ in FACTS]
+    texts = steering.continuations(model, list(FACTS) * len(alphas), settings, 30, 100)
+    words = [*FACTS.values()] * len(alphas)
+    right = [any(w in t.lower() for w in ws) for t, ws in zip(texts, words, strict=True)]
+    n = len(FACTS)
+    return [(texts[i : i + n], right[i : i + n]) for i in range(0, len(texts), n)]
 
 
 # --- at equal effect ----------------------------------------------------------------------------------
@@ -584,7 +635,7 @@ def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray
     return (1 - weight) * before + weight * after
 
 
-TABLES = ("sweep", "sharper", "layers", "tone", "costs")
+TABLES = ("sweep", "sharper", "layers", "tone", "seeds", "costs")
 """what notebook 05 draws: data/studies/steering_NAME.json"""
 
 STUDIES_OF_STEERING = {

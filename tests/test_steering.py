@@ -660,8 +660,22 @@ def test_the_bar_is_counted_against_the_strongest_random_direction_of_either_sig
     assert [i.value for i in report.random("shared")] == pytest.approx([-0.01 * k for k in range(10)])
     assert report.perplexity("steer 1") == pytest.approx(1.5) and report.perplexity("steer 0") == 1
     table = steering_figures.control_table(report)
-    assert table.loc["times the strongest"].tolist() == ["8.9", "8.9", "4.4"]
-    assert table.loc["perplexity × − / +"].tolist() == ["1.50 / 1.50"] * 3
+    assert table["times the strongest"].tolist() == ["8.9", "8.9", "4.4"]
+    assert table["perplexity × − / +"].tolist() == ["1.50 / 1.50"] * 3
+    halves = {"steer -0.5": 0.0, "steer 0.5": 0.2}
+    halves |= {f"shared {k} {s}": 0.01 * k * s for k in range(10) for s in (-0.5, 0.5)}
+    table = steering_figures.control_table(report_of(tones | halves, losses=1.0 + np.log(1.5)))
+    assert table["times the strongest"].tolist()[0] == "2.2" and table.index[0] == ("many layers, half turn", "shared")
+
+
+def test_the_bar_is_counted_at_the_turn_that_stands_out_on_selection_prompts(monkeypatch):
+    assert steering_studies.standing_out(0.6, [0.1, -0.3]) == pytest.approx(0.6 / 0.05**0.5)
+    for turn in (0.5, 1.0):
+        monkeypatch.setattr(steering_studies, "turn", lambda turn=turn: turn)
+        found = steering_studies.random_conditions()
+        assert {found[f"shared 9 {s * turn:g}"] for s in (-1, 1)} == {2}  # on all the prompts
+        assert f"apart 0 {turn:g}" in found and f"apart 0 {1.5 - turn:g}" not in found
+        assert found["shared 0 1"] == (2 if turn == 1 else 1) and found["single-random 0 -1"] == 2
 
 
 def test_prices_are_read_at_the_same_effect_and_missing_ones_named():

@@ -120,7 +120,8 @@ def test_training(model, tokens, tmp_path):
 
     def theirs(autocast, batches=batches):
         sae = saes.build_sae(config, scaling)
-        settings = SAETrainerConfig(sum(map(len, batches)), len(batches[0]), lr=config.lr, lr_end=config.lr, autocast=autocast)
+        total, size = sum(map(len, batches)), len(batches[0])
+        settings = SAETrainerConfig(total, size, lr=config.lr, lr_end=config.lr, autocast=autocast)
         SAETrainer(settings, sae, iter(batches)).fit()
         with torch.no_grad():
             losses["sae_lens, autocast" if autocast else "sae_lens"] = loss(sae)
