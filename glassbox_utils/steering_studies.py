@@ -351,21 +351,17 @@ BASELINES = ("system", "few-shot", "lora")
 """``half-lora`` can be put beside them: the same adapter at half its strength"""
 MAIN = [f"steer {s:.4g}" for s in STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
 RANDOM_KINDS = (*KINDS, "single-random")
-HALVES = {"shared": 1, "apart": 2, "single-random": 2}
-"""random directions that are reported, and how many halves of the report prompts they answered at full strength"""
 
 
 def random_conditions() -> dict[str, int]:
-    """Every random condition and its number of halves; at the turn where the bar is counted *shared* ones answer all.
-
-    *apart* ones answer at that turn only.
-    """
-    found: dict[str, int] = {}
-    for kind, halves in HALVES.items():
-        for step in {"shared": sorted({turn(), 1.0}), "apart": [turn()]}.get(kind, [1.0]):
-            n = 2 if kind == "shared" and step == turn() else halves
-            found |= {f"{kind} {k} {s * step:g}": n for k in range(N_RANDOM) for s in (-1, 1)}
-    return found
+    """Every random condition, and how many halves of the report prompts it answers: all where the bar is counted."""
+    plan = {("shared", 1.0): 1, ("shared", turn()): 2, ("apart", turn()): 2, ("single-random", 1.0): 2}
+    return {
+        f"{kind} {k} {s * step:g}": halves
+        for (kind, step), halves in plan.items()
+        for k in range(N_RANDOM)
+        for s in (-1, 1)
+    }
 
 
 def layers_of(vector: steering.Vector) -> list[int]:
@@ -376,10 +372,7 @@ def layers_of(vector: steering.Vector) -> list[int]:
 def used_by(name: str) -> list[Any]:
     """What a condition depends on, for the cache: layers, strength and method of its vector; empty if none."""
     steers = name.split()[0] in ("steer", "single", *RANDOM_KINDS) and setting_of(name)
-    if not steers:
-        return []
-    method = steering.parts_of(steers[0])[0].method
-    return [layers_of(steers[0]), steers[1], *([] if method == "mean_difference" else [method])]
+    return [layers_of(steers[0]), steers[1], steering.parts_of(steers[0])[0].method] if steers else []
 
 
 def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:

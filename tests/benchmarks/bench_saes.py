@@ -75,8 +75,8 @@ def test_harvest(model, tokens):
     print("\nharvest, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
     print(f"computed in {saes.fast_dtype()}, {share:.0%} of this machine's matmul rate in that type")
     # sae_lens's default is float32: 1.7 times that needs a CPU that multiplies bfloat16 faster. Without one both do the
-    # same products, and all that can be asked for is the same speed (rounds differ by a tenth on a shared machine).
-    assert rate["glassbox"] >= (1.7 if has_bfloat16() else 0.9) * rate["sae_lens"]
+    # same products, and all that can be asked for is the same speed.
+    assert rate["glassbox"] >= (1.7 if has_bfloat16() else 1.0) * rate["sae_lens"]
     assert rate["glassbox"] >= rate["sae_lens, autocast"]
     assert share >= 0.85
 
@@ -142,4 +142,4 @@ def test_training(model, tokens, tmp_path):
     print(f"loss after {STEPS} steps: {losses}")
     assert rate["glassbox"] >= 1.5 * rate["sae_lens"]
     assert rate["glassbox"] >= rate["sae_lens, autocast"]
-    assert losses["glassbox"] <= losses["sae_lens"] * 1.002  # the same mathematics, in another order of sums
+    assert losses["glassbox"] <= losses["sae_lens"] * (1 + 1e-6)  # the same mathematics: only the order of sums differs
