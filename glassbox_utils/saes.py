@@ -15,13 +15,11 @@ import copy
 import csv
 import itertools
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +47,7 @@ from glassbox_utils.models import (
     progress,
     wrap_model,
 )
+from glassbox_utils.speed import fast_dtype, quick
 
 OUTLIER = 3.0
 """times the median norm: residual norms of ordinary tokens stay within a factor of two"""
@@ -99,38 +98,6 @@ class HarvestConfig:
 
 class _Stop(Exception):
     """Ends a forward pass after the last layer that is needed."""
-
-
-@cache
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies it faster than float32 (measured once, 0.1 s), else float32.
-
-    A CPU with bfloat16 tiles is about twice as fast with it; one without them is half as fast. The environment
-    variable GLASSBOX_DTYPE decides instead where runs on several machines must agree.
-    """
-    if chosen := os.environ.get("GLASSBOX_DTYPE"):
-        if chosen not in ("float32", "bfloat16"):
-            raise SaeError(f"GLASSBOX_DTYPE is {chosen!r}. Allowed: float32, bfloat16, or unset.")
-        return getattr(torch, chosen)
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(2048, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times[dtype] = min(_seconds(partial(torch.matmul, x, w)) for _ in range(5))
-    return torch.bfloat16 if times[torch.bfloat16] < times[torch.float32] else torch.float32
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def quick(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """The model in the type that this machine is fastest with (``fast_dtype``), or in the given one."""
-    dtype = dtype or fast_dtype()
-    if dtype == model.dtype:
-        return model
-    return wrap_model(copy.deepcopy(model.hf).to(dtype), model.tokenizer, model.name)
 
 
 def shuffled(model: Model, seed: int = 0) -> Model:
@@ -448,18 +415,29 @@ def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.d
     """Loss and gradients of sae_lens's TopK SAE, written into ``.grad``.
 
     The same mathematics as sae_lens's TopK loss (mean over the batch of the squared error; decoder rows of any length,
-    which scale what the encoder sees and not what is decoded), but only the encoder's forward product is dense, and
-    runs in ``compute``. With k of d_sae features active, the reconstruction is a weighted bag of k decoder rows, and
-    both weight gradients are bags of batch rows, grouped by feature.
+    which scale what the encoder sees and not what is decoded), but only the encoder's forward product is dense. With
+    k of d_sae features active, the reconstruction is a weighted bag of k decoder rows, and both weight gradients are
+    bags of batch rows, grouped by feature. The dense product runs in ``compute``; if that is not float32 it only
+    nominates half as many features again, whose values are then computed in float32 before the k are chosen.
     """
     k, batch = sae.cfg.k, len(x)
     norm = sae.W_dec.norm(dim=-1)
     unit = sae.W_dec / norm[:, None]
     centred = x - sae.b_dec
     rows = sae.W_enc.t()
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward  # the dot products of bags with their rows
     hidden = F.linear(centred.to(compute), rows.to(compute), sae.b_enc.to(compute)) * norm.to(compute)
-    top = hidden.topk(k, dim=-1, sorted=False)
-    values, chosen = top.values.float().relu_(), top.indices
+    if compute == torch.float32:
+        values, chosen = hidden.topk(k, dim=-1, sorted=False)
+    else:
+        some = min(k + k // 2, sae.cfg.d_sae)
+        nominated = hidden.topk(some, dim=-1, sorted=False).indices
+        flat, owner = nominated.flatten(), torch.arange(batch).repeat_interleave(some)
+        exact = backward(centred, rows.contiguous(), flat, torch.arange(0, batch * some, some), owner, 0)
+        exact = ((exact + sae.b_enc[flat]) * norm[flat]).view(batch, some)
+        values, best = exact.topk(k, dim=-1, sorted=False)
+        chosen = nominated.gather(1, best)
+    values = values.relu()
     flat = chosen.flatten()
     offsets = torch.arange(0, batch * k, k)
     error = F.embedding_bag(flat, unit, offsets, mode="sum", per_sample_weights=values.flatten())
@@ -468,7 +446,6 @@ def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.d
 
     error *= 2 / batch
     owner = torch.arange(batch).repeat_interleave(k)
-    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     to_value = backward(error, unit, flat, offsets, owner, 0) * (values.flatten() > 0)
     # A stable radix sort of small integers is ten times faster in numpy than in torch.
     small = flat.numpy().astype(np.uint16 if sae.cfg.d_sae < 2**16 else np.uint32)

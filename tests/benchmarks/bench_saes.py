@@ -14,8 +14,9 @@ from turns import best_times
 from glassbox_utils import corpora, saes
 from glassbox_utils.models import Site, load_model
 from glassbox_utils.saes import TrainConfig
+from glassbox_utils.speed import fast_dtype, quick
 
-ROUNDS, ROWS, CONTEXT = 3, 16, 256
+ROUNDS, ROWS, CONTEXT = 5, 16, 256
 D_SAE, K, BATCH, STEPS = 4096, 32, 2048, 4
 
 
@@ -30,7 +31,7 @@ def tokens(model):
 
 
 def has_bfloat16():
-    return saes.fast_dtype() == torch.bfloat16
+    return fast_dtype() == torch.bfloat16
 
 
 def alternating(functions, rounds=ROUNDS):
@@ -43,7 +44,7 @@ def test_harvest(model, tokens):
     from sae_lens.training.activations_store import ActivationsStore
 
     layer = model.n_layers // 2 - 1
-    site, small = Site("resid_post", layer), saes.quick(model)
+    site, small = Site("resid_post", layer), quick(model)
     names = [name for name, module in model.hf.named_modules() if module is model.sites[site][0]]
 
     def store(autocast):
@@ -68,12 +69,23 @@ def test_harvest(model, tokens):
         "sae_lens": (tokens, lambda: rival(plain, tokens)),
         "sae_lens, autocast": (some, lambda: rival(fast, some)),
     }
-    best = alternating({name: function for name, (_, function) in work.items()})
+    x = torch.randn(tokens.numel(), model.d_model).to(fast_dtype())
+    w = torch.randn(model.d_model, model.config.intermediate_size).to(fast_dtype())
+    out, products = x @ w, 60  # about as long as a pass
+
+    def multiply():
+        for _ in range(products):
+            torch.mm(x, w, out=out)
+
+    best = alternating({name: function for name, (_, function) in work.items()} | {"matmul": multiply})
+    matmul = products * 2 * len(x) * w.numel() / best.pop("matmul")
     rate = {name: work[name][0].numel() / seconds for name, seconds in best.items()}
-    flops = 2 * sum(p.numel() for name, p in model.hf.named_parameters() if _below(name, layer) and p.ndim == 2)
-    share = rate["glassbox"] * flops / _matmul_rate(model, saes.fast_dtype())
+    weights = sum(p.numel() for name, p in model.hf.named_parameters() if _below(name, layer) and p.ndim == 2)
+    # Scores and mixing: a position sees half of the context on average (what causal attention needs, no more).
+    flops = 2 * weights + (layer + 1) * 2 * (CONTEXT + 1) * model.n_heads * model.d_head
+    share = rate["glassbox"] * flops / matmul
     print("\nharvest, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
-    print(f"computed in {saes.fast_dtype()}, {share:.0%} of this machine's matmul rate in that type")
+    print(f"computed in {fast_dtype()}, {share:.0%} of this machine's matmul rate in it, {matmul / 1e9:.0f} GFLOP/s")
     # sae_lens's default is float32: 1.7 times that needs a CPU that multiplies bfloat16 faster. Without one both do the
     # same products, and all that can be asked for is the same speed.
     assert rate["glassbox"] >= (1.7 if has_bfloat16() else 1.0) * rate["sae_lens"]
@@ -87,20 +99,12 @@ def _below(name, layer):
     return bool(numbers) and numbers[0] <= layer
 
 
-def _matmul_rate(model, dtype):
-    """FLOP/s of products of the shapes that the model has."""
-    x = torch.randn(ROWS * CONTEXT, model.d_model).to(dtype)
-    w = torch.randn(model.d_model, model.config.intermediate_size).to(dtype)
-    seconds = alternating({"matmul": lambda: [x @ w for _ in range(20)]})["matmul"]
-    return 20 * 2 * x.shape[0] * w.numel() / seconds
-
-
 def test_training(model, tokens, tmp_path):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     site = Site("resid_post", model.n_layers // 2 - 1)
-    x = saes.activations(saes.quick(model), tokens, [site])[site].float()
+    x = saes.activations(quick(model), tokens, [site])[site].float()
     scaling = saes.measure_scaling(x)
     flat = x[saes.ordinary(x, scaling.median_norm)] * scaling.scale
     config = TrainConfig("bench", saes.hook_of(site), "topk", D_SAE, BATCH * STEPS, 1, {"k": K}, batch=BATCH, lr=1e-3)
@@ -113,7 +117,7 @@ def test_training(model, tokens, tmp_path):
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         with torch.no_grad():
             for batch in batches:
-                saes.topk_gradients(sae, batch, saes.fast_dtype())
+                saes.topk_gradients(sae, batch, fast_dtype())
                 torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
                 optimizer.step()
             losses["glassbox"] = loss(sae)
