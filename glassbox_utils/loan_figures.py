@@ -241,9 +241,9 @@ def costs(rest: Table) -> dict[str, tuple[Interval, Interval]]:
 
 COST_OF = {
     "none": "deployed",
-    "edit": "on request",
+    "edit": "edit",
     "fine-tuned on corrected decisions": "fine-tuned",
-    "edit at every position of other text": "everywhere",
+    "edit without its gate": "no gate",
     "base model, no loan officer": "base",
 }
 """row of the table -> which measurement of side effects belongs to it"""
@@ -280,6 +280,26 @@ def before_after(table: Table, rest: Table) -> Any:
                 "Brier": show(done.brier) if done else "",
                 "perplexity, times": show(cost[0]) if cost else "",
                 "multiple choice": show(cost[1]) if cost else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def gate_table(table: Table) -> Any:
+    """Scores of the gate (0: mean of text, 1: mean decision, open above .5) where it was fitted and elsewhere."""
+    import pandas as pd
+
+    rows = []
+    for name in ("text", "decisions", "held-out text", "report decisions"):
+        found = table["gate"][name]
+        rows.append(
+            {
+                "states": name,
+                "fitted on": name in ("text", "decisions"),
+                "n": found["n"],
+                "lowest score": found["lowest"],
+                "highest": found["highest"],
+                "let through": f"{found['opened']:.2%}",
             }
         )
     return pd.DataFrame(rows)
@@ -451,8 +471,8 @@ def findings(model: Model, table: Table, rest: Table, cause: Table, source: str 
             found["edit"].merit,
             f"no edit: {gaps['gender'].merit.value:.3f}",
         ),
-        one("perplexity of other text, edit as deployed (times)", 5, side["on request"][0], "no edit: 1"),
-        one("perplexity of other text, edit at every position (times)", 5, side["everywhere"][0], "no edit: 1"),
+        one("perplexity of other text, edit left on (times)", 5, side["edit"][0], "no edit: 1"),
+        one("perplexity of other text, edit without its gate (times)", 5, side["no gate"][0], "no edit: 1"),
     ]
 
 

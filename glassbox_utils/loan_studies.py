@@ -8,6 +8,7 @@ reported on the report split. ``loans-cause`` recomputes its part about features
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from glassbox_utils import assets, audit, cycle, loan_training, loans, mitigation, saes
+from glassbox_utils import assets, audit, corpora, cycle, loan_training, loans, mitigation, saes
 from glassbox_utils.evaluation import bootstrap_ci, text_losses
 from glassbox_utils.loans import Applicant, load_loan_model
 from glassbox_utils.mitigation import Edit, contrast, decide_under, decision_states, fit_edit
-from glassbox_utils.models import Model, load_model
+from glassbox_utils.models import Model, Site, check_layer, load_model
 from glassbox_utils.skills import choice_right, held_texts
 from glassbox_utils.studies import SEED, resumed, write_table
 
 ATTRIBUTES = ("gender", "district")
 """what the edit takes out: the group, and its proxy"""
-N_FIT, N_SELECT, N_REPORT = 64, 48, 400
-REPORTED = {"gender": N_REPORT, "district": 150, "same group": 100, "age": 50, "nationality": 50}
+N_FIT, N_SELECT, N_REPORT = 192, 160, 400
+REPORTED = {"gender": N_REPORT, "district": N_REPORT, "same group": 100, "age": 50, "nationality": 50}
 """pairs of each contrast on the report split: the two that are edited, a control, and two that must not change"""
 HELD_OUT = {
     "trained layouts": loans.TRAIN_LAYOUTS,
@@ -41,6 +42,10 @@ LAYERS = (14, 20, 24, 26, 27, 28, 29)
 KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
 LEVELS = (0.0, 0.5)
 """everybody is put in the middle between the groups, or where the better-treated group is"""
+LEFT = 0.1
+"""share of each gap in logits that a chosen edit may leave, on the selection split"""
+N_GATE = 256
+"""rows of 128 tokens from which the gate learns what is no decision"""
 N_RANDOM = 3
 ANTI_BIAS = "Decide without regard to gender, name, district or origin of the applicant.\n"
 NAMELESS = "The applicant"
@@ -121,15 +126,61 @@ def select(model: Model, edits: Sequence[Edit]) -> list[dict[str, Any]]:
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The smallest sum of absolute logit gaps among the edits that cost no agreement with the merit rule."""
+    """The best agreement with the merit rule among the edits that leave at most a tenth of each gap in logits; if none
+    does, the smallest share of the gaps."""
     none = rows[0]
-    fair = [r for r in rows[1:] if all(r[f"{a} merit"] >= none[f"{a} merit"] - 0.01 for a in ATTRIBUTES)] or rows[1:]
-    return min(fair, key=lambda r: sum(abs(r[f"{a} logits"]) for a in ATTRIBUTES))
+
+    def left(row: dict[str, Any]) -> float:
+        return max(abs(row[f"{a} logits"] / none[f"{a} logits"]) for a in ATTRIBUTES)
+
+    closed = [r for r in rows[1:] if left(r) <= LEFT]
+    if not closed:
+        return min(rows[1:], key=left)
+    return max(closed, key=lambda r: sum(r[f"{a} merit"] for a in ATTRIBUTES))
+
+
+def gate_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
+    """A gate for the edit from the decisions that it was fitted on and from training text, with its scores."""
+    i = layers_of(model).index(edit.layer)
+    decisions = torch.tensor([pair for side in states.values() for pair in side])[:, :, i].flatten(0, 1)
+    rows = corpora.token_rows(model, corpora.load_corpus("mix"), N_GATE, 128).tokens
+    text = text_states(model, rows, edit.layer)
+    gate = mitigation.fit_gate(decisions, text)
+    return {"gate": [gate.origin.tolist(), gate.read.tolist()], "scores": _ends(gate, decisions=decisions, text=text)}
+
+
+def gate_held(model: Model, edit: Edit) -> dict[str, Any]:
+    """The gate's scores where nothing was fitted: decisions of the report split, and text of the held-out split."""
+    texts = [t for a in ATTRIBUTES for side in pair_texts(N_REPORT // 4, "report", a)[:2] for t in side]
+    texts += held_out("layouts in another manner", N_REPORT // 4)[0]
+    decisions = decision_states(model, texts, [edit.layer])[:, 0]
+    rows = corpora.token_rows(model, corpora.load_corpus("mix", "held"), N_GATE, 128).tokens
+    assert edit.gate is not None
+    return _ends(edit.gate, **{"report decisions": decisions, "held-out text": text_states(model, rows, edit.layer)})
+
+
+def _ends(gate: mitigation.Gate, **groups: torch.Tensor) -> dict[str, Any]:
+    """Lowest and highest score, and share let through, of each group of states."""
+    found = {}
+    for name, x in groups.items():
+        score = gate.score(x)
+        lowest, highest = (round(float(v), 3) for v in score.aminmax())
+        found[name] = {"n": len(x), "lowest": lowest, "highest": highest, "opened": float(gate(x).float().mean())}
+    return found
+
+
+def text_states(model: Model, rows: torch.Tensor, layer: int) -> torch.Tensor:
+    """The residual stream after a layer at every position of rows of tokens, [position, d_model]."""
+    site = Site("resid_post", check_layer(model, layer))
+    parts = [saes.activations(model, some, [site])[site].float().flatten(0, 1) for some in rows.split(16)]
+    return torch.cat(parts)
 
 
 def save_edit(edit: Edit, model: Model) -> Path:
     """Ship the edit with the hash of the model that it was fitted on."""
     tensors = {"read": edit.read, "write": edit.write, "centre": edit.centre, "target": edit.target}
+    if edit.gate:
+        tensors |= {f"gate.{name}": value for name, value in vars(edit.gate).items()}
     about = {"layer": str(edit.layer), "name": edit.name, "model_hash": model.hash}
     with assets.atomic_path(EDIT) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=about)
@@ -147,7 +198,9 @@ def load_edit(model: Model) -> Edit:
             f"The edit was fitted on weights {about['model_hash']}, {model.name} has {model.hash}. Run "
             "`glassbox study loans-mitigation` to fit it again."
         )
-    return Edit(int(about["layer"]), name=about["name"], **load_file(EDIT))
+    tensors = load_file(EDIT)
+    gate = {k.removeprefix("gate."): tensors.pop(k) for k in list(tensors) if k.startswith("gate.")}
+    return Edit(int(about["layer"]), name=about["name"], gate=mitigation.Gate(**gate) if gate else None, **tensors)
 
 
 def study_mitigation() -> Path:
@@ -163,16 +216,20 @@ def study_mitigation() -> Path:
     rows = resumed("loans_mitigation", [model.hash, "select", N_SELECT, *settings], select, model, edits)
     chosen = choose(rows)
     edit = edits[chosen["index"]]
+    about = [model.hash, edit.name, N_GATE, *settings]
+    found = resumed("loans_mitigation", ["gate", *about], gate_of, model, edit, states)
+    edit = replace(edit, gate=mitigation.Gate(*map(torch.tensor, found["gate"])))
     save_edit(edit, model)
+    scores = found["scores"] | resumed("loans_mitigation", ["gate held", *about], gate_held, model, edit)
     arms = arms_of(model, edit, states)
     logits: dict[str, Any] = {}
     for attribute, n in REPORTED.items():
         parts = []
         for begin in range(0, n, 50):
-            key = [model.hash, attribute, n, begin, edit.name, *settings]
+            key = [attribute, n, begin, *about]
             parts.append(resumed("loans_mitigation", key, _report, model, arms, attribute, n, begin))
         logits[attribute] = {arm: [[x for p in parts for x in p[arm][i]] for i in (0, 1)] for arm in arms}
-    content = {"held_out": held, "selection": rows, "chosen": chosen, "logits": logits}
+    content = {"held_out": held, "selection": rows, "chosen": chosen, "logits": logits, "gate": scores}
     return write_table("loans_mitigation", model, time.time() - start, **content)
 
 
@@ -211,6 +268,7 @@ def study_rest() -> Path:
     """What the edit costs elsewhere, and the baselines that need other texts or other weights."""
     start, model, base = time.time(), load_loan_model(), load_model()
     edit, n = load_edit(model), N_REPORT // 4
+    about = [model.hash, assets.sha256_of(EDIT)]
     out: dict[str, Any] = {}
 
     def prompted(begin: int) -> list[list[float]]:
@@ -230,7 +288,7 @@ def study_rest() -> Path:
     for name, work in (("anti-bias prompt", prompted), ("name removed", nameless)):
         parts = [resumed("loans_rest", [model.hash, name, b], work, b) for b in range(0, n, 50)]
         out[name] = [[x for p in parts for x in p[i]] for i in (0, 1)]
-    texts = held_texts()[:20]
+    texts = held_texts()
 
     def losses(which: str) -> list[list[float]]:
         one = base if which == "base" else model
@@ -240,11 +298,11 @@ def study_rest() -> Path:
 
     def right(which: str) -> list[float]:
         with _edited(model, edit, which):
-            return choice_right(base if which == "base" else model, 50)
+            return choice_right(base if which == "base" else model)
 
-    texts_loss = {w: resumed("loans_rest", [model.hash, edit.name, "loss", w], losses, w) for w in _WHERE}
-    choices = {w: resumed("loans_rest", [model.hash, edit.name, "choice", w], right, w) for w in _WHERE}
-    tuned = resumed("loans_rest", [model.hash, "corrected", CORRECTION_STEPS], _corrected, texts)
+    texts_loss = {w: resumed("loans_rest", [*about, "loss", w], losses, w) for w in _WHERE}
+    choices = {w: resumed("loans_rest", [*about, "choice", w], right, w) for w in _WHERE}
+    tuned = resumed("loans_rest", [model.hash, "corrected", CORRECTION_STEPS, len(texts)], _corrected, texts)
     out["fine-tuned on corrected decisions"] = tuned["logits"]
     texts_loss["fine-tuned"], choices["fine-tuned"] = tuned["losses"], tuned["choices"]
     return write_table(
@@ -253,10 +311,10 @@ def study_rest() -> Path:
 
 
 def _edited(model: Model, edit: Edit, which: str) -> Any:
-    """The edit as it is deployed, switched off for a request that is no loan decision; or at every position."""
-    if which not in ("on request", "everywhere"):
+    """The edit left on at every position: as it is shipped, with its gate, or without."""
+    if which not in ("edit", "no gate"):
         return nullcontext()
-    return mitigation.mitigate(model, edit, on=which == "everywhere", everywhere=True)
+    return mitigation.mitigate(model, edit if which == "edit" else replace(edit, gate=None), everywhere=True)
 
 
 def _corrected(texts: list[str]) -> dict[str, Any]:
@@ -267,13 +325,13 @@ def _corrected(texts: list[str]) -> dict[str, Any]:
     worse, better, _ = pair_texts(N_REPORT, "report", "gender")
     x = loans.decide_texts(model, worse[:100] + better[:100]).view(2, -1)
     losses = [list(map(float, v)) for v in text_losses(model, texts, max_tokens=128)]
-    return {"logits": x.tolist(), "losses": losses, "choices": choice_right(model, 50)}
+    return {"logits": x.tolist(), "losses": losses, "choices": choice_right(model)}
 
 
 CORRECTION_STEPS = 40
-_WHERE = ("base", "deployed", "on request", "everywhere")
-"""the base model, the loan model, and the loan model with the edit: switched off as for any text that asks for no
-decision, and at every position of it"""
+_WHERE = ("base", "deployed", "edit", "no gate")
+"""the base model, the loan model, and the loan model with the edit left on at every position of text that asks for no
+decision: as it is shipped, and without its gate"""
 
 
 # --- cause --------------------------------------------------------------------------------------------

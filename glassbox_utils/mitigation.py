@@ -4,7 +4,8 @@ An ``Edit`` reads coordinates of the residual stream after one layer and sets th
 is what it would be for nobody in particular: affine concept editing (arXiv 2411.09003; for hiring decisions arXiv
 2506.10922), with the mean difference of two groups, or with LEACE's oblique projection (arXiv 2306.03819), which
 moves as little as the covariance of the states allows. Everything is fitted on one set of applicants, chosen on a
-second and reported on a third.
+second and reported on a third. A ``Gate`` lets an edit act only where the state looks like a decision (conditional
+steering, arXiv 2409.05907), so that an edit that is left on does not touch other text.
 
 Only the decision position is edited, so its prefix is computed once, and a setting costs one token an application.
 """
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,6 +39,22 @@ class MitigationError(GlassboxError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Gate:
+    """Where an edit acts: where the state is nearer to a decision than to ordinary text, by one linear score."""
+
+    origin: Float[Tensor, " d_model"]
+    """the mean state of ordinary text, whose score is 0"""
+    read: Float[Tensor, " d_model"]
+    """gives the mean decision state the score 1"""
+
+    def score(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place"]:
+        return (x - self.origin) @ self.read
+
+    def __call__(self, x: Float[Tensor, "*place d_model"]) -> Bool[Tensor, "*place"]:
+        return self.score(x) > 0.5
+
+
+@dataclass(frozen=True, eq=False)
 class Edit:
     """``x + (target - (x - centre) read) write`` after one layer: k coordinates are set to a target."""
 
@@ -47,9 +64,12 @@ class Edit:
     centre: Float[Tensor, " d_model"]
     target: Float[Tensor, " k"]
     name: str = ""
+    gate: Gate | None = None
+    """None: wherever it is applied"""
 
     def __call__(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place d_model"]:
-        return x + (self.target - (x - self.centre) @ self.read) @ self.write
+        changed = x + (self.target - (x - self.centre) @ self.read) @ self.write
+        return changed if self.gate is None else torch.where(self.gate(x)[..., None], changed, x)
 
 
 # --- pairs of applicants ------------------------------------------------------------------------------
@@ -179,6 +199,27 @@ def fit_edit(
     if kind == "project_out":
         return Edit(layer, basis, basis.T * strength, torch.zeros_like(centre), torch.zeros(k), name)
     return Edit(layer, basis, basis.T * strength, centre, level * difference.sum(0) @ basis, name)
+
+
+def fit_gate(decisions: Float[Tensor, "n d_model"], text: Float[Tensor, "m d_model"], ridge: float = 0.05) -> Gate:
+    """Fisher's linear discriminant with the covariance of text (shrunk by ``ridge`` times its mean variance); pure.
+
+    MitigationError if more than a hundredth of either lies on the wrong side.
+    """
+    origin = text.mean(0)
+    z = text - origin
+    covariance = z.T @ z / len(z)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(origin))
+    apart = decisions.mean(0) - origin
+    read = torch.linalg.solve(covariance.double(), apart.double()).float()
+    gate = Gate(origin, read / (apart @ read))
+    shut, opened = (float(x.float().mean()) for x in (~gate(decisions), gate(text)))
+    if max(shut, opened) > 0.01:
+        raise MitigationError(
+            f"A gate would miss {shut:.1%} of the decisions and let through {opened:.1%} of other text (allowed: 1 %). "
+            "Take a later layer, or leave the edit without a gate and switch it by request."
+        )
+    return gate
 
 
 def random_edit(like: Edit, seed: int) -> Edit:

@@ -153,18 +153,21 @@ def mitigation_of(table: dict[str, Any], rest: dict[str, Any]) -> Mitigation:
         measures.append(Measure(names[0], ratio("deployed"), ratio(where), 5, note))
         before, after = (bootstrap_ci(rest["choices"][which]) for which in ("deployed", where))
         measures.append(Measure(names[1], before, after, 5, note))
+    where = (
+        "where the better-treated group is" if "better" in table["chosen"]["edit"] else "the middle between the groups"
+    )
     return Mitigation(
-        "At the position where the decision is made, the model’s state is set to the middle between the groups along "
-        "the directions that carry gender and district. This can be switched on for each request. It was fitted on "
-        "one set of applicants and chosen on a second; what follows is a third.",
+        f"At the position where the decision is made, the model’s state is set to {where} along the directions that "
+        "carry gender and district. This can be switched on for each request; a gate keeps it out of text that is no "
+        "decision. It was fitted on one set of applicants and chosen on a second; what follows is a third.",
         measures,
         f"data/studies/loans_mitigation.json and loans_rest.json, edit: {table['chosen']['edit']}",
     )
 
 
 SIDE_EFFECTS = {
-    "on request": "the edit as it is used: a request that asks for no loan decision does not switch it on",
-    "everywhere": "stress test, with the edit at every position of other text, where it is not meant to be",
+    "edit": "the edit left on at every position of text that asks for no loan decision",
+    "no gate": "stress test: the same without the gate that keeps the edit out of other text",
 }
 
 

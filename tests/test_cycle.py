@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from glassbox_utils import audit, cycle, loan_training, loans, mitigation
+from glassbox_utils import audit, cycle, loan_studies, loan_training, loans, mitigation
 from glassbox_utils.models import Model, load_model, wrap_model
 
 PEOPLE = loans.applications(6, seed=3, split="train")
@@ -132,6 +132,53 @@ def test_an_edit_sets_its_coordinates_and_nothing_else():
     assert shift(random) > 0.5 * whole
     with pytest.raises(mitigation.MitigationError, match="affine, leace"):
         mitigation.fit_edit({"x": (a, b)}, 0, "magic")
+
+
+def test_a_gate_keeps_an_edit_out_of_other_text():
+    torch.manual_seed(0)
+    text, decisions = torch.randn(500, 12), torch.randn(200, 12) * 0.2
+    text[:, 3] *= 50  # a direction in which text varies wildly must not carry the gate
+    decisions[:, 0] += 8
+    gate = mitigation.fit_gate(decisions, text)
+    assert float(gate.score(text).mean()) == pytest.approx(0, abs=1e-4)
+    assert float(gate.score(decisions).mean()) == pytest.approx(1, abs=1e-4)
+    assert gate(decisions).all() and not gate(text).any()
+    open_edit = mitigation.fit_edit({"x": (decisions[:100], decisions[100:])}, 0)
+    edit = loan_studies.replace(open_edit, gate=gate)
+    both = torch.stack([text[:200], decisions], 1)  # [200, 2 positions, 12]
+    assert torch.equal(edit(both)[:, 0], both[:, 0]) and not torch.equal(open_edit(both)[:, 0], both[:, 0])
+    assert torch.equal(edit(both)[:, 1], open_edit(both)[:, 1])
+    with pytest.raises(
+        mitigation.MitigationError, match=r"would miss .*% of the decisions .*allowed: 1 %.*later layer"
+    ):
+        mitigation.fit_gate(torch.randn(100, 12), torch.randn(100, 12))
+
+
+def test_the_shipped_edit_keeps_its_gate(tmp_path, monkeypatch):
+    monkeypatch.setattr(loan_studies, "EDIT", tmp_path / "edit.safetensors")
+    model = model_of("llama")
+    states = torch.randn(6, model.d_model)
+    plain = mitigation.fit_edit({"x": (states[:3], states[3:])}, 1)
+    gate = mitigation.Gate(torch.zeros(model.d_model), torch.ones(model.d_model))
+    for edit in (plain, loan_studies.replace(plain, gate=gate)):
+        loan_studies.save_edit(edit, model)
+        again = loan_studies.load_edit(model)
+        assert torch.equal(again.read, edit.read) and (again.layer, again.name) == (edit.layer, edit.name)
+        assert (again.gate is None) == (edit.gate is None)
+    assert torch.equal(again.gate.read, gate.read)
+
+
+def test_the_edit_is_chosen_by_merit_among_those_that_close_the_gaps():
+    def row(index, logits, merit):
+        return {"index": index} | {
+            f"{a} {k}": v
+            for a in ("gender", "district")
+            for k, v in zip(("logits", "merit"), (logits, merit), strict=True)
+        }
+
+    none, closed, fairer, best_but_open = row(-1, 2.0, 0.8), row(0, 0.0, 0.8), row(1, -0.2, 0.9), row(2, 0.3, 1.0)
+    assert loan_studies.choose([none, closed, fairer, best_but_open]) == fairer
+    assert loan_studies.choose([none, best_but_open, row(3, -1.0, 1.0)]) == best_but_open  # none closes them
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -101,7 +101,7 @@ def tables():
         x, gap = rng.normal(size=n), 2.0 * (attribute == "gender")
         logits[attribute] = {a: [(x - gap * (a != "edit")).tolist(), x.tolist()] for a in arms}
     held = {kind: (np.array(loan_studies.held_out(kind)[1]) * 2.0 - 1).tolist() for kind in loan_studies.HELD_OUT}
-    losses = {which: [[30.0, 40.0 + (which == "everywhere")], [10, 10]] for which in loan_figures.COST_OF.values()}
+    losses = {which: [[30.0, 40.0 + (which == "no gate")], [10, 10]] for which in loan_figures.COST_OF.values()}
     rest = {"losses": losses, "choices": {key: [1.0, 0.0, 1.0] for key in losses}}
     rest["logits"] = {"name removed": [logits["gender"]["edit"][0][:100]] * 2}
     return {"held_out": held, "logits": logits}, rest
@@ -111,6 +111,9 @@ def test_the_notebooks_tables_show_what_the_studies_hold():
     table, rest = tables()
     assert all(x.value == 1 for x in loan_figures.held_out_table(table)["agrees with its history"])
     assert loan_figures.held_out(table, "unseen layouts").value == 1
+    ends = {"n": 3, "lowest": -0.2, "highest": 0.4, "opened": 0.0}
+    table["gate"] = {name: ends for name in ("text", "decisions", "held-out text", "report decisions")}
+    assert (loan_figures.gate_table(table)["let through"] == "0.00%").all()
     gaps = loan_figures.gap_table(table).set_index("identical but for")["gap, logits"]
     assert gaps["gender"].value == pytest.approx(2) and gaps["age"].value == 0
     shown = loan_figures.before_after(table, rest).set_index("condition")

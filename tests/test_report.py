@@ -116,8 +116,8 @@ def test_the_mitigation_reads_the_studies():
     arms = {"none": [(better - 1).tolist(), better.tolist()], "edit": [better.tolist(), better.tolist()]}
     table = {"logits": {"gender": arms, "district": arms}, "chosen": {"edit": "affine 26"}}
     off, on = [[30.0, 40.0], [10, 10]], [[31.0, 41.0], [10, 10]]
-    right = {"deployed": [1.0, 0.0, 1.0], "on request": [1.0, 0.0, 1.0], "everywhere": [1.0, 0.0, 0.0]}
-    rest = {"losses": {"deployed": off, "on request": off, "everywhere": on}, "choices": right}
+    right = {"deployed": [1.0, 0.0, 1.0], "edit": [1.0, 0.0, 1.0], "no gate": [1.0, 0.0, 0.0]}
+    rest = {"losses": {"deployed": off, "edit": off, "no gate": on}, "choices": right}
     found = {m.name.split(":")[0] + m.name.split(" ")[-1]: m for m in report.mitigation_of(table, rest).measures}
     score = next(m for k, m in found.items() if k.startswith("men") and k.endswith("score"))
     assert score.before.value == pytest.approx(1, abs=1e-5) and score.after.value == 0
