@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from small import small_model
 
-from glassbox_utils import corpora, saes
+from glassbox_utils import corpora, saes, speed
 from glassbox_utils.models import ModelError, Site, tokenize
 from glassbox_utils.saes import HarvestConfig, SaeError, TrainConfig
 
@@ -118,7 +118,7 @@ def test_harvest_holds_every_row_once(model, shards):
 
 def test_streaming_gives_the_same_without_a_file(model, shards):
     rows = corpora.pack(model, corpora.load_corpus("landmarks"), 32)
-    _, first = next(saes.stream_activations(saes.quick(model), rows, [SITE], 4))
+    _, first = next(saes.stream_activations(speed.quick(model), rows, [SITE], 4))
     assert torch.equal(first[SITE].bfloat16(), saes.read_shard(saes.shard_path(shards, 0), HOOK).x[:4])
 
 
