@@ -119,6 +119,6 @@ def test_the_notebooks_tables_show_what_the_studies_hold():
     shown = loan_figures.before_after(table, rest).set_index("condition")
     assert shown.loc["none", "logits"].startswith("2.00") and shown.loc["edit", "logits"].startswith("0.00")
     assert shown.loc["edit", "perplexity, times"].startswith("1.00")
-    assert shown.loc["edit at every position of other text", "perplexity, times"].startswith("1.05")
+    assert shown.loc["edit without its gate", "perplexity, times"].startswith("1.05")
     assert shown.loc["random 0", "perplexity, times"] == ""  # not measured, not guessed
     assert loan_figures.others_table(table)["logit gap changes by"][0].value == 0
