@@ -1,5 +1,7 @@
 """The cycle's steps on tiny models: training shortcuts, patches, edits and audits do what they say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -144,7 +146,7 @@ def test_a_gate_keeps_an_edit_out_of_other_text():
     assert float(gate.score(decisions).mean()) == pytest.approx(1, abs=1e-4)
     assert gate(decisions).all() and not gate(text).any()
     open_edit = mitigation.fit_edit({"x": (decisions[:100], decisions[100:])}, 0)
-    edit = loan_studies.replace(open_edit, gate=gate)
+    edit = replace(open_edit, gate=gate)
     both = torch.stack([text[:200], decisions], 1)  # [200, 2 positions, 12]
     assert torch.equal(edit(both)[:, 0], both[:, 0]) and not torch.equal(open_edit(both)[:, 0], both[:, 0])
     assert torch.equal(edit(both)[:, 1], open_edit(both)[:, 1])
@@ -160,7 +162,7 @@ def test_the_shipped_edit_keeps_its_gate(tmp_path, monkeypatch):
     states = torch.randn(6, model.d_model)
     plain = mitigation.fit_edit({"x": (states[:3], states[3:])}, 1)
     gate = mitigation.Gate(torch.zeros(model.d_model), torch.ones(model.d_model))
-    for edit in (plain, loan_studies.replace(plain, gate=gate)):
+    for edit in (plain, replace(plain, gate=gate)):
         loan_studies.save_edit(edit, model)
         again = loan_studies.load_edit(model)
         assert torch.equal(again.read, edit.read) and (again.layer, again.name) == (edit.layer, edit.name)
