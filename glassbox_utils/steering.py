@@ -145,8 +145,8 @@ def pairs(name: str, split: Literal["train", "selection", "report"]) -> tuple[li
     return [text(r, "positive") for r in rows], [text(r, "negative") for r in rows]
 
 
-def prompts(split: Literal["demo", "selection", "report", "neutral", "spare"]) -> list[str]:
-    """Everyday prompts that we wrote (demo 1, selection 60, report 200), or 48 neutral sentences."""
+def prompts(split: Literal["demo", "train", "selection", "report", "neutral", "spare"]) -> list[str]:
+    """Everyday prompts that we wrote (demo 1, train 75, selection 60, report 200), or 48 neutral sentences."""
     return json.loads((DATA / "prompts" / "steering.json").read_text())[split]
 
 
@@ -175,7 +175,7 @@ def pooled(
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     vectors, norms = [], []
     for start in progress(range(0, len(texts), batch_size), "reading"):
-        batch, mask = _answers(model, texts[start : start + batch_size], system)
+        batch, mask = answer_batch(model, texts[start : start + batch_size], system)
         found = capture(model, batch, sites)
         x = torch.stack([found[site] for site in sites]).float()
         size = x.norm(dim=-1)
@@ -199,9 +199,9 @@ def gradients(
     """
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     found = []
-    with _frozen(model), torch.enable_grad():
+    with frozen_weights(model), torch.enable_grad():
         for start in progress(range(0, len(texts), batch_size), "gradients"):
-            batch, mask = _answers(model, texts[start : start + batch_size], system)
+            batch, mask = answer_batch(model, texts[start : start + batch_size], system)
             added = [torch.zeros(len(mask), 1, model.d_model, device=model.device, requires_grad=True) for _ in sites]
             with ExitStack() as stack:
                 for site, vector in zip(sites, added, strict=True):
@@ -211,7 +211,7 @@ def gradients(
     return torch.cat(found, 1)
 
 
-def _answers(model: Model, texts: Sequence[Text], system: str | None = None) -> tuple[Batch, Tensor]:
+def answer_batch(model: Model, texts: Sequence[Text], system: str | None = None) -> tuple[Batch, Tensor]:
     """Tokens, and which of them count: all but the first, or those of the answer."""
     asked = [None if isinstance(t, str) else chat(model, t[0], system) for t in texts]
     batch = tokenize(model, [t if isinstance(t, str) else f"{a}{t[1]}" for t, a in zip(texts, asked, strict=True)])
@@ -447,13 +447,13 @@ def train_direction(
     for first in progress(range(0, max(len(positive), len(negative)), half), "reading"):
         texts = [*positive[first : first + half], *negative[first : first + half]]
         sign = torch.tensor([1.0] * len(positive[first : first + half]) + [-1.0] * len(negative[first : first + half]))
-        batch, mask = _answers(model, texts, system)
+        batch, mask = answer_batch(model, texts, system)
         resid = capture(model, batch, [Site("resid_post", start.layer)])[Site("resid_post", start.layer)]
         pieces.append((batch, mask, resid, sign.to(resid)[:, None, None]))
     vector = start.vector.detach().to(resid).clone().requires_grad_()
     optimiser = torch.optim.Adam([vector], lr=learning_rate)
     rng = np.random.default_rng(seed)
-    with _frozen(model), torch.enable_grad():
+    with frozen_weights(model), torch.enable_grad():
         order = [int(i) for _ in range(epochs) for i in rng.permutation(len(pieces))]
         for i in progress(order, "training a direction"):
             batch, mask, resid, sign = pieces[i]
@@ -473,7 +473,7 @@ def train_direction(
 
 
 @contextmanager
-def _frozen(model: Model) -> Iterator[None]:
+def frozen_weights(model: Model) -> Iterator[None]:
     """No gradients for the weights inside the block."""
     weights = [p for p in model.hf.parameters() if p.requires_grad]
     for p in weights:

@@ -145,14 +145,17 @@ class Report:
         turned = (f"{kind} {-step:g}", f"{kind} {step:g}")
         return turned if turned[1] in self.rows else (f"{kind} -", f"{kind} +")
 
-    def effect(self, kind: str, step: float = 1.0) -> Interval:
-        """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …"""
-        minus, plus = (np.array(self.rows[name]["tone"]) for name in self.signs(kind, step))
+    def effect(self, kind: str, step: float = 1.0, ruler: str = "tone") -> Interval:
+        """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …
+
+        ``ruler``: tone (VADER) or second (``steering_studies.second_ruler``, -4 to 4).
+        """
+        minus, plus = (np.array(self.rows[name][ruler]) for name in self.signs(kind, step))
         return bootstrap_ci(plus - minus, seed=SEED)
 
-    def random(self, kind: str, step: float = 1.0) -> list[Interval]:
+    def random(self, kind: str, step: float = 1.0, ruler: str = "tone") -> list[Interval]:
         """Effects of the ten random directions of a kind."""
-        return [self.effect(f"{kind} {k}", step) for k in range(N_RANDOM)]
+        return [self.effect(f"{kind} {k}", step, ruler) for k in range(N_RANDOM)]
 
     def perplexity(self, name: str) -> float:
         """Perplexity of a condition's answers under the plain model, times that of the unsteered answers."""
@@ -194,6 +197,25 @@ def control_table(report: Report) -> Any:
         row |= {"perplexity × − / +": " / ".join(f"{v:.2f}" for v in ppl)}
         rows.append(row)
     return pd.DataFrame(rows).set_index(["vector", "random directions"])
+
+
+def rulers_table(report: Report, step: float) -> Any:
+    """The vector and the shared random directions by both rulers: the lexicon it was trained with, and the other."""
+    import pandas as pd
+
+    rows = {}
+    for label, ruler in (("lexicon (−1 to 1)", "tone"), ("second ruler (−4 to 4)", "second")):
+        effect, strongest = report.effect("steer", step, ruler), strongest_of(report.random("shared", step, ruler))
+        means = [np.mean(report.rows[name][ruler]) for name in report.steps]
+        rows[label] = {
+            "five strengths, − to +": " ".join(f"{m:+.2f}" for m in means),
+            "effect": cell(effect),
+            "strongest of ten random": cell(strongest),
+            "times the strongest": f"{effect.value / abs(strongest.value):.1f}",
+            "one layer": cell(report.effect("single", ruler=ruler)),
+            "LoRA": cell(report.effect("lora", ruler=ruler)),
+        }
+    return pd.DataFrame(rows)
 
 
 def dial_figure(report: Report) -> Any:

@@ -55,6 +55,11 @@ def _analyser() -> Any:
     return SentimentIntensityAnalyzer()
 
 
+def lexicon() -> dict[str, float]:
+    """VADER's words and their valence, -4 to 4."""
+    return dict(_analyser().lexicon)
+
+
 def tone(texts: Sequence[str]) -> NDArray:
     """VADER's compound score of each text, -1 (negative) to 1 (positive), 0 for a text without tone words."""
     return np.array([_analyser().polarity_scores(text)["compound"] for text in texts])

@@ -350,7 +350,7 @@ def test_fitting_leaves_out_the_first_token_and_outliers(llama):
 
 def test_of_a_prompt_with_an_answer_only_the_answer_is_read(llama):
     vectors, _ = steering.pooled(llama, [("w1 w2", " w5 w6")], [0])
-    batch, mask = steering._answers(llama, [("w1 w2", " w5 w6"), "w3 w4"])
+    batch, mask = steering.answer_batch(llama, [("w1 w2", " w5 w6"), "w3 w4"])
     x = capture(llama, batch, [Site("resid_post", 0)])[Site("resid_post", 0)]
     assert mask.sum(-1).tolist() == [2, 2]
     torch.testing.assert_close(vectors[0, 0], x[0, -2:].mean(0), atol=1e-5, rtol=1e-4)

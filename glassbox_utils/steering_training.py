@@ -1,0 +1,174 @@
+"""Train a steering vector on what the model itself writes under it, against a lexicon of tone.
+
+Sentences that people write are rarely what the model would say, and a gradient through them says little about its
+answers. Here the model answers questions under the push, and the vector is moved so that the next words of *these*
+answers grow brighter under +alpha and darker under -alpha. What is trained against a ruler must not be judged by that
+ruler alone: ``steering_studies.second_ruler`` is one that never took part.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils import assets, style
+from glassbox_utils.interventions import edit
+from glassbox_utils.models import Batch, Model, Site, progress
+from glassbox_utils.steering import (
+    ControlVector,
+    SteeringError,
+    Text,
+    answer_batch,
+    continuations,
+    frozen_weights,
+    parts_of,
+)
+
+SQUASH = 15.0
+"""VADER's: a text's compound score is s / sqrt(s² + 15), for the sum s of its words' valences"""
+
+
+def valences(tokenizer: Any) -> Float[Tensor, " vocabulary"]:
+    """The lexicon's valence (-4 to 4) of each token that is a whole word of it after a space; 0 for the others."""
+    lexicon = style.lexicon()
+    words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([lexicon.get(w[1:].lower(), 0.0) if w.startswith(" ") else 0.0 for w in words])
+
+
+def expected_tone(
+    log_probs: Float[Tensor, "batch token vocabulary"],
+    written: Float[Tensor, "batch token"],
+    counted: Float[Tensor, "batch token"],
+    valence: Float[Tensor, " vocabulary"],
+) -> Float[Tensor, " batch"]:
+    """How much the tone of each answer would change if one of its words were drawn again: summed over the words.
+
+    ``log_probs``: of the tokens at each place of the answers ``written`` (token ids; ``counted``: the answers' own
+    tokens). Its gradient is that of the expected tone, without what a word does to the words after it (a policy
+    gradient would have it, at far more noise). The lexicon's rules for negation and emphasis are left out.
+    """
+    there = valence[written] * counted
+    others = (there.sum(-1, keepdim=True) - there)[..., None]  # sum of the answer's other words
+
+    def squashed(total: Tensor) -> Tensor:
+        return total * torch.rsqrt(total * total + SQUASH)
+
+    toned = valence != 0
+    gain = squashed(others + valence[toned]) - squashed(others)
+    return ((log_probs[..., toned].exp() * gain).sum(-1) * counted).sum(-1)
+
+
+def train_vector(
+    model: Model,
+    questions: Sequence[str],
+    start: ControlVector,
+    alpha: float,
+    *,
+    steps: int = 40,
+    n_questions: int = 30,
+    learning_rate: float = 0.006,
+    divergence: float = 0.01,
+    new_tokens: int = 20,
+    system: str | None = None,
+    seed: int = 0,
+    valence: Float[Tensor, " vocabulary"] | None = None,
+    checkpoint: Path | None = None,
+) -> ControlVector:
+    """Train a many-layer vector on the model's own answers, from ``start``, for pushes of ±alpha.
+
+    Each step samples answers (temperature 1) to some of the questions under +alpha and -alpha, and moves the unit
+    vectors of all layers (Adam; the rate falls over the second half) so that ``expected_tone`` grows under plus and
+    falls under minus. ``divergence`` is the price of a nat of Kullback-Leibler divergence from the unsteered model,
+    summed over an answer. ``valence``: of each token, from the lexicon if not given. The weights stay as they are.
+    ``checkpoint``: a file that is written every ten steps, and that an interrupted run goes on from.
+
+    Raises SteeringError if no token has a valence or a number makes no sense. On-policy training of a vector, in the
+    spirit of BiPO (arXiv 2406.00045).
+    """
+    valence = (valences(model.tokenizer) if valence is None else valence).to(model.device)
+    if not valence.any():
+        raise SteeringError("No token of this tokenizer has a valence: give `valence`, a number for each token.")
+    if steps < 1 or n_questions < 1 or not questions or alpha <= 0:
+        raise SteeringError(
+            f"steps={steps}, n_questions={n_questions}, alpha={alpha} and {len(questions)} questions: "
+            f"each must be above zero."
+        )
+    parts = parts_of(start)
+    vector = torch.stack([part.vector for part in parts]).to(model.device).clone().requires_grad_()
+    optimiser, done = torch.optim.Adam([vector], lr=learning_rate, betas=(0.9, 0.99)), 0
+    if checkpoint and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        done = saved["step"]
+        optimiser.load_state_dict(saved["optimiser"])
+        with torch.no_grad():
+            vector.copy_(saved["vector"])
+
+    def trained(method: str) -> ControlVector:
+        unit = torch.nn.functional.normalize(vector.detach(), dim=-1).to(parts[0].vector)
+        about: dict[str, Any] = {"method": method, "stability": None, "coordinates": (0.0, 0.0)}
+        return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
+
+    for step in progress(range(done, steps), "training a vector on its own answers"):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
+        rng = np.random.default_rng([seed, step])
+        asked = [questions[i] for i in rng.permutation(len(questions))[:n_questions]]
+        settings = [(trained(""), s * alpha) for s in (1, -1) for _ in asked]
+        answers = continuations(
+            model, asked * 2, settings, new_tokens, 100, 1.0, int(rng.integers(2**31)), system, "answers"
+        )
+        for sign, said in ((1, answers[: len(asked)]), (-1, answers[len(asked) :])):
+            texts = [(q, a) for q, a in zip(asked, said, strict=True) if a.strip()]
+            if texts:
+                push = partial(_pushed, model, parts, vector, sign * alpha)
+                _loss(model, texts, push, sign, divergence, valence, system).div(2 * len(asked)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):
+            with assets.atomic_path(checkpoint) as partly:
+                torch.save({"step": step + 1, "vector": vector.detach(), "optimiser": optimiser.state_dict()}, partly)
+    return trained("own answers")
+
+
+@contextmanager
+def _pushed(model: Model, parts: Sequence[Any], vector: Tensor, alpha: float) -> Iterator[None]:
+    unit = torch.nn.functional.normalize(vector, dim=-1)
+    with ExitStack() as stack:
+        for part, u in zip(parts, unit, strict=True):
+            site = Site("resid_post", part.layer)
+            stack.enter_context(edit(model, site, partial(torch.add, other=alpha * part.scale * u)))
+        yield
+
+
+def _loss(
+    model: Model,
+    texts: Sequence[Text],
+    push: Any,
+    sign: int,
+    divergence: float,
+    valence: Tensor,
+    system: str | None,
+) -> Float[Tensor, ""]:
+    """Of all answers under one sign: expected tone the wrong way, and divergence from the unsteered model."""
+    batch, mask = answer_batch(model, texts, system)
+    longest = int(mask.sum(-1).max())
+    written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
+    with frozen_weights(model), torch.enable_grad(), push():
+        log_probs = _log_probs(model, batch, longest)
+    with torch.no_grad():
+        plain = _log_probs(model, batch, longest)
+    with torch.enable_grad():
+        nats = ((log_probs.exp() * (log_probs - plain)).sum(-1) * counted).sum(-1)
+        return (divergence * nats - sign * expected_tone(log_probs, written, counted, valence)).sum()
+
+
+def _log_probs(model: Model, batch: Batch, longest: int) -> Float[Tensor, "batch token vocabulary"]:
+    logits = model.hf(**batch.inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1]
+    return logits.float().log_softmax(-1)
