@@ -1,7 +1,8 @@
-"""The long runs behind notebook 05: ``glassbox study steering-sweep``, -sharper, -layers, -tone, -seeds, -costs.
+"""The long runs behind notebook 05: ``glassbox study steering-NAME``, names in STUDIES_OF_STEERING.
 
 Each is resumable (what is done is kept in the cache folder and not done again), deterministic, and writes one table
-under ``data/studies/`` with its provenance. The first three select, on selection prompts; the others report.
+under ``data/studies/`` with its provenance. Sweep, sharper and layers select, on selection prompts; tone, seeds and
+costs report.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from glassbox_utils import assets, steering, style
 from glassbox_utils.evaluation import Interval, spearman, text_losses
@@ -424,14 +426,16 @@ RATED = 1000
 """rated sentences of each source that the second ruler is fitted on; as many others check it"""
 
 
-@cache
-def second_ruler() -> tuple[torch.Tensor, dict[str, float]]:
+RULER = steering.DATA / "vectors" / "second-ruler.safetensors"
+
+
+def study_ruler() -> Path:
     """A ruler of tone that no vector was trained against, and its rank correlation with people on other sentences.
 
     It reads the unsteered model's residual stream, averaged over a text, half-way up: ridge regression on sentences
-    that people rated, -4 to 4 (``style.human_ratings``). Returned are the weights for [mean residual stream, 1].
+    that people rated, -4 to 4 (``style.human_ratings``). Shipped are the weights for [mean residual stream, 1].
     """
-    model, rng = load_model(), np.random.default_rng(SEED)
+    start, model, rng = time.time(), load_model(), np.random.default_rng(SEED)
     fitted, checks = [], {}
     for source in style.RATED:
         texts, rating = style.human_ratings(source)
@@ -446,19 +450,26 @@ def second_ruler() -> tuple[torch.Tensor, dict[str, float]]:
     penalty = 0.1 * len(x) * torch.eye(len(spread)).to(x)
     penalty[-1, -1] = 0
     weights = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ y) / spread
+    with assets.atomic_path(RULER) as partial:
+        save_file({"weights": weights.contiguous()}, partial)
     rho = {source: round(spearman((r @ weights).numpy(), v).rho.value, 3) for source, (r, v) in checks.items()}
-    return weights, rho
+    about: dict[str, Any] = {"layer": model.n_layers // 2, "rated": RATED, "rank_correlation": rho}
+    return write_table("steering_ruler", model, time.time() - start, **about)
 
 
 def read_by(model: Model, texts: Sequence[str]) -> torch.Tensor:
     """What the second ruler reads of each text: mean residual stream half-way up, and a constant; no chat."""
-    read = steering.pooled(model, [text or "." for text in texts], [model.n_layers // 2])[0][0].double()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    found = steering.pooled(model, [texts[i] or "." for i in order], [model.n_layers // 2])[0][0].double()
+    read = torch.empty_like(found)
+    read[order] = found
     return torch.cat([read, torch.ones(len(read), 1).to(read)], 1)
 
 
 def read_tone(model: Model, texts: Sequence[str]) -> list[float]:
     """The second ruler's rating of each text, -4 to 4."""
-    return (read_by(model, texts) @ second_ruler()[0]).cpu().numpy().round(4).tolist()
+    weights = load_file(RULER)["weights"].to(model.device)
+    return (read_by(model, texts) @ weights).cpu().numpy().round(4).tolist()
 
 
 def tone_row(model: Model, name: str) -> dict[str, Any]:
@@ -476,9 +487,10 @@ def tone_row(model: Model, name: str) -> dict[str, Any]:
 
 
 def random_tones(model: Model, name: str, part: int) -> dict[str, list[float]]:
-    """Tone by both rulers under a random direction, on one half of the report prompts: short to interrupt."""
+    """Tone under a random direction, on one half of the report prompts; of the shared ones by both rulers."""
     texts = answers_of(name, model, steering.prompts("report")[100 * part : 100 * (part + 1)])
-    return {"tone": style.tone(texts).round(4).tolist(), "second": read_tone(model, texts)}
+    found = {"tone": style.tone(texts).round(4).tolist()}
+    return found | ({"second": read_tone(model, texts)} if name.startswith("shared") else {})
 
 
 def tone_key(model: Model, name: str, *part: int) -> list[Any]:
@@ -494,8 +506,9 @@ def study_tone() -> Path:
     for name, halves in random_conditions().items():
         keys = [tone_key(model, name, part) for part in range(halves)]
         found = [resumed("steering_tone", key, random_tones, model, name, i) for i, key in enumerate(keys)]
-        rows.append({"condition": name} | {ruler: [v for f in found for v in f[ruler]] for ruler in ("tone", "second")})
-    about: dict[str, Any] = {"layers": layers_of(vector), "alpha": alpha, "second_ruler": second_ruler()[1]}
+        rows.append({"condition": name} | {ruler: [v for f in found for v in f[ruler]] for ruler in found[0]})
+    about: dict[str, Any] = {"layers": layers_of(vector), "alpha": alpha}
+    about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
     about["prompts"] = steering.prompts("report")
     return write_table("steering_tone", model, time.time() - start, **about, rows=rows)
 
@@ -718,6 +731,7 @@ STUDIES_OF_STEERING = {
     "steering-sweep": study_sweep,
     "steering-sharper": study_sharper,
     "steering-layers": study_layers,
+    "steering-ruler": study_ruler,
     "steering-tone": study_tone,
     "steering-seeds": study_seeds,
     "steering-costs": study_costs,

@@ -487,7 +487,7 @@ def test_pairs_are_many_and_varied(name):
 
 
 def test_selection_and_report_prompts_are_disjoint():
-    groups = {split: steering.prompts(split) for split in ("demo", "selection", "report", "spare")}
+    groups = {split: steering.prompts(split) for split in ("demo", "train", "selection", "report", "spare")}
     assert len(groups["report"]) == 200 and len(groups["selection"]) == 60
     everything = [p for g in groups.values() for p in g]
     assert len(set(everything)) == len(everything)

@@ -1,12 +1,12 @@
 """A vector trained on a model's own answers: the reward, what training reaches, going on after a kill."""
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 from test_steering import VOCABULARY, build, logits, several
 
 from glassbox_utils import steering, steering_studies, steering_training, style
+from glassbox_utils.evaluation import spearman
 from glassbox_utils.models import load_model, tokenize
 from glassbox_utils.steering import SteeringError
 
@@ -111,17 +111,30 @@ def test_valences_are_those_of_whole_words():
     assert 1000 < int((found != 0).sum()) < 7500
 
 
-def test_the_second_ruler_agrees_with_people_on_sentences_it_was_not_fitted_on():
+def test_the_second_ruler_agrees_with_people_and_with_what_the_table_says_of_it():
     model = load_model()
     good, bad = (torch.tensor(steering_studies.read_tone(model, side)) for side in steering.pairs("tone", "report"))
     better = good > bad
     assert float(better.float().mean()) >= 0.9
-    assert min(steering_studies.second_ruler()[1].values()) > 0.25
+    rho = steering_studies.read_table("steering_ruler")["rank_correlation"]
+    assert rho == steering_studies.read_table("steering_tone")["second_ruler"]
+    texts, rating = style.human_ratings("products")
+    chosen = np.random.default_rng(99).choice(len(texts), 100, replace=False)
+    again = spearman(steering_studies.read_tone(model, [texts[i] for i in chosen]), rating[chosen], n_resamples=200).rho
+    assert again.low - 0.1 < rho["products"] < again.high + 0.1  # some of the hundred were fitted on
 
 
-def test_the_training_is_named_in_the_table_and_its_questions_are_not_reported_on():
+def test_the_second_ruler_reads_stored_answers_as_the_table_says():
+    model, row = load_model(), steering_studies.read_table("steering_tone")["rows"][0]
+    found = steering_studies.read_tone(model, row["answers"][:40])
+    assert np.allclose(found, row["second"][:40], atol=0.02)
+
+
+def test_the_shipped_vector_is_the_one_the_table_selected():
     table = steering_studies.read_table("steering_layers")
     assert table["training"] == steering_studies.TRAINING
-    said = set(steering.prompts("train"))
-    assert len(said) == 75 and Path(steering.DATA / "vectors" / "tone.safetensors").exists()
-    assert not any(said & set(steering.prompts(split)) for split in ("demo", "selection", "report", "spare"))
+    assert len(steering.prompts("train")) == 75
+    shipped, alpha = steering_studies.selected()
+    assert (
+        shipped.parts[0].method == table["selected"]["recipe"] == "own answers" and alpha == table["selected"]["alpha"]
+    )

@@ -11,7 +11,7 @@ from glassbox_utils.models import chat, generate, load_model
 from glassbox_utils.steering import load_vector, steer
 
 model, tone, queue = load_model(), load_vector("tone"), asyncio.Queue()
-FULL, BATCH, NEW_TOKENS = 0.016, 16, 24  # steer = 1 is FULL times the typical norm at each of 16 layers
+FULL, BATCH, NEW_TOKENS = 0.0125, 16, 24  # steer = 1 is FULL times the typical norm at each of 13 layers
 
 
 class Ask(BaseModel):
