@@ -3,7 +3,9 @@
 Tables are pandas, figures matplotlib on the current style.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +220,36 @@ def rulers_table(report: Report, step: float) -> Any:
     return pd.DataFrame(rows)
 
 
+def telling_words(report: Report, name: str, n: int = 10) -> dict[str, tuple[int, int]]:
+    """Tone words of the lexicon that most more answers hold than unsteered ones: word -> answers there, unsteered."""
+
+    def holding(condition: str) -> Counter[str]:
+        return Counter(word for text in report.rows[condition]["answers"] for word in set(style.words(text)))
+
+    plain, steered, lexicon = holding("steer 0"), holding(name), style.lexicon()
+    most = sorted(lexicon.keys() & steered.keys(), key=lambda w: (plain[w] - steered[w], w))[:n]
+    return {word: (steered[word], plain[word]) for word in most}
+
+
+def words_table(report: Report, n: int = 10) -> Any:
+    """The telling words at both ends of the dial, most telling first."""
+    import pandas as pd
+
+    ends = {"minus": report.steps[0], "plus": report.steps[-1]}
+    found = {label: telling_words(report, name, n) for label, name in ends.items()}
+    return pd.DataFrame({k: [f"{w} ({there}, {plain})" for w, (there, plain) in v.items()] for k, v in found.items()})
+
+
+def effect_without(report: Report, words: Collection[str]) -> Interval:
+    """The effect of a full turn if the lexicon counts none of these words, in any answer."""
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
+    minus, plus = (
+        style.tone([pattern.sub(" ", text) for text in report.rows[name]["answers"]])
+        for name in (report.steps[0], report.steps[-1])
+    )
+    return bootstrap_ci(plus - minus, seed=SEED)
+
+
 def dial_figure(report: Report) -> Any:
     """Mean tone over the strengths, and the ten shared random directions."""
     import matplotlib.pyplot as plt
@@ -382,14 +414,18 @@ def priced(report: Report, costs: Table, method: str, target: float) -> dict[str
 
 
 def equal_effect_table(report: Report, costs: Table) -> Any:
-    """Steering, LoRA and prompts read at the same effects: those of the prompts, and of steering at full strength."""
+    """Steering, LoRA and prompts read at the same effects: the prompts', and that of steering or LoRA at full strength.
+
+    Of the last two the weaker, whose effect both reach.
+    """
     import pandas as pd
 
-    columns = {}
+    columns, kinds = {}, {"steering": "steer", "LoRA": "lora"}
+    weaker, stronger = sorted(kinds, key=lambda method: report.effect(kinds[method]).value)
     for asked, kind, others in (
         ("system prompt", "system", ("steering", "steering, one layer", "LoRA")),
         ("three examples", "few-shot", ("steering", "LoRA")),
-        ("steering", "steer", ("LoRA",)),
+        (weaker, kinds[weaker], (stronger,)),
     ):
         for method in (asked, *others):
             columns[f"as far as {asked}", method] = priced(report, costs, method, report.effect(kind).value)

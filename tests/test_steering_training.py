@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_steering import VOCABULARY, build, logits, several
 
-from glassbox_utils import steering, steering_studies, steering_training, style
+from glassbox_utils import steering, steering_figures, steering_studies, steering_training, style
 from glassbox_utils.evaluation import spearman
 from glassbox_utils.models import load_model, tokenize
 from glassbox_utils.steering import SteeringError
@@ -138,3 +138,13 @@ def test_the_shipped_vector_is_the_one_the_table_selected():
     assert (
         shipped.parts[0].method == table["selected"]["recipe"] == "own answers" and alpha == table["selected"]["alpha"]
     )
+
+
+def test_telling_words_are_counted_and_can_be_left_out():
+    answers = {"steer -1": ["A disaster.", "A disaster!"], "steer 0": ["A day.", "A good day."]}
+    answers["steer 1"] = ["A wonderful day.", "Good, and a wonderful house."]
+    report = steering_figures.Report({"rows": [{"condition": k, "answers": v} for k, v in answers.items()]})
+    assert steering_figures.telling_words(report, "steer -1") == {"disaster": (2, 0)}
+    assert steering_figures.telling_words(report, "steer 1") == {"wonderful": (2, 0), "good": (1, 1)}
+    left = steering_figures.effect_without(report, ["disaster", "wonderful"])  # "Good" alone is left
+    assert left.value == pytest.approx(style.tone(["Good."])[0] / 2, abs=0.01) and left.n == 2
