@@ -134,13 +134,13 @@ def tone_vector(
     return steering.ControlVector(tuple(found[layer] for layer in layers))
 
 
-def own_vector(model: Model, start: steering.ControlVector, seed: int = SEED) -> steering.ControlVector:
+def own_vector(model: Model, start: steering.ControlVector) -> steering.ControlVector:
     """A vector trained further on the model's own answers to the train questions; 15 minutes, resumable."""
-    key = json.dumps([start.layers, TRAINING, model.hash, NEW_TOKENS, seed], sort_keys=True)
+    key = json.dumps([start.layers, TRAINING, model.hash, NEW_TOKENS, SEED], sort_keys=True)
     name = f"own-answers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     checkpoint = assets.cache_dir() / "studies" / "steering_layers" / name
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "system": NO_SYSTEM, "seed": seed, "checkpoint": checkpoint}
+    options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "system": NO_SYSTEM, "seed": SEED, "checkpoint": checkpoint}
     return train_vector(model, steering.prompts("train"), start, **TRAINING, **options)
 
 
@@ -214,26 +214,19 @@ def study_layers() -> Path:
         key = ["shared", recipe, checksum(vector), alpha, TURN_SEEDS, model.hash, NEW_TOKENS, len(asked)]
         others = resumed("steering_layers", key, _others, model, vector, alpha)
         turns.append(row | {"step": step, "random": others, "times": round(standing_out(row["effect"], others), 2)})
-    before = vectors["combined"]  # what was trained further has no pairs to resample: trained again, with other answers
-    again = own_vector(model, before, SEED + 1)
-    key = ["again", checksum(again), best["alpha"], model.hash, NEW_TOKENS, len(asked)]
-    given: list[Any] = [again, [best["alpha"]], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
-    [_, repeated] = resumed("steering_layers", key, steering.sweep, model, *given)
+    before = vectors["combined"]
     stability = {d.layer: [round(x, 3) for x in _triple(d.stability)] for d in before.parts}
-    own = vectors["own_answers"]
-    repeated |= {"cosines": _cosines(own, again), "cosines_with_start": _cosines(own, before)}
+    kept = [
+        round(float(x.vector @ y.vector), 3) for x, y in zip(vectors["own_answers"].parts, before.parts, strict=True)
+    ]
     about = {
         "selected": best,
         "training": TRAINING,
-        "another_seed": repeated,
+        "cosines_with_start": kept,
         "turns": turns,
         "turn": max(turns, key=lambda t: t["times"])["step"],
     }
     return write_table("steering_layers", model, time.time() - start, **about, stability=stability, rows=rows)
-
-
-def _cosines(a: steering.ControlVector, b: steering.ControlVector) -> list[float]:
-    return [round(float(x.vector @ y.vector), 3) for x, y in zip(a.parts, b.parts, strict=True)]
 
 
 def _others(model: Model, like: steering.Vector, alpha: float) -> list[float]:
