@@ -150,7 +150,7 @@ class Report:
     def effect(self, kind: str, step: float = 1.0, ruler: str = "tone") -> Interval:
         """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …
 
-        ``ruler``: tone (VADER) or second (``steering_studies.second_ruler``, -4 to 4).
+        ``ruler``: tone (VADER) or second (``steering_studies.study_ruler``, -4 to 4).
         """
         minus, plus = (np.array(self.rows[name][ruler]) for name in self.signs(kind, step))
         return bootstrap_ci(plus - minus, seed=SEED)

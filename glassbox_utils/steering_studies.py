@@ -136,7 +136,7 @@ def tone_vector(
 
 def own_vector(model: Model, start: steering.ControlVector) -> steering.ControlVector:
     """A vector trained further on the model's own answers to the train questions; 15 minutes, resumable."""
-    key = json.dumps([start.layers, TRAINING, model.hash, NEW_TOKENS, SEED], sort_keys=True)
+    key = json.dumps([checksum(start), TRAINING, model.hash, NEW_TOKENS, SEED], sort_keys=True)
     name = f"own-answers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     checkpoint = assets.cache_dir() / "studies" / "steering_layers" / name
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -417,8 +417,6 @@ def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> l
 
 RATED = 1000
 """rated sentences of each source that the second ruler is fitted on; as many others check it"""
-
-
 RULER = steering.DATA / "vectors" / "second-ruler.safetensors"
 
 

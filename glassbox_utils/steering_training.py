@@ -3,7 +3,7 @@
 Sentences that people write are rarely what the model would say, and a gradient through them says little about its
 answers. Here the model answers questions under the push, and the vector is moved so that the next words of *these*
 answers grow brighter under +alpha and darker under -alpha. What is trained against a ruler must not be judged by that
-ruler alone: ``steering_studies.second_ruler`` is one that never took part.
+ruler alone: that of ``steering_studies.study_ruler`` never took part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ def expected_tone(
     def squashed(total: Tensor) -> Tensor:
         return total * torch.rsqrt(total * total + SQUASH)
 
-    toned = valence != 0
+    toned = valence.nonzero().squeeze(-1)  # not a mask: logits may be wider than the tokenizer's vocabulary
     gain = squashed(others + valence[toned]) - squashed(others)
     return ((log_probs[..., toned].exp() * gain).sum(-1) * counted).sum(-1)
 

@@ -49,6 +49,8 @@ def test_the_reward_is_the_expected_change_of_the_compound_score():
             expected += float(log_probs[0, place, word].exp()) * (score([other, word]) - score([other]))
     found = steering_training.expected_tone(log_probs, written, counted, valence)
     assert found.tolist() == pytest.approx([expected], abs=1e-6)
+    wider = torch.cat([log_probs, torch.full((1, 3, 2), -9.0)], -1)  # logits padded beyond the tokenizer's words
+    assert steering_training.expected_tone(wider, written, counted, valence).tolist() == found.tolist()
 
 
 def test_it_moves_words_further_apart_than_where_it_started_and_leaves_the_weights_alone(llama, valence):
