@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils import figures, steering, style
@@ -159,10 +160,18 @@ class Report:
         """Effects of the ten random directions of a kind."""
         return [self.effect(f"{kind} {k}", step, ruler) for k in range(N_RANDOM)]
 
-    def perplexity(self, name: str) -> float:
+    def perplexity_ci(self, name: str) -> Interval:
         """Perplexity of a condition's answers under the plain model, times that of the unsteered answers."""
-        values = [sum(self.rows[n]["loss"]) / sum(self.rows[n]["tokens"]) for n in (name, "steer 0")]
-        return float(np.exp(values[0] - values[1]))
+        pairs = tuple(np.array(self.rows[n][key]) for n in (name, "steer 0") for key in ("loss", "tokens"))
+
+        def times(loss: NDArray, tokens: NDArray, plain: NDArray, plain_tokens: NDArray) -> float:
+            return float(np.exp(loss.sum() / tokens.sum() - plain.sum() / plain_tokens.sum()))
+
+        return bootstrap_ci(pairs, times, n_resamples=500, seed=SEED)
+
+    def perplexity(self, name: str) -> float:
+        """Its value alone."""
+        return self.perplexity_ci(name).value
 
 
 CONTROLS = (
@@ -214,29 +223,31 @@ def rulers_table(report: Report, step: float) -> Any:
             "effect": cell(effect),
             "strongest of ten random": cell(strongest),
             "times the strongest": f"{effect.value / abs(strongest.value):.1f}",
-            "one layer": cell(report.effect("single", ruler=ruler)),
-            "LoRA": cell(report.effect("lora", ruler=ruler)),
         }
     return pd.DataFrame(rows)
 
 
-def telling_words(report: Report, name: str, n: int = 10) -> dict[str, tuple[int, int]]:
-    """Tone words of the lexicon that most more answers hold than unsteered ones: word -> answers there, unsteered."""
+def telling_words(report: Report, n: int = 10) -> dict[str, dict[str, tuple[int, int]]]:
+    """Tone words of the lexicon that most more answers hold at each end of the dial than unsteered.
+
+    End (minus, plus) -> word -> answers that hold it there, and unsteered; most telling first.
+    """
 
     def holding(condition: str) -> Counter[str]:
         return Counter(word for text in report.rows[condition]["answers"] for word in set(style.words(text)))
 
-    plain, steered, lexicon = holding("steer 0"), holding(name), style.lexicon()
-    most = sorted(lexicon.keys() & steered.keys(), key=lambda w: (plain[w] - steered[w], w))[:n]
-    return {word: (steered[word], plain[word]) for word in most}
+    plain, lexicon, found = holding("steer 0"), style.lexicon(), {}
+    for end, name in (("minus", report.steps[0]), ("plus", report.steps[-1])):
+        there = holding(name)
+        most = sorted(lexicon.keys() & there.keys(), key=lambda w: (plain[w] - there[w], w))[:n]
+        found[end] = {word: (there[word], plain[word]) for word in most}
+    return found
 
 
-def words_table(report: Report, n: int = 10) -> Any:
-    """The telling words at both ends of the dial, most telling first."""
+def words_table(found: Mapping[str, Mapping[str, tuple[int, int]]]) -> Any:
+    """What ``telling_words`` finds, a column for each end."""
     import pandas as pd
 
-    ends = {"minus": report.steps[0], "plus": report.steps[-1]}
-    found = {label: telling_words(report, name, n) for label, name in ends.items()}
     return pd.DataFrame({k: [f"{w} ({there}, {plain})" for w, (there, plain) in v.items()] for k, v in found.items()})
 
 
@@ -295,10 +306,12 @@ def methods_table(report: Report) -> Any:
 
     def column(minus: str, plus: str) -> dict[str, str]:
         rows = [report.rows[name] for name in (minus, plus)]
-        effect = bootstrap_ci(np.array(rows[1]["tone"]) - np.array(rows[0]["tone"]), seed=SEED)
-        found = {"effect on tone": cell(effect), "tone − / +": " / ".join(f"{np.mean(r['tone']):+.2f}" for r in rows)}
-        found["perplexity × − / +"] = " / ".join(f"{report.perplexity(name):.2f}" for name in (minus, plus))
-        found["relevance − / +"] = " / ".join(f"{np.mean(r['relevance']):.2f}" for r in rows)
+        found = {"tone − / +": " / ".join(f"{np.mean(r['tone']):+.2f}" for r in rows)}
+        for label, ruler in (("effect on tone", "tone"), ("the same, second ruler", "second")):
+            found[label] = cell(bootstrap_ci(np.array(rows[1][ruler]) - np.array(rows[0][ruler]), seed=SEED))
+        for sign, name, row in zip("−+", (minus, plus), rows, strict=True):
+            found[f"perplexity × {sign}"] = cell(report.perplexity_ci(name), sign="")
+            found[f"relevance {sign}"] = cell(bootstrap_ci(row["relevance"], seed=SEED), sign="")
         for label, measure in (
             ("Δ formality", style.formality),
             ("Δ words", style.length),

@@ -23,6 +23,7 @@ from glassbox_utils.interventions import edit
 from glassbox_utils.models import Batch, Model, Site, progress
 from glassbox_utils.steering import (
     ControlVector,
+    Direction,
     SteeringError,
     Text,
     answer_batch,
@@ -110,63 +111,50 @@ def train_vector(
         with torch.no_grad():
             vector.copy_(saved["vector"])
 
-    def trained(method: str) -> ControlVector:
+    def trained() -> ControlVector:
         unit = torch.nn.functional.normalize(vector.detach(), dim=-1).to(parts[0].vector)
-        about: dict[str, Any] = {"method": method, "stability": None, "coordinates": (0.0, 0.0)}
+        about: dict[str, Any] = {"method": "own answers", "stability": None, "coordinates": (0.0, 0.0)}
         return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
 
     for step in progress(range(done, steps), "training a vector on its own answers"):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
-        rng = np.random.default_rng([seed, step])
+        rng, now = np.random.default_rng([seed, step]), trained()
         asked = [questions[i] for i in rng.permutation(len(questions))[:n_questions]]
-        settings = [(trained(""), s * alpha) for s in (1, -1) for _ in asked]
+        settings = [(now, s * alpha) for s in (1, -1) for _ in asked]
         answers = continuations(
             model, asked * 2, settings, new_tokens, 100, 1.0, int(rng.integers(2**31)), system, "answers"
         )
         for sign, said in ((1, answers[: len(asked)]), (-1, answers[len(asked) :])):
-            texts = [(q, a) for q, a in zip(asked, said, strict=True) if a.strip()]
-            if texts:
-                push = partial(_pushed, model, parts, vector, sign * alpha)
-                _loss(model, texts, push, sign, divergence, valence, system).div(2 * len(asked)).backward()
+            texts: list[Text] = [(q, a) for q, a in zip(asked, said, strict=True) if a.strip()]
+            if not texts:
+                continue
+            batch, mask = answer_batch(model, texts, system)
+            longest = int(mask.sum(-1).max())
+            written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
+            with torch.no_grad():
+                plain = _log_probs(model, batch, longest)
+            with frozen_weights(model), torch.enable_grad(), _pushed(model, parts, vector, sign * alpha):
+                log_probs = _log_probs(model, batch, longest)
+                nats = ((log_probs.exp() * (log_probs - plain)).sum(-1) * counted).sum(-1)
+                loss = divergence * nats - sign * expected_tone(log_probs, written, counted, valence)
+                loss.sum().div(2 * len(asked)).backward()
         optimiser.step()
         optimiser.zero_grad()
         if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):
             with assets.atomic_path(checkpoint) as partly:
                 torch.save({"step": step + 1, "vector": vector.detach(), "optimiser": optimiser.state_dict()}, partly)
-    return trained("own answers")
+    return trained()
 
 
 @contextmanager
-def _pushed(model: Model, parts: Sequence[Any], vector: Tensor, alpha: float) -> Iterator[None]:
+def _pushed(model: Model, parts: Sequence[Direction], vector: Tensor, alpha: float) -> Iterator[None]:
     unit = torch.nn.functional.normalize(vector, dim=-1)
     with ExitStack() as stack:
         for part, u in zip(parts, unit, strict=True):
             site = Site("resid_post", part.layer)
             stack.enter_context(edit(model, site, partial(torch.add, other=alpha * part.scale * u)))
         yield
-
-
-def _loss(
-    model: Model,
-    texts: Sequence[Text],
-    push: Any,
-    sign: int,
-    divergence: float,
-    valence: Tensor,
-    system: str | None,
-) -> Float[Tensor, ""]:
-    """Of all answers under one sign: expected tone the wrong way, and divergence from the unsteered model."""
-    batch, mask = answer_batch(model, texts, system)
-    longest = int(mask.sum(-1).max())
-    written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
-    with frozen_weights(model), torch.enable_grad(), push():
-        log_probs = _log_probs(model, batch, longest)
-    with torch.no_grad():
-        plain = _log_probs(model, batch, longest)
-    with torch.enable_grad():
-        nats = ((log_probs.exp() * (log_probs - plain)).sum(-1) * counted).sum(-1)
-        return (divergence * nats - sign * expected_tone(log_probs, written, counted, valence)).sum()
 
 
 def _log_probs(model: Model, batch: Batch, longest: int) -> Float[Tensor, "batch token vocabulary"]:

@@ -659,6 +659,10 @@ def test_the_bar_is_counted_against_the_strongest_random_direction_of_either_sig
     assert report.effect("steer").value == pytest.approx(0.8)
     assert [i.value for i in report.random("shared")] == pytest.approx([-0.01 * k for k in range(10)])
     assert report.perplexity("steer 1") == pytest.approx(1.5) and report.perplexity("steer 0") == 1
+    report.rows["steer 1"]["loss"][0] += 1.0
+    moved = report.perplexity_ci("steer 1")
+    assert moved.value == pytest.approx(1.5 * np.exp(0.1)) and moved.low < moved.value < moved.high and moved.n == 5
+    report.rows["steer 1"]["loss"][0] -= 1.0
     table = steering_figures.control_table(report)
     assert table["times the strongest"].tolist() == ["8.9", "8.9", "4.4"]
     assert table["perplexity × − / +"].tolist() == ["1.50 / 1.50"] * 3

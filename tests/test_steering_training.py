@@ -146,7 +146,7 @@ def test_telling_words_are_counted_and_can_be_left_out():
     answers = {"steer -1": ["A disaster.", "A disaster!"], "steer 0": ["A day.", "A good day."]}
     answers["steer 1"] = ["A wonderful day.", "Good, and a wonderful house."]
     report = steering_figures.Report({"rows": [{"condition": k, "answers": v} for k, v in answers.items()]})
-    assert steering_figures.telling_words(report, "steer -1") == {"disaster": (2, 0)}
-    assert steering_figures.telling_words(report, "steer 1") == {"wonderful": (2, 0), "good": (1, 1)}
+    found = steering_figures.telling_words(report)
+    assert found == {"minus": {"disaster": (2, 0)}, "plus": {"wonderful": (2, 0), "good": (1, 1)}}
     left = steering_figures.effect_without(report, ["disaster", "wonderful"])  # "Good" alone is left
     assert left.value == pytest.approx(style.tone(["Good."])[0] / 2, abs=0.01) and left.n == 2
