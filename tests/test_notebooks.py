@@ -42,6 +42,8 @@ def test_it_is_a_lesson(path):
     assert "**Claim.**" in notebook.cells[0].source and "**Time and memory.**" in prose
     assert {"MODEL", "SEED"} <= set(notebooks.parameters_of(notebook))
     assert prose.count("falsify") >= 2 and "<summary>Solution</summary>" in prose and "arXiv" in prose
+    sections = [int(n) for n in re.findall(r"^## (\d+)", prose, re.M)]
+    assert sections == list(range(1, len(sections) + 1)) and sections, "a section's heading is lost or out of order"
     assert re.search(r"^\s*assert ", source, re.M) and "ladder(" in source  # which takes nothing but findings
 
 
