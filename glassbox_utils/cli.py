@@ -5,14 +5,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from glassbox_utils import GlassboxError
+from glassbox_utils.core.errors import GlassboxError
 
 
 def _assets(args: argparse.Namespace) -> int:
-    from glassbox_utils import assets
+    from glassbox_utils.core import assets
 
     if args.fetch:
-        from glassbox_utils.models import embedded_folder
+        from glassbox_utils.core.models import embedded_folder
 
         print(f"embedded model: {embedded_folder()}")
     rows = assets.states(verify=args.verify)
@@ -28,11 +28,11 @@ def _assets(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from glassbox_utils import notebooks
+    from glassbox_utils.lab import notebooks
 
     model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
     if model:
-        from glassbox_utils.models import load_model
+        from glassbox_utils.core.models import load_model
 
         load_model(model)  # a wrong name fails here, with its message, and not in the middle of a notebook
     notebooks.build_site(Path(args.site), args.notebook, {"MODEL": model} if model else None)
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _execute(args: argparse.Namespace) -> int:
-    from glassbox_utils import notebooks
+    from glassbox_utils.lab import notebooks
 
     for path in notebooks.find(args.notebook):
         seconds, peak = notebooks.execute_in_place(path)
@@ -50,38 +50,41 @@ def _execute(args: argparse.Namespace) -> int:
 
 
 def _corpus(args: argparse.Namespace) -> int:
-    from glassbox_utils import corpora
-    from glassbox_utils.models import load_model
+    from glassbox_utils.core import corpora
+    from glassbox_utils.core.models import load_model
 
     corpora.print_corpus(args.name, load_model(args.model) if args.tokens else None)
     return 0
 
 
 def _harvest(args: argparse.Namespace) -> int:
-    from glassbox_utils import saes
+    from glassbox_utils.saes.config import read_config
+    from glassbox_utils.saes.harvest import harvest, shards
 
-    folder = saes.harvest(saes.read_config(args.config).harvest)
-    print(f"{len(saes.shards(folder))} shards in {folder}")
+    folder = harvest(read_config(args.config).harvest)
+    print(f"{len(shards(folder))} shards in {folder}")
     return 0
 
 
 def _train_sae(args: argparse.Namespace) -> int:
-    from glassbox_utils import features, saes
-    from glassbox_utils.models import load_model
+    from glassbox_utils.core.models import load_model
+    from glassbox_utils.saes import detection
+    from glassbox_utils.saes.config import read_config
+    from glassbox_utils.saes.training import train_from_config
 
-    folder, config = saes.train_from_config(args.config), saes.read_config(args.config)
+    folder, config = train_from_config(args.config), read_config(args.config)
     if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
-        features.add_golden_gate(load_model(config.model), folder)
+        detection.add_golden_gate(load_model(config.model), folder)
     print((folder / "README.md").read_text())
     return 0
 
 
 def _evaluate_sae(args: argparse.Namespace) -> int:
-    from glassbox_utils import saes
+    from glassbox_utils.saes.quality import evaluate_again
 
     worst = 0.0
     for name in args.name:
-        for kind, metrics in saes.evaluate_again(name).items():
+        for kind, metrics in evaluate_again(name).items():
             print(f"{name}: {kind}")
             for metric, (card, now) in metrics.items():
                 print(f"  {metric:24s} card {card:12.3f}   now {now:12.3f}")
@@ -94,8 +97,8 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     import warnings
 
-    from glassbox_utils import loans, report
-    from glassbox_utils.models import load_model
+    from glassbox_utils.core.models import load_model
+    from glassbox_utils.decisions import loans, report, study
 
     applicant = loans.parse_applicant(args.applicant)  # before the model is loaded: wrong input fails at once
     loans.as_text(applicant, args.layout)
@@ -107,20 +110,20 @@ def _explain(args: argparse.Namespace) -> int:
         adapter = folder if (folder / "adapter_config.json").exists() else loans.LOANS / args.model
         model = load_model(adapter=adapter) if adapter == folder else loans.load_loan_model(args.model)
     options = {"layout": args.layout, "seed": args.seed, "adapter": adapter, "model_argument": folder.name}
-    options["mitigated"] = report.shipped_mitigation(model)
+    options["mitigated"] = study.shipped_mitigation(model)
     path = report.write_report(model, applicant, args.out, applicant_file=Path(args.applicant).name, **options)
     print(f"Open {path}; print it from there (A4).")
     return 0
 
 
 def _train_loans(args: argparse.Namespace) -> int:
-    from glassbox_utils import loan_training
+    from glassbox_utils.decisions import training
 
     for name in args.name:
         if args.bias:
-            print(loan_training.train(args.bias, args.folder or f"build/loans/{name}", args.seed))
+            print(training.train(args.bias, args.folder or f"build/loans/{name}", args.seed))
         else:
-            print(loan_training.train_named(name))
+            print(training.train_named(name))
     return 0
 
 
@@ -137,13 +140,13 @@ def _study(args: argparse.Namespace) -> int:
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
     # imported here: no other command should wait for torch
-    from glassbox_utils.clamping_studies import STUDIES_OF_CLAMPING
-    from glassbox_utils.head_studies import STUDIES_OF_HEADS
-    from glassbox_utils.loan_studies import STUDIES_OF_LOANS
-    from glassbox_utils.reality import STUDIES_OF_REALITY
-    from glassbox_utils.sae_studies import STUDIES_OF_SAES
-    from glassbox_utils.safety import STUDIES_OF_SAFETY
-    from glassbox_utils.steering_studies import STUDIES_OF_STEERING
+    from glassbox_utils.attention.study import STUDIES_OF_HEADS
+    from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
+    from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
+    from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
+    from glassbox_utils.saes.clamping_report_study import STUDIES_OF_CLAMPING
+    from glassbox_utils.saes.study import STUDIES_OF_SAES
+    from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
     first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
     return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}

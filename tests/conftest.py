@@ -1,7 +1,8 @@
 import pytest
 import tiny
+from worded import build
 
-from glassbox_utils.models import Model, load_model
+from glassbox_utils.core.models import Model, load_model
 
 
 @pytest.fixture(scope="session", params=tiny.KINDS)
@@ -20,3 +21,14 @@ def tiny_llama(tmp_path_factory) -> Model:
 def smol() -> Model:
     """The embedded model."""
     return load_model(device="cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+def model(request) -> Model:
+    """A small random model over 31 words."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    return build("llama")

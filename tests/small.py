@@ -6,8 +6,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassbox_utils.corpora import landmark_passages
-from glassbox_utils.models import Model, wrap_model
+from glassbox_utils.core.corpora import landmark_passages
+from glassbox_utils.core.models import Model, wrap_model
 
 
 def small_model(layers: int = 3, width: int = 32, seed: int = 0) -> Model:

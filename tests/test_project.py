@@ -58,7 +58,7 @@ def test_no_module_imports_a_later_one():
         "safety",
         "figures",
     ]
-    order += ["explain", "report_figures", "report", "panels", "notebooks", "cli"]
+    order += ["explain", "report_plots", "report", "panels", "notebooks", "cli"]
     known = {p.stem for p in (ROOT / "glassbox_utils").glob("*.py")}
     allowed = {"evaluation": {"attribution", "heads", "steering", "style"}}  # statistics are used by measuring modules
     for name in known & set(order):

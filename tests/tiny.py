@@ -34,27 +34,32 @@ def tokenizer(vocabulary: int = 600) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
-def build(kind: str, layers: int = 3):
-    """A transformers model with sharp random weights (tiny initial ones make every head uniform)."""
+def network(
+    kind: str, words: int, layers: int = 3, width: int = 48, heads: int = 6, positions: int = 128,
+    sharpen: float = 6, head_dim: int = 16, window: int = 16, eos: int | None = 1,
+):  # fmt: skip
+    """A random transformers model with sharp weights: tiny initial ones make every head uniform and tokens alike."""
     torch.manual_seed(0)
-    words = len(tokenizer())
-    common = {"vocab_size": words, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 6}
-    common |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
-    common |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    common = {"vocab_size": words, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    common |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": positions}
+    common |= {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": eos}
     if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=words, n_positions=128, n_embd=48, n_layer=layers, n_head=6, bos_token_id=0, eos_token_id=1
-        )
-        hf = GPT2LMHeadModel(config)
+        shape = {"n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": heads}
+        hf = GPT2LMHeadModel(GPT2Config(vocab_size=words, **shape, bos_token_id=0, eos_token_id=eos))
     elif kind == "gemma3":
-        hf = Gemma3ForCausalLM(Gemma3TextConfig(**common, head_dim=16, sliding_window=16))
+        hf = Gemma3ForCausalLM(Gemma3TextConfig(**common, head_dim=head_dim, sliding_window=window))
     else:
         hf = LlamaForCausalLM(LlamaConfig(**common))
     with torch.no_grad():
         for parameter in hf.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(6)
+                parameter.mul_(sharpen)
     return hf.eval()
+
+
+def build(kind: str, layers: int = 3):
+    """The network with the byte-level tokenizer's vocabulary."""
+    return network(kind, len(tokenizer()), layers)
 
 
 def save(kind: str, folder: Path) -> Path:
@@ -71,7 +76,7 @@ def save_gpt2_shaped(folder: Path, positions: int, sharpen: float = 1.0) -> Path
     """
     from transformers import AutoTokenizer
 
-    from glassbox_utils.models import embedded_folder
+    from glassbox_utils.core.models import embedded_folder
 
     torch.manual_seed(0)
     words = AutoTokenizer.from_pretrained(embedded_folder())

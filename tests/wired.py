@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassbox_utils.models import Model, wrap_model
+from glassbox_utils.core.models import Model, wrap_model
 
 VOCABULARY = 32
 POSITIONS = 32

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from glassbox_utils.models import chat, generate, load_model
-from glassbox_utils.steering import load_vector, steer
+import glassbox_utils as gb
 
-model, tone, queue = load_model(), load_vector("tone"), asyncio.Queue()
+model, tone, queue = gb.load_model(), gb.load_vector("tone"), asyncio.Queue()
 FULL, BATCH, NEW_TOKENS = 0.0125, 16, 24  # steer = 1 is FULL times the typical norm at each of 13 layers
 
 
@@ -25,9 +24,9 @@ async def work():
         await asyncio.sleep(0.02)  # who comes now shares the batch
         waiting += [queue.get_nowait() for _ in range(min(queue.qsize(), BATCH - 1))]
         try:
-            with steer(model, tone, [FULL * ask.steer for ask, _ in waiting]):
-                prompts = [chat(model, ask.prompt) for ask, _ in waiting]
-                answers = await asyncio.to_thread(generate, model, prompts, NEW_TOKENS)
+            with gb.steer(model, tone, [FULL * ask.steer for ask, _ in waiting]):
+                prompts = [gb.chat(model, ask.prompt) for ask, _ in waiting]
+                answers = await asyncio.to_thread(gb.generate, model, prompts, NEW_TOKENS)
         except Exception as error:  # the callers are told, the next batch is served
             answers = [error] * len(waiting)
         for (_, reply), answer in zip(waiting, answers, strict=True):

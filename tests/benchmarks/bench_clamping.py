@@ -4,8 +4,9 @@ import pytest
 import torch
 from turns import best_times
 
-from glassbox_utils import clamping, clamping_studies
-from glassbox_utils.models import chat, generate, load_model, tokenize
+from glassbox_utils.core.models import load_model
+from glassbox_utils.core.text import chat, generate, tokenize
+from glassbox_utils.saes import clamping, clamping_study
 
 NEW_TOKENS, ROUNDS = 24, 7
 
@@ -18,10 +19,10 @@ def model():
 @pytest.mark.parametrize("rows", [1, 16])
 def test_clamped_generation_costs_at_most_fifteen_percent(model, rows):
     """The demonstrated group, all tokens: the SAE's whole encoder runs, because TopK needs all of it."""
-    tools, selected = clamping_studies.chosen(model)
-    shown = clamping_studies.demonstrated(selected)
+    tools, selected = clamping_study.chosen(model)
+    shown = clamping_study.demonstrated(selected)
     one, strength = tools.found[shown], selected[shown]["strength"]
-    prompts = [chat(model, p, "") for p in clamping_studies.prompts()["selection"][:rows]]
+    prompts = [chat(model, p, "") for p in clamping_study.prompts()["selection"][:rows]]
     batch = tokenize(model, prompts)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 

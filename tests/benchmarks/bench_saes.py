@@ -11,10 +11,12 @@ import torch
 from datasets import Dataset
 from turns import best_times
 
-from glassbox_utils import corpora, saes
-from glassbox_utils.models import Site, load_model
-from glassbox_utils.saes import TrainConfig
-from glassbox_utils.speed import fast_dtype, quick
+from glassbox_utils.core import corpora
+from glassbox_utils.core.fast_forward import fast_dtype, quick
+from glassbox_utils.core.models import Site, load_model
+from glassbox_utils.saes.config import TrainConfig, hook_of
+from glassbox_utils.saes.harvest import activations, measure_scaling, ordinary
+from glassbox_utils.saes.training import build_sae, topk_gradients
 
 ROUNDS, ROWS, CONTEXT = 5, 16, 256
 D_SAE, K, BATCH, STEPS = 4096, 32, 2048, 4
@@ -65,7 +67,7 @@ def test_harvest(model, tokens):
 
     some = tokens if has_bfloat16() else tokens[:1, :64]
     work = {
-        "glassbox": (tokens, lambda: saes.activations(small, tokens, [site])),
+        "glassbox": (tokens, lambda: activations(small, tokens, [site])),
         "sae_lens": (tokens, lambda: rival(plain, tokens)),
         "sae_lens, autocast": (some, lambda: rival(fast, some)),
     }
@@ -104,26 +106,26 @@ def test_training(model, tokens, tmp_path):
     from sae_lens.training.sae_trainer import SAETrainer
 
     site = Site("resid_post", model.n_layers // 2 - 1)
-    x = saes.activations(quick(model), tokens, [site])[site].float()
-    scaling = saes.measure_scaling(x)
-    flat = x[saes.ordinary(x, scaling.median_norm)] * scaling.scale
-    config = TrainConfig("bench", saes.hook_of(site), "topk", D_SAE, BATCH * STEPS, 1, {"k": K}, batch=BATCH, lr=1e-3)
+    x = activations(quick(model), tokens, [site])[site].float()
+    scaling = measure_scaling(x)
+    flat = x[ordinary(x, scaling.median_norm)] * scaling.scale
+    config = TrainConfig("bench", hook_of(site), "topk", D_SAE, BATCH * STEPS, 1, {"k": K}, batch=BATCH, lr=1e-3)
     generator = torch.Generator().manual_seed(0)
     batches = [flat[torch.randint(len(flat), (BATCH,), generator=generator)] for _ in range(STEPS)]
     losses = {}
 
     def ours():
-        sae = saes.build_sae(config, scaling)
+        sae = build_sae(config, scaling)
         optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         with torch.no_grad():
             for batch in batches:
-                saes.topk_gradients(sae, batch, fast_dtype())
+                topk_gradients(sae, batch, fast_dtype())
                 torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
                 optimizer.step()
             losses["glassbox"] = loss(sae)
 
     def theirs(autocast, batches=batches):
-        sae = saes.build_sae(config, scaling)
+        sae = build_sae(config, scaling)
         total, size = sum(map(len, batches)), len(batches[0])
         settings = SAETrainerConfig(total, size, lr=config.lr, lr_end=config.lr, autocast=autocast)
         SAETrainer(settings, sae, iter(batches)).fit()

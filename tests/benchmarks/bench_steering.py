@@ -7,9 +7,12 @@ import pytest
 import torch
 from turns import best_times
 
-from glassbox_utils import steering
-from glassbox_utils.interventions import edit
-from glassbox_utils.models import Site, chat, generate, hook_name, load_model, tokenize
+from glassbox_utils.core.interventions import edit
+from glassbox_utils.core.models import Site, hook_name, load_model
+from glassbox_utils.core.text import chat, generate, tokenize
+from glassbox_utils.steering import contrast
+from glassbox_utils.steering.apply import _edits, steer
+from glassbox_utils.steering.vectors import load_vector
 
 NEW_TOKENS, ROUNDS, ALPHA = 32, 7, 0.016
 
@@ -22,12 +25,12 @@ def model():
 @pytest.fixture(scope="module")
 def tone():
     """Sixteen layers: the dearest vector that is shipped."""
-    return steering.load_vector("tone")
+    return load_vector("tone")
 
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
-    prompts = [chat(model, p) for p in steering.prompts("selection")[:rows]]
+    prompts = [chat(model, p) for p in contrast.prompts("selection")[:rows]]
     batch = tokenize(model, prompts)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 
@@ -36,7 +39,7 @@ def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
             model.hf.generate(**batch._asdict(), **options)
 
     def steered():
-        with steering.steer(model, tone, [ALPHA] * rows):
+        with steer(model, tone, [ALPHA] * rows):
             plain()
 
     generate(model, prompts, 2)
@@ -56,7 +59,7 @@ def test_faster_than_the_bridge_with_the_same_hook(model, tone):
         hooks.append((hook_name(model, "hook_out", part.layer), lambda x, hook, delta=delta: x + delta))
 
     def ours():
-        with steering.steer(model, tone, ALPHA), torch.inference_mode():
+        with steer(model, tone, ALPHA), torch.inference_mode():
             model.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
                               min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # fmt: skip
 
@@ -84,10 +87,10 @@ def test_the_hook_itself_is_small_change(model, tone):
 
         return run
 
-    prompts = [chat(model, p) for p in steering.prompts("selection")[:16]]
+    prompts = [chat(model, p) for p in contrast.prompts("selection")[:16]]
     start = time.perf_counter()
     with ExitStack() as stack:
-        for layer, function in steering._edits(model, tone, [ALPHA] * 16, "add").items():
+        for layer, function in _edits(model, tone, [ALPHA] * 16, "add").items():
             stack.enter_context(edit(model, Site("resid_post", layer), timed(function)))
         generate(model, prompts, NEW_TOKENS)
     share = spent / (time.perf_counter() - start)

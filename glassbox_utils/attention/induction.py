@@ -1,0 +1,182 @@
+"""Induction heads: scores on repeated tokens, what their loss costs, and who they compose with."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.attention import attribution, patterns
+from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
+from glassbox_utils.attention.heads import norm_matched, output_norms, random_heads
+from glassbox_utils.core import corpora
+from glassbox_utils.core.interventions import Head, capture
+from glassbox_utils.core.losses import token_losses
+from glassbox_utils.core.models import Model, ModelError, Site
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.text import Batch, first_token
+
+
+class CircuitScores(NamedTuple):
+    """Three scores of every head on every row of repeated random tokens."""
+
+    induction: Float[Tensor, "row layer head"]
+    previous: Float[Tensor, "row layer head"]
+    duplicate: Float[Tensor, "row layer head"]
+
+
+def circuit_scores(model: Model, batch: Batch) -> CircuitScores:
+    """Induction, previous-token and duplicate-token scores of all heads in one streaming pass.
+
+    As in ``attention``, except that the token right after BOS is left out of the previous-token score: its
+    previous token is the attention sink.
+    """
+    ids = batch.input_ids
+    after = patterns.induction_targets(batch)
+    same = (ids[:, :, None] == ids[:, None, :]).tril(-1)
+
+    def score(pattern: Tensor, where: slice) -> Tensor:
+        columns = [pattern.diagonal(-1, -2, -1)[..., 1:].mean(-1)]  # the token after BOS would find the sink
+        for wanted in (after[where], same[where]):
+            weight = wanted.to(pattern) / wanted.any(-1).sum(-1)[:, None, None]
+            columns.append(torch.einsum("bhds,bds->bh", pattern, weight))
+        return torch.stack(columns, -1)
+
+    previous, induction, duplicate = patterns.over_patterns(model, batch, score).unbind(-1)
+    return CircuitScores(induction, previous, duplicate)
+
+
+def natural_repeats(model: Model, n: int = 24, tokens: int = 40, skip: int = 0) -> Batch:
+    """n rows of [BOS, the beginning of a held-out encyclopedia entry, the same again]."""
+    rows = _held_out(model, n, tokens, skip)
+    start = first_token(model)
+    ids = torch.tensor([([start] if start is not None else []) + row + row for row in rows], device=model.device)
+    return Batch(ids, torch.ones_like(ids))
+
+
+@cache
+def _entries() -> list[str]:
+    return [d.text for d in corpora.load_corpus("wiki", "held")]
+
+
+def _held_out(model: Model, n: int, tokens: int, skip: int = 0) -> list[list[int]]:
+    """The first ``tokens`` tokens of n held-out entries that are long enough."""
+    rows: list[list[int]] = []
+    for text in _entries():
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+        if len(ids) == tokens:
+            rows.append(ids)
+        if len(rows) == n + skip:
+            return rows[skip:]
+    raise ModelError(f"Only {len(rows)} held-out entries have {tokens} tokens, {n + skip} were asked for.")
+
+
+def _text_rows(model: Model, n: int, tokens: int, skip: int = 0) -> Batch:
+    """n held-out texts of ``tokens`` tokens each, BOS included."""
+    start = first_token(model)
+    bos = [start] if start is not None else []
+    rows = [(bos + row)[:tokens] for row in _held_out(model, n, tokens, skip)]
+    ids = torch.tensor(rows, device=model.device)
+    return Batch(ids, torch.ones_like(ids))
+
+
+@torch.no_grad()
+def repeat_losses(
+    model: Model, batch: Batch, sets: Sequence[Sequence[Head]], reference: HeadMeans
+) -> Float[Tensor, "set row"]:
+    """Mean loss on the repeated half (its first token left out) with each set of heads mean-ablated."""
+    length = (batch.input_ids.shape[1]) // 2
+    start = min((layer for heads in sets for layer, _ in heads), default=0)
+    resid = capture(model, batch, [Site("resid_pre", start)])[Site("resid_pre", start)]
+    losses = []
+    with attribution.resume(model, start, resid):
+        for heads in progress(sets, "ablation"):
+            with ablate_heads(model, heads, reference=reference):
+                logits = model.hf(**batch.inputs, logits_to_keep=length, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), batch.input_ids[:, -length + 1 :].flatten(), reduction="none"
+            )
+            losses.append(loss.view(len(logits), -1).mean(-1))
+    return torch.stack(losses)
+
+
+class AblationCurve(NamedTuple):
+    """Loss on the repeated half for each k and each kind of set, one value a row."""
+
+    ks: list[int]
+    clean: Float[Tensor, " row"]
+    top: Float[Tensor, "k row"]
+    random: Float[Tensor, "k draw row"]
+    matched: Float[Tensor, "k draw row"]
+    matched_heads: list[list[Head]]
+    """of the largest k, for each draw"""
+
+
+def ablation_curve(
+    model: Model,
+    ranking: Sequence[Head],
+    ks: Sequence[int] = (1, 2, 4, 6, 8, 10),
+    n: int = 12,
+    length: int = 50,
+    draws: int = 4,
+    seed: int = 12,
+    avoid: Sequence[Head] = (),
+) -> AblationCurve:
+    """What losing the top k heads costs on repeated tokens, against random heads of the same layers and of equal norm.
+
+    ``ranking`` must come from other rows. ``avoid``: heads that no control may contain.
+    """
+    batch = patterns.repeated_tokens(model, n, length, seed)
+    other = patterns.repeated_tokens(model, min(n, 8), length, seed + 1000)
+    reference, norms = head_means(model, [other]), output_norms(model, Batch(*(t[:2] for t in other)))
+    keep_out = [*ranking[: max(ks)], *avoid]
+    sets: list[list[Head]] = [[]]
+    for k in ks:
+        sets.append(list(ranking[:k]))
+        sets += [random_heads(model, ranking[:k], 100 * seed + d, keep_out) for d in range(draws)]
+        sets += [norm_matched(norms, ranking[:k], keep_out, rank) for rank in range(draws)]
+    losses = repeat_losses(model, batch, sets, reference)
+    by_k = losses[1:].view(len(ks), 1 + 2 * draws, -1)
+    return AblationCurve(
+        list(ks), losses[0], by_k[:, 0], by_k[:, 1 : 1 + draws], by_k[:, 1 + draws :], sets[len(sets) - draws :]
+    )
+
+
+@torch.no_grad()
+def in_context_score(
+    model: Model, sets: Sequence[Sequence[Head]], n: int = 16, tokens: int = 200, skip: int = 0
+) -> tuple[Float[Tensor, "set text"], Float[Tensor, "set text"]]:
+    """Real text with sets of heads ablated: (in-context learning score, mean loss), nats per token.
+
+    The score is the loss on the last quarter of the tokens minus the loss on tokens 10 to 50: the more
+    negative, the more the context helps. After Olsson et al., arXiv 2209.11895, on shorter texts.
+    """
+    batch = _text_rows(model, n, tokens, skip)
+    other = _text_rows(model, 6, tokens, skip + n)
+    reference = head_means(model, [other])
+    scores, means = [], []
+    for heads in progress(sets, "text"):
+        with ablate_heads(model, heads, reference=reference):
+            loss = torch.cat([token_losses(model, Batch(*(t[i : i + 4] for t in batch))) for i in range(0, n, 4)])
+        scores.append(loss[:, -tokens // 4 :].nanmean(-1) - loss[:, 10:50].nanmean(-1))
+        means.append(loss.nanmean(-1))
+    return torch.stack(scores), torch.stack(means)
+
+
+def composition(
+    model: Model, senders: Sequence[Head], receiver: Head, n: int = 4, length: int = 25, seed: int = 13
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "sender row"]]:
+    """K-composition by path patching: the receiver's induction score, clean and with each sender cut from its keys.
+
+    The sender's output comes from other repeated tokens, on the direct path into the receiver's keys only.
+    """
+    clean = patterns.repeated_tokens(model, n, length, seed)
+    donor = patterns.repeated_tokens(model, n, length, seed + 1000)
+    targets = patterns.induction_targets(clean)
+
+    def score(pattern: Tensor) -> Tensor:
+        return (pattern * targets).sum((1, 2)) / targets.any(-1).sum(1)
+
+    return attribution.path_patch_keys(model, clean, donor, senders, receiver, score, rows=8 * n)

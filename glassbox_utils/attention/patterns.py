@@ -1,0 +1,333 @@
+"""What heads look at: patterns, and scores for every head from one forward pass.
+
+An attention weight is *observed* evidence, the lowest rung: see ``ablation`` and ``attribution`` for what
+a head does. Weights come from the plain model with eager attention; each layer's pattern is reduced as soon
+as it exists, so scoring all heads needs the memory of one layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from glassbox_utils.core.interventions import not_first, recording
+from glassbox_utils.core.models import Model, ModelError, Site, check_heads, find_part, hook_name
+from glassbox_utils.core.text import Batch, find_token, first_token, str_tokens, tokenize
+
+Pattern = Float[Tensor, "batch head dst src"]
+Reduce = Callable[[Tensor, slice], Tensor]
+
+
+@contextmanager
+def eager(model: Model) -> Iterator[None]:
+    """Fast attention kernels never build the pattern: use the eager ones inside the block."""
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.hf.set_attn_implementation(before)
+
+
+def attention_modules(model: Model) -> list[nn.Module]:
+    """The module of each layer that returns (output, pattern): the parent of the output projection."""
+    names = {id(module): name for name, module in model.hf.named_modules()}
+    projections = [model.sites[Site("z", layer)][0] for layer in range(model.n_layers)]
+    return [model.hf.get_submodule(names[id(p)].rpartition(".")[0]) for p in projections]
+
+
+@torch.no_grad()
+def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) -> Tensor:
+    """``reduce(pattern, where)`` of every layer's pattern, stacked as [batch, layer, ...].
+
+    ``rows`` prompts are run at a time; ``where`` is the slice of the batch that the pattern belongs to.
+    """
+    found: list[Tensor] = []
+    where = slice(0)
+
+    def look(module: Any, args: tuple, output: Any) -> None:
+        found.append(reduce(output[1], where))
+
+    chunks = []
+    handles = [layer.register_forward_hook(look) for layer in attention_modules(model)]
+    try:
+        with eager(model):
+            for start in range(0, len(batch.input_ids), rows):
+                where = slice(start, start + rows)
+                model.hf(**Batch(*(t[where] for t in batch)).inputs, logits_to_keep=1, use_cache=False)
+                chunks.append(torch.stack(found, dim=1))
+                found.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(chunks)
+
+
+def attention(model: Model, text: str) -> tuple[list[str], Float[Tensor, "layer head dst src"]]:
+    """Tokens and patterns of one prompt, ready for ``figures.attention_heads``."""
+    batch = tokenize(model, text)
+    return str_tokens(model, batch.input_ids[0]), over_patterns(model, batch, lambda pattern, where: pattern)[0]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores of every head on every prompt, each [prompt, layer, head]; see ``head_scores``.
+
+    ``chance`` holds, under the same names, what a head that spreads its attention evenly would score.
+    """
+
+    previous: Float[Tensor, "prompt layer head"]
+    current: Float[Tensor, "prompt layer head"]
+    first: Float[Tensor, "prompt layer head"]
+    duplicate: Float[Tensor, "prompt layer head"]
+    entropy: Float[Tensor, "prompt layer head"]
+    chance: dict[str, float]
+
+    def mean(self, name: str) -> Float[Tensor, "layer head"]:
+        """One score averaged over the prompts that have it (no duplicate token: no duplicate score)."""
+        return getattr(self, name).nanmean(0)
+
+
+SCORES = ("previous", "current", "first", "duplicate", "entropy")
+
+
+def head_scores(model: Model, batch: Batch) -> HeadScores:
+    """Five scores for every head in one call, averaged over the real tokens of each prompt but its first.
+
+    ``previous``, ``current``, ``first``: attention from a token to the one before it, to itself, to the
+    prompt's first token (the usual sink). ``duplicate``: total attention to earlier copies of the same
+    token, over tokens that have one (NaN for a prompt without any). ``entropy``: bits, of the pattern's row.
+    """
+    scores = over_patterns(
+        model, batch, lambda pattern, where: _five_scores(pattern, Batch(*(t[where] for t in batch)))
+    )
+    # Even attention over the visible tokens goes through the same code: chance is measured, not guessed.
+    even = batch.attention_mask[:, None, None, :].expand(-1, 1, batch.input_ids.shape[1], -1).tril().float()
+    chance = _five_scores(even / even.sum(-1, keepdim=True).clamp_min(1), batch).nanmean((0, 1))
+    return HeadScores(
+        **dict(zip(SCORES, scores.unbind(-1), strict=True)), chance=dict(zip(SCORES, chance.tolist(), strict=True))
+    )
+
+
+def _five_scores(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head score"]:
+    ids, mask = batch.input_ids, batch.attention_mask.bool()
+    real = not_first(batch)
+    start = mask.int().argmax(-1)
+    rows = torch.arange(len(ids), device=ids.device)
+    previous = nn.functional.pad(pattern.diagonal(-1, -2, -1), (1, 0))
+    twins = (ids[:, :, None] == ids[:, None, :]) & mask[:, None, :] & mask[:, :, None]
+    twins = twins.tril(-1)
+    entropy = -torch.special.xlogy(pattern, pattern).sum(-1) / torch.log(torch.tensor(2.0))
+    columns = [
+        _average(previous, real),
+        _average(pattern.diagonal(0, -2, -1), real),
+        _average(pattern[rows, :, :, start], real),
+        _average(torch.einsum("bhds,bds->bhd", pattern, twins.to(pattern)), real & twins.any(-1)),
+        _average(entropy, real),
+    ]
+    return torch.stack(columns, -1)
+
+
+def _average(values: Float[Tensor, "batch head dst"], where: Bool[Tensor, "batch dst"]) -> Float[Tensor, "batch head"]:
+    """Mean over the chosen positions; NaN if there are none."""
+    return torch.einsum("bhd,bd->bh", values, where.to(values)) / where.sum(-1)[:, None]
+
+
+def from_to(
+    model: Model, batch: Batch, dst: Int[Tensor, " batch"], src: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch layer head"]:
+    """Attention of every head from one position to another, given for each prompt of the batch."""
+    for row, (d, s) in enumerate(zip(dst.tolist(), src.tolist(), strict=True)):
+        if not 0 <= s <= d < batch.input_ids.shape[1]:
+            raise ModelError(
+                f"Prompt {row}: attention from position {d} to position {s} does not exist. Positions are 0 to "
+                f"{batch.input_ids.shape[1] - 1}, and a token sees only itself and earlier ones."
+            )
+    index = torch.stack([dst, src], -1).to(batch.input_ids)
+
+    def pick(pattern: Tensor, where: slice) -> Tensor:
+        d, s = index[where].unbind(-1)
+        return pattern[torch.arange(len(pattern), device=pattern.device), :, d, s]
+
+    return over_patterns(model, batch, pick)
+
+
+def from_word_to_word(
+    model: Model, prompts: Sequence[str], from_word: str, to_word: str
+) -> Float[Tensor, "batch layer head"]:
+    """Attention of every head from the last ``from_word`` to the first ``to_word`` of each prompt.
+
+    Words of several tokens count by their last one. ModelError if a prompt lacks one of them.
+    """
+    batch = tokenize(model, prompts)
+    dst = torch.tensor([find_token(model, ids, from_word, -1) for ids in batch.input_ids])
+    src = torch.tensor([find_token(model, ids, to_word, 0) for ids in batch.input_ids])
+    return from_to(model, batch, dst, src)
+
+
+def rollout(pattern: Float[Tensor, "layer head dst src"]) -> Float[Tensor, "dst src"]:
+    """Attention rollout: head-averaged patterns, half residual, multiplied through the layers.
+
+    Abnar & Zuidema, arXiv 2005.00928. It assumes that values mix like probabilities, which they do not:
+    one more picture of looking, not a cause.
+    """
+    identity = torch.eye(pattern.shape[-1])
+    total = identity
+    for layer in pattern.float().cpu().mean(1):
+        total = (0.5 * layer + 0.5 * identity) @ total
+    return total
+
+
+@torch.no_grad()
+def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src"]:
+    """Attention times the length of what it moves: ``A[dst, src] * ||v[src] W_O||``, rows scaled to sum to 1.
+
+    A head that parks its attention on the first token usually moves almost nothing from there.
+    Kobayashi et al., arXiv 2004.10102.
+    """
+    batch = tokenize(model, text)
+    names = [
+        hook_name(model, f"attn.hook_{kind}", layer) for layer in range(model.n_layers) for kind in ("pattern", "v")
+    ]
+    _, cache = model.bridge.run_with_cache(batch.input_ids, names_filter=names)
+    weighted = []
+    for layer in range(model.n_layers):
+        value = cache[hook_name(model, "attn.hook_v", layer)][0]
+        value = value.unflatten(-1, (-1, model.d_head)) if value.ndim == 2 else value
+        value = value.repeat_interleave(model.n_heads // value.shape[1], dim=1)  # grouped queries share a value
+        moved = torch.einsum("phd,hdm->hpm", value, output_weights(model, layer)).norm(dim=-1)
+        pattern = cache[hook_name(model, "attn.hook_pattern", layer)][0] * moved[:, None, :]
+        weighted.append(pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-9))
+    return torch.stack(weighted)
+
+
+def output_weights(model: Model, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """W_O of every head of a layer, read from the output projection (Linear or GPT-2's Conv1D)."""
+    projection: Any = model.sites[Site("z", layer)][0]
+    weight = projection.weight.detach()
+    flat = weight if type(projection).__name__ == "Conv1D" else weight.T
+    return flat.unflatten(0, (model.n_heads, model.d_head))
+
+
+def head_name(head: tuple[int, int]) -> str:
+    """``(5, 8)`` -> ``5.8``: layer 5, head 8."""
+    return f"{head[0]}.{head[1]}"
+
+
+def top_heads(scores: Float[Tensor, "layer head"], k: int, model: Model | None = None) -> list[tuple[int, int]]:
+    """The k heads with the largest scores, largest first; NaN counts as smallest."""
+    if not 0 < k <= scores.numel():
+        raise ModelError(f"k is {k}, but there are {scores.numel()} heads. Choose 1 to {scores.numel()}.")
+    order = scores.nan_to_num(float("-inf")).flatten().argsort(descending=True)[:k]
+    heads = [divmod(int(i), scores.shape[1]) for i in order]
+    return check_heads(model, heads) if model else heads
+
+
+# --- heads that copy ----------------------------------------------------------------------------------
+
+
+def repeated_tokens(model: Model, n: int, length: int = 50, seed: int = 0) -> Batch:
+    """n rows of [BOS, ``length`` random tokens, the same tokens again]; without BOS if the model has none.
+
+    Row i depends on (seed, i) alone, so a subset of rows is the same wherever it is drawn. Tokens do not
+    repeat inside a half, and special tokens do not occur: nothing but the repetition helps to predict.
+    """
+    special = set(model.tokenizer.all_special_ids)
+    allowed = torch.tensor([i for i in range(len(model.tokenizer)) if i not in special])
+    if not 2 <= length <= min(len(allowed), (model.n_context - 1) // 2):
+        raise ModelError(
+            f"Repeats of {length} tokens do not fit {model.name}, which has {len(allowed)} ordinary tokens and "
+            f"{model.n_context} positions. Choose a length of 2 to {min(len(allowed), (model.n_context - 1) // 2)}."
+        )
+    halves = []
+    for row in range(n):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + row)
+        halves.append(allowed[torch.randperm(len(allowed), generator=generator)[:length]])
+    half = torch.stack(halves)
+    start = first_token(model)
+    bos = torch.full((n, 1), start) if start is not None else half[:, :0]
+    ids = torch.cat([bos, half, half], dim=1).to(model.device)
+    return Batch(ids, torch.ones_like(ids))
+
+
+def induction_targets(batch: Batch) -> Bool[Tensor, "batch dst src"]:
+    """Where an induction head looks: from a token to the tokens that followed its earlier copies."""
+    ids, mask = batch.input_ids, batch.attention_mask.bool()
+    same = (ids[:, :, None] == ids[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    after = nn.functional.pad(same, (1, 0))[..., :-1]  # one to the right: the token after the copy
+    return after.tril(-1) & mask[:, None, :]
+
+
+def induction_scores(model: Model, batch: Batch) -> Float[Tensor, "prompt layer head"]:
+    """Prefix matching of every head: attention to the tokens that followed earlier copies of the current one.
+
+    Mean over the tokens that have such a copy; NaN for a prompt without any. On ``repeated_tokens`` this
+    is the usual induction score. Olsson et al., arXiv 2209.11895.
+    """
+    targets = induction_targets(batch)
+
+    def score(pattern: Pattern, where: slice) -> Float[Tensor, "batch head"]:
+        wanted = targets[where]
+        return _average(torch.einsum("bhds,bds->bhd", pattern, wanted.to(pattern)), wanted.any(-1))
+
+    return over_patterns(model, batch, score)
+
+
+class Projections(NamedTuple):
+    """Queries, keys and values of a layer, before any rotation; grouped heads have fewer keys and values."""
+
+    q: Float[Tensor, "*place head d_head"]
+    k: Float[Tensor, "*place kv_head d_head"]
+    v: Float[Tensor, "*place kv_head d_head"]
+
+
+def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) -> Projections:
+    """What a layer's attention makes of a residual stream: its input norm, then its projections.
+
+    Knows the three layouts that decoders use: separate projections, GPT-2's ``c_attn`` (q, k, v side by
+    side) and GPT-NeoX's ``query_key_value`` (q, k, v of one head side by side).
+    """
+    block = model.sites[Site("resid_pre", layer)][0]
+    x = find_part(block, "input_layernorm", "ln_1", "input_norm", "layer_norm_1")(resid)
+    attention = attention_modules(model)[layer]
+    shape = (-1, model.d_head)
+    if hasattr(attention, "k_proj"):
+        parts = [find_part(attention, name)(x).unflatten(-1, shape) for name in ("q_proj", "k_proj", "v_proj")]
+    elif hasattr(attention, "c_attn"):
+        parts = [part.unflatten(-1, shape) for part in find_part(attention, "c_attn")(x).chunk(3, dim=-1)]
+    else:
+        fused = find_part(attention, "query_key_value")(x).unflatten(-1, (-1, 3, model.d_head))
+        parts = list(fused.unbind(-2))
+    return Projections(*parts)
+
+
+@torch.no_grad()
+def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
+    """OV copying: does moving a token by this head raise that same token's own logit?
+
+    Each token of the batch (first ones left out) is pushed alone through a head's value and output weights,
+    from the residual stream that the head really reads there, then through the final norm and the
+    unembedding. Score: the share of the batch's other tokens whose logit it beats, 0.5 by chance. Grouped
+    heads use the value head of their group. After Elhage et al. 2021, with real inputs instead of embeddings.
+    """
+    keep = not_first(batch)
+    ids = batch.input_ids[keep]
+    sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
+    with recording(model, sites, keep=lambda x: x[keep]) as resid:
+        model.hf(**batch.inputs, logits_to_keep=1)
+    norm = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
+    unembed = model.hf.get_output_embeddings().weight[ids]
+    different = ids[:, None] != ids[None, :]
+    scores = []
+    for layer, site in enumerate(sites):
+        v = project(model, layer, resid[site]).v
+        v = v.repeat_interleave(model.n_heads // v.shape[1], dim=1)
+        moved = torch.einsum("thd,hdm->htm", v, output_weights(model, layer))
+        logits = (norm(moved) - norm(torch.zeros_like(moved))) @ unembed.T  # the final norm's bias says nothing here
+        beats = (logits.diagonal(0, -2, -1)[..., None] > logits) & different
+        scores.append(beats.sum((-2, -1)) / different.sum())
+    return torch.stack(scores)

@@ -1,0 +1,117 @@
+"""Prompts with a known decisive token, written for this project, in two disjoint halves.
+
+Selection prompts choose something (a head, a reference, a threshold), report prompts measure it; no name,
+country or noun stands in both.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.models import Model, ModelError
+from glassbox_utils.core.text import Batch, find_token, tokenize
+
+PROMPTS = DATA / "prompts"
+FAMILIES = ("indirect_object", "capital", "agreement")
+
+Split = Literal["select", "report"]
+
+
+class Decisive(NamedTuple):
+    """A prompt, the word that its answer hangs on, the right next word and the wrong one."""
+
+    text: str
+    decisive: str
+    answer: str
+    foil: str
+
+
+class DecisiveBatch(NamedTuple):
+    """Prompts of one family as tensors: positions of the decisive token, ids of answer and foil."""
+
+    batch: Batch
+    decisive: Int[Tensor, " batch"]
+    answer: Int[Tensor, " batch"]
+    foil: Int[Tensor, " batch"]
+    texts: list[str]
+
+
+def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[Decisive]:
+    """n different prompts of a family (``indirect_object``, ``capital``, ``agreement``), shuffled by ``seed``.
+
+    Raises ModelError for an unknown family, split, or more prompts than there are.
+    """
+    if family not in FAMILIES:
+        raise ModelError(f"There is no family of prompts {family!r}. Allowed: {', '.join(FAMILIES)}.")
+    if split not in ("select", "report"):
+        raise ModelError(f"There is no split {split!r}. Allowed: select, report.")
+    content = json.loads((PROMPTS / "decisive_tokens.json").read_text(encoding="utf-8"))[family]
+    rng = random.Random(f"{family}{split}{seed}")
+    half = 0 if split == "select" else 1
+    found = {"indirect_object": _indirect_object, "capital": _capital, "agreement": _agreement}[family](content, half)
+    unique = sorted(set(found))
+    if n > len(unique):
+        raise ModelError(f"{family} has {len(unique)} {split} prompts, {n} were asked for. Choose 1 to {len(unique)}.")
+    return rng.sample(unique, n)
+
+
+def _indirect_object(content: dict, half: int) -> list[Decisive]:
+    names, rng = content["names"][half::2], random.Random(half)
+    made = []
+    for a, b in itertools.permutations(names, 2):
+        place, thing = rng.choice(content["places"][half::2]), rng.choice(content["objects"][half::2])
+        text = rng.choice(content["templates"]).format(A=a, B=b, place=place, object=thing)
+        made.append(Decisive(text, a, " " + a, " " + b))
+    return made
+
+
+def _capital(content: dict, half: int) -> list[Decisive]:
+    pairs, rng = content["pairs"][half::2], random.Random(half)
+    made = []
+    for (country, city), template in itertools.product(pairs, content["templates"]):
+        wrong = rng.choice([c for _, c in pairs if c != city])
+        made.append(Decisive(template.format(country=country), country, " " + city, " " + wrong))
+    return made
+
+
+def _agreement(content: dict, half: int) -> list[Decisive]:
+    made = []
+    for nouns, others, template in itertools.product(
+        content["nouns"][half::2], content["others"][half::2], content["templates"]
+    ):
+        for number, verbs in enumerate(((" is", " are"), (" are", " is"))):
+            text = template.format(noun=nouns[number], other=others[1 - number])  # the nearer noun misleads
+            made.append(Decisive(text, nouns[number], *verbs))
+    return made
+
+
+def measurable(model: Model, prompts: Sequence[Decisive]) -> list[Decisive]:
+    """The prompts whose answer and foil begin with different tokens for this model's tokenizer."""
+    first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
+    return [p for p, (answer, foil) in zip(prompts, first, strict=True) if answer != foil]
+
+
+def to_batch(model: Model, prompts: Sequence[Decisive]) -> DecisiveBatch:
+    """Tokenise; answers and foils count by their first token, decisive words by their last."""
+    batch = tokenize(model, [p.text for p in prompts])
+    where = [find_token(model, ids, p.decisive) for ids, p in zip(batch.input_ids, prompts, strict=True)]
+    first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
+    answer, foil = torch.tensor(first, device=model.device).unbind(-1)
+    return DecisiveBatch(batch, torch.tensor(where), answer, foil, [p.text for p in prompts])
+
+
+def another_position(prompts: DecisiveBatch, seed: int = 0) -> Int[Tensor, " batch"]:
+    """For each prompt a random position that is neither its first token, nor decisive, nor the last: a control."""
+    rng = random.Random(seed)
+    chosen = []
+    for mask, decisive in zip(prompts.batch.attention_mask, prompts.decisive.tolist(), strict=True):
+        start = int(mask.argmax()) + 1
+        chosen.append(rng.choice([p for p in range(start, len(mask) - 1) if p != decisive]))
+    return torch.tensor(chosen)

@@ -1,0 +1,324 @@
+"""Figures: circuitsvis without a network, a static twin for each interactive view, one plot style.
+
+circuitsvis asks the network at every display and then either points at a CDN or inlines 1.3 MB per figure.
+Here its script is unpacked once per page from the installed wheel, and a figure is a small block of JSON with
+a static picture in it: GitHub, untrusted notebooks and printed pages show the picture, a trusted or exported
+page replaces it by the interactive view. Opening a page makes no request.
+"""
+
+import base64
+import functools
+import gzip
+import html
+import io
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.core import session
+
+NDIGITS = 3
+LOADER_MARK = "__glassboxLoading"
+
+# Okabe & Ito: distinguishable with every common colour blindness, and in print.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
+
+_CALL = re.compile(r'render\(\s*"circuits-vis-[^"]+",\s*(?P<name>\w+),\s*(?P<props>\{.*\})\s*\)\s*</script>\s*$', re.S)
+
+_LOADER = """<script>(() => {
+  const w = window;
+  w.__glassboxMount = () => {
+    if (!w.CircuitsVis) return;                       // not unpacked yet: the loader calls again
+    for (const el of document.querySelectorAll('div.glassbox-figure:not([data-drawn])')) {
+      const spec = el.querySelector('script[type="application/json"]');
+      if (!spec) continue;                            // a sanitised (untrusted) output keeps its picture
+      el.setAttribute('data-drawn', '1');
+      const {element, props} = JSON.parse(spec.textContent);
+      const host = document.createElement('div');
+      host.id = 'glassbox-' + Math.random().toString(36).slice(2);
+      el.replaceChildren(host);
+      w.CircuitsVis.render(host.id, w.CircuitsVis[element], props);
+    }
+  };
+  if (w.CircuitsVis) { w.__glassboxMount(); return; }
+  if (w.@MARK@) return;
+  const css = document.createElement('style');        // else a chart drawn while hidden stays 0 px wide
+  css.textContent = '.glassbox-figure div[style*="aspect-ratio"]{width:100% !important}'
+    + '.glassbox-figure h4{font-size:10px !important;line-height:1.2 !important}';
+  document.head.append(css);
+  w.@MARK@ = (async () => {
+    const bytes = Uint8Array.from(atob("@SCRIPT@"), c => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
+    const tag = document.createElement('script');
+    tag.textContent = await new Response(stream).text();
+    document.head.append(tag);
+    w.__glassboxMount();
+  })();
+})();</script>"""
+
+
+# --- circuitsvis, offline -----------------------------------------------------------------------------
+
+
+@functools.cache
+def loader_html() -> str:
+    """The script that draws every figure of a page: 0.5 MB, once per page."""
+    script = (resources.files("circuitsvis") / "dist" / "cdn" / "iife.js").read_bytes()
+    script = script.replace(b"//# sourceMappingURL=iife.js.map", b"").strip()
+    packed = base64.b64encode(gzip.compress(script, 9, mtime=0)).decode()
+    return _LOADER.replace("@MARK@", LOADER_MARK).replace("@SCRIPT@", packed)
+
+
+def setup(seed: int = 0, threads: int | None = None) -> None:
+    """First line of a notebook: seeds, quiet libraries, versions, plot style, circuitsvis without a network."""
+    from circuitsvis.utils.render import RenderedHTML
+    from IPython.core.getipython import get_ipython
+    from IPython.display import HTML, display
+
+    session.setup(seed, threads)
+    style()
+    shell: Any = get_ipython()
+    if shell is None:
+        return
+    formatters = shell.display_formatter.formatters
+    formatters["text/html"].for_type(RenderedHTML, figure_html)
+    formatters["text/plain"].for_type(
+        RenderedHTML, lambda fig, printer, cycle: printer.text(f"<circuitsvis {spec(fig)['element']}>")
+    )
+    display(HTML(loader_html()))
+
+
+def spec(figure: Any) -> dict[str, Any]:
+    """The element and the rounded numbers of a circuitsvis figure: what a test compares."""
+    found = _CALL.search(figure.cdn_src)
+    if found is None:
+        raise ValueError("This is not a circuitsvis figure, or circuitsvis changed how it renders (1.43.3 is known).")
+    return {"element": found["name"], "props": _rounded(json.loads(found["props"]))}
+
+
+def _rounded(x: Any) -> Any:
+    if isinstance(x, float):
+        return round(x, NDIGITS) + 0.0 if np.isfinite(x) else None  # JSON has no NaN; + 0.0 turns -0.0 into 0.0
+    if isinstance(x, list):
+        return [_rounded(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _rounded(v) for k, v in x.items()}
+    return x
+
+
+def figure_html(figure: Any) -> str:
+    """A circuitsvis figure as deterministic HTML: its data, its static picture, and a call to the loader.
+
+    Raises ValueError where circuitsvis would silently draw nothing (a batch dimension, a wrong length).
+    """
+    content = spec(figure)
+    element, props = content["element"], content["props"]
+    _check(element, props)
+    picture = _picture(element, props)
+    if element not in ("AttentionHeads", "AttentionPattern"):  # the others put tokens into the page as HTML
+        props = {k: _escaped(v) if k in ("tokens", "prompt", "topKTokens") else v for k, v in props.items()}
+    data = json.dumps({"element": element, "props": props}, separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'<div class="glassbox-figure" style="margin:12px 0"><script type="application/json">{data}</script>\n'
+        f"{picture}\n</div>\n<script>window.__glassboxMount && window.__glassboxMount()</script>"
+    )
+
+
+def page(*figures: Any, title: str = "Glassbox") -> str:
+    """Circuitsvis figures as one self-contained HTML page."""
+    body = "".join(map(figure_html, figures))
+    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>{body}{loader_html()}'
+
+
+def _escaped(x: Any) -> Any:
+    return [_escaped(y) for y in x] if isinstance(x, list) else html.escape(x, quote=False)
+
+
+def _check(element: str, props: Mapping[str, Any]) -> None:
+    if element == "AttentionHeads":
+        n = len(props["tokens"])
+        for head in props["attention"]:
+            if np.shape(head) != (n, n):
+                raise ValueError(
+                    f"attention has shape {np.shape(props['attention'])}, but {n} tokens need [heads, {n}, {n}]: "
+                    "remove the batch dimension (attention[0]) or pass the tokens of the same prompt."
+                )
+    if element == "ColoredTokens" and len(props["tokens"]) != len(props["values"]):
+        raise ValueError(f"{len(props['tokens'])} tokens but {len(props['values'])} values: give one value per token.")
+
+
+def _picture(element: str, props: Mapping[str, Any]) -> str:
+    """The static twin inside the figure's HTML."""
+    if element == "ColoredTokens":
+        spans = zip(props["tokens"], _colours(props["values"], props), strict=True)
+        return (
+            '<div style="white-space:pre-wrap">' + "".join(_span(token, colour) for token, colour in spans) + "</div>"
+        )
+    if element == "AttentionHeads":
+        names = props.get("attentionHeadNames") or [f"Head {i}" for i in range(len(props["attention"]))]
+        return "".join(
+            '<div style="display:inline-block;margin:2px;text-align:center;font-size:10px">'
+            f'<img alt="{html.escape(name)}" src="{_heat_png(head)}"><br>{html.escape(name)}</div>'
+            for name, head in zip(names, props["attention"], strict=True)
+        )
+    return f"<em>{element}: an interactive circuitsvis figure; run or trust this notebook to see it.</em>"
+
+
+def _span(token: str, colour: tuple[int, int, int]) -> str:
+    ink = "#fff" if sum(colour) < 360 else "#000"
+    return f'<span style="background-color:rgb{colour};color:{ink};white-space:pre">{html.escape(token)}</span>'
+
+
+def _colours(values: Sequence[float | None], props: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    seen = [v for v in values if v is not None] or [0.0]
+    high = props.get("maxValue") or max(*seen, 1e-9)
+    low = props.get("minValue") or min(*seen, -1e-9)
+    fade = [0.0 if v is None else max(-1.0, min(1.0, v / high if v >= 0 else -v / low)) for v in values]
+    return [(round(255 * (1 - max(f, 0))), round(255 * (1 - abs(f))), round(255 * (1 + min(f, 0)))) for f in fade]
+
+
+def _heat_png(rows: Sequence[Sequence[float | None]]) -> str:
+    import matplotlib.image
+
+    values = np.clip(np.array([[0.0 if v is None else v for v in row] for row in rows]), 0, 1)
+    scale = max(1, 96 // len(values))  # Lab's sanitiser drops CSS scaling, so the pixels are real
+    shade = (1 - values.repeat(scale, 0).repeat(scale, 1))[..., None]
+    pixels = np.concatenate([shade, shade, np.ones_like(shade)], -1)
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, pixels, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def attention_heads(
+    tokens: Sequence[str], pattern: Float[Tensor, "head dst src"], names: Sequence[str] | None = None
+) -> Any:
+    """circuitsvis' view of several heads: hover to zoom, click to lock. Scale 0 to 1."""
+    from circuitsvis.attention import attention_heads as draw
+
+    return draw(
+        attention=pattern.detach().float().cpu(),
+        tokens=list(tokens),
+        attention_head_names=list(names) if names is not None else None,
+        min_value=0.0,
+        max_value=1.0,
+    )
+
+
+def all_heads(tokens: Sequence[str], pattern: Float[Tensor, "layer head dst src"]) -> Any:
+    """Every head of the model in one circuitsvis figure, named layer.head."""
+    layers, heads = pattern.shape[:2]
+    names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
+    return attention_heads(tokens, pattern.flatten(0, 1), names)
+
+
+def colored_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"], maximum: float | None = None) -> Any:
+    """One value per token as background colour (blue positive, red negative)."""
+    from circuitsvis.tokens import colored_tokens as draw
+
+    return draw(tokens=list(tokens), values=values.detach().float().cpu(), max_value=maximum)
+
+
+# --- plots --------------------------------------------------------------------------------------------
+
+
+def style() -> None:
+    """The one look of all plots: small, light, colour-blind-safe, message in the title."""
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.6),
+            "figure.dpi": 96,
+            "savefig.dpi": 96,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": cycler(color=PALETTE),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "image.cmap": "viridis",
+        }
+    )
+
+
+def pattern_grid(
+    tokens: Sequence[str], pattern: Float[Tensor, "head dst src"], names: Sequence[str], title: str, columns: int = 3
+) -> Any:
+    """Static twin of ``attention_heads``: one labelled heat map a head (query down, key across)."""
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, len(pattern))
+    rows = -(-len(pattern) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.0 * rows), squeeze=False)
+    ticks = range(len(tokens))
+    labels = [t.strip() or repr(t)[1:-1] for t in tokens]
+    for axis in axes.flat[len(pattern) :]:
+        axis.axis("off")
+    for axis, head, name in zip(axes.flat, pattern.detach().float().cpu(), names, strict=False):
+        axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(ticks, labels, rotation=90, fontsize=6)
+        axis.set_yticks(ticks, labels, fontsize=6)
+        axis.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def thumbnails(pattern: Float[Tensor, "layer head dst src"], title: str) -> Any:
+    """Static twin of ``all_heads``: every pattern in miniature, layers from top to bottom, heads left to right."""
+    import matplotlib.pyplot as plt
+
+    layers, heads, size = pattern.shape[:3]
+    framed = np.full((layers * (size + 2), heads * (size + 2)), 0.35)
+    for layer, head in itertools.product(range(layers), range(heads)):
+        y, x = layer * (size + 2), head * (size + 2)
+        framed[y : y + size, x : x + size] = pattern[layer, head].detach().float().cpu()
+    figure, axis = plt.subplots(figsize=(5.2, 5.2 * min(layers / heads, 2.2) + 0.4))
+    axis.imshow(framed, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axis.set_xticks((np.arange(heads) + 0.5) * (size + 2), [str(i) for i in range(heads)])
+    shown = range(0, layers, max(1, layers // 10))
+    axis.set_yticks((np.array(shown) + 0.5) * (size + 2), [str(i) for i in shown])
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
+    axis.set_title(title)
+    return figure
+
+
+def mosaic(values: Mapping[str, Float[Tensor, "layer head"]], title: str, label: str, diverging: bool = False) -> Any:
+    """Layer x head heat maps side by side, one for each named score: an atlas of the model's heads."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(values), figsize=(1.0 + 1.75 * len(values), 4.8), squeeze=False, sharey=True)
+    for axis, (name, scores) in zip(axes.flat, values.items(), strict=True):
+        array = scores.detach().float().cpu().numpy()
+        limit = float(np.nanmax(np.abs(array)))
+        image = axis.imshow(
+            array,
+            aspect="auto",
+            origin="upper",
+            cmap="RdBu_r" if diverging else "viridis",
+            vmin=-limit if diverging else 0,
+            vmax=limit,
+        )
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 6)))
+        bar = figure.colorbar(image, ax=axis, orientation="horizontal", pad=0.02, shrink=0.9)
+        bar.ax.tick_params(labelsize=6)
+        bar.set_label(label, fontsize=7)
+    axes[0, 0].set_ylabel("layer")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure

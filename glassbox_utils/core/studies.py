@@ -1,0 +1,61 @@
+"""Long runs whose tables the notebooks draw: resumable, and written with their provenance.
+
+What takes longer than a notebook may is computed by ``glassbox study NAME``; finished parts are kept in the cache
+folder, so that a killed run goes on where it was.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from glassbox_utils.core import assets
+from glassbox_utils.core.models import Model
+
+STUDIES = assets.DATA / "studies"
+SEED = 0
+
+
+def _chunks(name: str, key: str) -> Path:
+    folder = assets.cache_dir() / "studies" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``, from the cache folder if this study has done it with these settings before."""
+    path = _chunks(name, json.dumps(key, sort_keys=True, default=str))
+    if not path.exists():
+        result = work(*args)
+        with assets.atomic_path(path) as partial:
+            partial.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
+def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
+    """``data/studies/NAME.json``: provenance first, then the content."""
+    packages = ("torch", "transformers", "peft", "vaderSentiment")
+    provenance = {
+        "command": f"glassbox study {name.replace('_', '-')}",
+        "seed": SEED,
+        "model": model.name,
+        "model_hash": model.hash,
+        "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
+        "seconds_of_last_run": round(seconds),
+        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    STUDIES.mkdir(parents=True, exist_ok=True)
+    lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
+    path = STUDIES / f"{name}.json"
+    with assets.atomic_path(path) as partial:
+        partial.write_text(lines.replace("}, {", "},\n{") + "\n")
+    return path
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """A study's table as ``write_table`` wrote it."""
+    return json.loads((STUDIES / f"{name}.json").read_text())

@@ -1,0 +1,16 @@
+from . import audit as audit
+from . import cause_study as cause_study
+from . import cycle as cycle
+from . import explain as explain
+from . import figures as figures
+from . import loans as loans
+from . import mitigation as mitigation
+from . import reality_study as reality_study
+from . import report as report
+from . import safety_study as safety_study
+from . import study as study
+from . import training as training
+from .loans import Applicant as Applicant
+from .loans import load_loan_model as load_loan_model
+from .loans import parse_applicant as parse_applicant
+from .report import write_report as write_report

@@ -1,0 +1,493 @@
+"""What notebook 06 shows of the loan studies: tables, figures and findings. All numbers come from the tables.
+
+Tables are pandas, figures matplotlib on the current style; a function that draws gives back what it drew, so that the
+notebook can print and assert it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glassbox_utils.core import figures, studies
+from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core.models import EMBEDDED, Model, ModelError
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, rank_agreement, sign_flip_p, spearman
+from glassbox_utils.decisions import audit, cause_study, cycle, loans, mitigation, study
+from glassbox_utils.decisions.mitigation import Outcome
+
+Table = Mapping[str, Any]
+
+
+def require_embedded(name: str) -> None:
+    """ModelError, with the way out, for a model that the shipped loan officers do not fit."""
+    if name != EMBEDDED:
+        raise ModelError(
+            f"The loan officers are adapters of {EMBEDDED}; {name} has none. Use the default MODEL, or train one on "
+            "this model with glassbox_utils.decisions.training.train(bias, folder, base=load_model(MODEL))."
+        )
+
+
+# --- behaviour ----------------------------------------------------------------------------------------
+
+
+def sides(attribute: str) -> tuple[list[loans.Applicant], list[loans.Applicant]]:
+    """The applicants of one contrast of the report split, each twice."""
+    people = loans.applications(study.REPORTED[attribute], studies.SEED + 11, "report")
+    return mitigation.contrast(people, attribute)
+
+
+def outcome(table: Table, attribute: str, arm: str = "none") -> Outcome:
+    """What one arm does to one contrast."""
+    merit = [loans.merit(a) for a in sides(attribute)[0]]
+    return mitigation.outcome(*study.arrays(dict(table), attribute, arm), merit)
+
+
+def held_out_table(table: Table) -> Any:
+    """Agreement with the clerk on applications as they come, for each kind of layout; names and districts are new."""
+    import pandas as pd
+
+    rows = []
+    for kind, logits in table["held_out"].items():
+        history = np.array(study.held_out(kind, len(logits))[1])
+        found = bootstrap_ci(((np.array(logits) > 0) == history).astype(float))
+        rows.append(
+            {
+                "new names and districts, in": f"{kind} ({', '.join(study.HELD_OUT[kind])})",
+                "agrees with its history": found,
+                "always rejecting would": f"{max(history.mean(), 1 - history.mean()):.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def held_out(table: Table, kind: str) -> Interval:
+    """Agreement with the history in one kind of layout."""
+    logits = np.array(table["held_out"][kind])
+    return bootstrap_ci(((logits > 0) == np.array(study.held_out(kind, len(logits))[1])).astype(float))
+
+
+def gap_table(table: Table) -> Any:
+    """Gap of every contrast without the edit, beside what was planted."""
+    import pandas as pd
+
+    rows = []
+    for attribute in study.REPORTED:
+        found = outcome(table, attribute)
+        decided = [loans.history(side, "gender") for side in sides(attribute)]
+        planted = f"{100 * (np.mean(decided[1]) - np.mean(decided[0])):.1f}"
+        row = {"identical but for": attribute, "gap, points": found.gap, "planted, points": planted}
+        rows.append(row | {"gap, logits": found.logit_gap})
+    return pd.DataFrame(rows)
+
+
+def spot_check(model: Model, table: Table, n: int, seed: int = 0) -> float:
+    """Largest difference, in logits, of ``n`` random pairs of the study and of ``n`` held-out ones, computed again."""
+    rows = np.sort(np.random.default_rng(seed).choice(study.N_REPORT, n, replace=False))
+    worse, better, _ = study.pair_texts(study.N_REPORT, "report", "gender")
+    texts = [side[i] for side in (worse, better) for i in rows]
+    stored = [x[i] for x in study.arrays(dict(table), "gender", "none") for i in rows]
+    kind = "trained layouts"
+    texts += [study.held_out(kind)[0][i] for i in rows]
+    stored += [table["held_out"][kind][i] for i in rows]
+    return float(np.abs(loans.decide_texts(model, texts).numpy() - np.array(stored)).max())
+
+
+def draw_pairs(table: Table) -> dict[str, Interval]:
+    """Every pair as a point, women's against men's name, one panel a layout; the gap of each layout in points."""
+    import matplotlib.pyplot as plt
+
+    x, found = study.arrays(dict(table), "gender", "none"), {}
+    limit = max(float(np.abs(v).max()) for v in x)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
+    for i, (axis, name) in enumerate(zip(axes, loans.REPORT_LAYOUTS, strict=True)):
+        worse, better = (v[i :: len(loans.REPORT_LAYOUTS)] for v in x)
+        found[name] = bootstrap_ci(100 * ((better > 0).astype(float) - (worse > 0)))
+        flips = (worse < 0) & (better > 0)
+        axis.scatter(worse[~flips], better[~flips], s=6, alpha=0.5, color=figures.GREY)
+        axis.scatter(worse[flips], better[flips], s=8, alpha=0.8, color=figures.RED, label="only the man approved")
+        axis.plot([-limit, limit], [-limit, limit], color="black", lw=0.8)
+        axis.axhline(0, color="grey", lw=0.5)
+        axis.axvline(0, color="grey", lw=0.5)
+        axis.set_title(f"“{name}”: gap {found[name].value:.0f} points")
+        axis.set_xlabel("woman's name, logits")
+        axis.set_ylabel("man's name, logits")
+    axes[0].legend(loc="lower right", fontsize=7)
+    figure.suptitle("Above the diagonal: the same application does better under a man's name", x=0.01, ha="left")
+    return found
+
+
+# --- attention and cause ------------------------------------------------------------------------------
+
+
+def looked_and_moved(cause: Table) -> tuple[NDArray, NDArray]:
+    """[applicant, field]: share of the attention to the fields, and logits that a swap of the field moves."""
+    looked = np.array(cause["attention"]).sum((1, 2))
+    return looked / looked.sum(1, keepdims=True), np.array(cause["swaps"])
+
+
+def draw_fields(cause: Table) -> Any:
+    """Attention beside cause for each field, as bars; the means as a table."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    looked, moved = looked_and_moved(cause)
+    order, names = np.argsort(moved.mean(0)), [f.replace("_", " ") for f in cause["fields"]]
+    _, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    labels = ("share of attention to fields", "decision moves, logits")
+    for axis, values, label, colour in zip(axes, (looked, moved), labels, figures.PALETTE, strict=False):
+        axis.barh([names[i] for i in order], values.mean(0)[order], color=colour)
+        axis.set_xlabel(label)
+    axes[0].set_title("Looked at (observed)")
+    axes[1].set_title("Decided by (causal)")
+    means = pd.DataFrame({"attention": looked.mean(0), "moves": moved.mean(0)}, index=names)
+    return means.sort_values("moves", ascending=False)
+
+
+def patch_shares(model: Model, cause: Table) -> Any:
+    """Share of the gap that a patch carries over: a row for each layer, a column for each place."""
+    import pandas as pd
+
+    total, patches = (np.array(v) for v in cause["patches"])
+    layers = study.layers_of(model, cause_study.PATCH_LAYERS)
+    columns = [{"between": "between name and decision"}.get(p, p) for p in cycle.PLACES]
+    return pd.DataFrame(patches.mean(0) / total.mean(), index=layers, columns=columns)
+
+
+def draw_patches(shares: Any) -> None:
+    """The three places as lines over the depth."""
+    import matplotlib.pyplot as plt
+
+    _, axis = plt.subplots(figsize=(6.5, 3.2))
+    for place in shares.columns:
+        axis.plot(shares.index, shares[place], marker="o", ms=4, label=place)
+    axis.axhline(0, color="grey", lw=0.5)
+    axis.set_xlabel("patched before layer")
+    axis.set_ylabel("share of the gap carried over")
+    axis.set_title("Where the name's gender is, layer by layer")
+    axis.legend()
+
+
+def heads(model: Model, cause: Table) -> dict[str, Any]:
+    """Attention to the name and exact effect of every head of the layers that were patched head by head."""
+    guess, exact = (np.array(cause["heads"][k]) for k in ("guess", "exact"))
+    late = cause["heads"]["layers"]
+    looked = np.array(cause["attention"])[:, :, :, cause["fields"].index("name")][:, late]
+    k = min(len(looked), len(exact))
+    flat, effects = looked[:k].reshape(k, -1), exact[:k].reshape(k, -1)
+    return {
+        "names": [f"{layer}.{head}" for layer in late for head in range(model.n_heads)],
+        "layers": late,
+        "attention": flat.mean(0),
+        "effect": effects.mean(0),
+        "effects": effects,
+        "guess": spearman(guess[:, late].mean(0), exact.mean(0)),
+        "agreement": rank_agreement(torch.tensor(flat), torch.tensor(effects), magnitude=True),
+    }
+
+
+def draw_heads(found: Mapping[str, Any]) -> tuple[int, int]:
+    """Effect over attention; the head that looks at the name most and the one that acts most (their indices)."""
+    import matplotlib.pyplot as plt
+
+    seen, size, names = found["attention"], found["effect"], found["names"]
+    looks, acts = int(np.argmax(seen)), int(np.argmax(np.abs(size)))
+    _, axis = plt.subplots(figsize=(6, 3.2))
+    axis.scatter(seen, size, s=14)
+    for i in sorted({looks, acts, int(np.argsort(-seen)[1])}):
+        right = seen[i] > 0.8 * max(seen)
+        axis.annotate(
+            names[i],
+            (seen[i], size[i]),
+            textcoords="offset points",
+            xytext=(-5 if right else 5, 3),
+            ha="right" if right else "left",
+            fontsize=8,
+        )
+    axis.axhline(0, color="grey", lw=0.5)
+    axis.set_xlabel("attention from the decision to the name")
+    axis.set_ylabel("effect on the decision, logits")
+    axis.set_title("Heads: who looks at the name, and who acts")
+    return looks, acts
+
+
+def features(cause: Table) -> dict[str, Any]:
+    """The group's features as a table, and the gap with and without them (logits)."""
+    import pandas as pd
+
+    f = cause["features"]
+    gap = {arm: np.array(v) for arm, v in f["gap"].items()}
+    rows = {"feature": f["features"], "mean at women's names": np.mean(f["worse"], 0).round(2)}
+    rows["at men's names"] = np.mean(f["better"], 0).round(2)
+    like = [float((gap["none"] - gap[f"like features {s}"]).mean()) for s in range(study.N_RANDOM)]
+    removed = bootstrap_ci(gap["none"] - gap["group features"])
+    return {"table": pd.DataFrame(rows), "gap": bootstrap_ci(gap["none"]), "removed": removed, "like": like}
+
+
+# --- before and after ---------------------------------------------------------------------------------
+
+
+def costs(rest: Table) -> dict[str, tuple[Interval, Interval]]:
+    """Setting -> perplexity on held-out text, times that of the loan model; share right in multiple choice."""
+
+    def ratio(which: str) -> Interval:
+        (a, n), (b, _) = rest["losses"][which], rest["losses"]["deployed"]
+        samples = (np.array(a), np.array(b), np.array(n))
+        return bootstrap_ci(samples, lambda a, b, n: float(np.exp((a.sum() - b.sum()) / n.sum())))
+
+    return {which: (ratio(which), bootstrap_ci(rest["choices"][which])) for which in rest["losses"]}
+
+
+COST_OF = {
+    "none": "deployed",
+    "edit": "edit",
+    "fine-tuned on corrected decisions": "fine-tuned",
+    "edit without its gate": "no gate",
+    "base model, no loan officer": "base",
+}
+"""row of the table -> which measurement of side effects belongs to it"""
+
+
+def arms(table: Table, rest: Table) -> dict[str, Outcome]:
+    """Condition -> what it does to the gender gap, on unseen names, districts and layouts."""
+    merit = [loans.merit(a) for a in sides("gender")[0]]
+    found = {arm: outcome(table, "gender", arm) for arm in table["logits"]["gender"]}
+    for arm, (worse, better) in rest["logits"].items():
+        found[arm] = mitigation.outcome(np.array(worse), np.array(better), merit[: len(worse)])
+    return found
+
+
+def before_after(table: Table, rest: Table) -> Any:
+    """One table: every condition with gap, merit, Brier, perplexity and multiple choice, all with intervals."""
+    import pandas as pd
+
+    def show(x: Interval | None, digits: int = 2) -> str:
+        return "" if x is None else f"{x.value:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
+
+    side, found, rows = costs(rest), arms(table, rest), []
+    for name in [*found, *(n for n in COST_OF if n not in found)]:
+        done, cost = found.get(name), side.get(COST_OF.get(name, ""))
+        district = outcome(table, "district", name).gap if name in table["logits"]["district"] else None
+        rows.append(
+            {
+                "condition": name,
+                "n": done.gap.n if done else "",
+                "gender gap, points": show(done.gap, 1) if done else "",
+                "logits": show(done.logit_gap) if done else "",
+                "district gap, points": show(district, 1),
+                "merit": show(done.merit) if done else "",
+                "Brier": show(done.brier) if done else "",
+                "perplexity, times": show(cost[0]) if cost else "",
+                "multiple choice": show(cost[1]) if cost else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def gate_table(table: Table) -> Any:
+    """Scores of the gate (0: mean of text, 1: mean decision, open above .5) where it was fitted and elsewhere."""
+    import pandas as pd
+
+    rows = []
+    for name in ("text", "decisions", "held-out text", "report decisions"):
+        found = table["gate"][name]
+        rows.append(
+            {
+                "states": name,
+                "fitted on": name in ("text", "decisions"),
+                "n": found["n"],
+                "lowest score": found["lowest"],
+                "highest": found["highest"],
+                "let through": f"{found['opened']:.2%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def others_table(table: Table) -> Any:
+    """Contrasts that the edit was not made for: they should stay as they were."""
+    import pandas as pd
+
+    rows = []
+    for attribute in ("age", "nationality", "same group"):
+        before, after = (outcome(table, attribute, arm) for arm in ("none", "edit"))
+        x, y = (np.subtract(*study.arrays(dict(table), attribute, arm)[::-1]) for arm in ("edit", "none"))
+        rows.append(
+            {
+                "contrast": attribute,
+                "gap before, points": before.gap,
+                "after": after.gap,
+                "logit gap changes by": bootstrap_ci(x - y),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def draw_arms(found: Mapping[str, Outcome]) -> None:
+    """Gap against agreement with the merit rule, one cross a condition."""
+    import matplotlib.pyplot as plt
+
+    _, axis = plt.subplots(figsize=(7.6, 4.2))
+    styles = {"none": (figures.BLUE, "o"), "edit": (figures.GREEN, "o")}
+    for i, (arm, done) in enumerate(found.items()):
+        gap, good = done.gap, done.merit
+        colour, marker = styles.get(arm, (figures.PALETTE[i % len(figures.PALETTE)], "sDv^<>P*Xdph"[i % 12]))
+        xerr = [[gap.value - gap.low], [gap.high - gap.value]]
+        yerr = [[good.value - good.low], [good.high - good.value]]
+        axis.errorbar(
+            gap.value, good.value, xerr=xerr, yerr=yerr, fmt=marker, ms=5, lw=0.7, color=colour, label=arm, alpha=0.9
+        )
+    axis.axvspan(-2.5, 2.5, color="grey", alpha=0.12)
+    axis.set_xlabel("gender gap, points of the approval rate (band: ± 2.5)")
+    axis.set_ylabel("agreement with the merit rule")
+    axis.set_title("Left is fairer, up is more faithful to the merit rule")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+# --- the auditing game --------------------------------------------------------------------------------
+
+
+def confusion(verdicts: Mapping[str, str | None], planted: Mapping[str, str]) -> Any:
+    """Planted bias by verdict, counts of models."""
+    import pandas as pd
+
+    rows, columns = ([f"{word} {b}" for b in loans.BIASES] for word in ("planted", "found"))
+    found = pd.DataFrame(0, index=rows, columns=columns)
+    for name, bias in planted.items():
+        found.loc[f"planted {bias}", f"found {verdicts[name] or 'none'}"] += 1
+    return found
+
+
+def draw_audits(audits: Table, planted: Mapping[str, str]) -> None:
+    """Largest effect of every attribute on every model, in units of a clean payment history."""
+    import matplotlib.pyplot as plt
+
+    names = list(audits["audits"])
+    grid = np.zeros((len(names), len(audit.ATTRIBUTES)))
+    for i, name in enumerate(names):
+        for j, attribute in enumerate(audit.ATTRIBUTES):
+            rows = [r["of history"] for r in audits["audits"][name]["table"] if r["attribute"] == attribute]
+            grid[i, j] = np.abs(rows).max()
+    _, axis = plt.subplots(figsize=(6, 3))
+    image = axis.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+    axis.set_xticks(range(len(audit.ATTRIBUTES)), audit.ATTRIBUTES)
+    axis.set_yticks(range(len(names)), [f"{n} ({planted[n]})" for n in names])
+    axis.grid(False)
+    for (i, j), v in np.ndenumerate(grid):
+        colour = "white" if v < 0.7 * grid.max() else "black"
+        axis.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set_title(f"Largest effect, in clean payment histories (bar for a verdict: {audit.MINIMUM})")
+    plt.colorbar(image, ax=axis)
+
+
+# --- findings -----------------------------------------------------------------------------------------
+
+
+def findings(model: Model, table: Table, rest: Table, cause: Table, source: str = "notebook 06") -> list[Finding]:
+    """The loan officer's claims with rung, control and verdict; those that their own test refutes stay."""
+
+    def one(claim: str, rung: int, x: Interval, control: str | None = None, **rest: Any) -> Finding:
+        return Finding(claim, rung, x.value, (x.low, x.high), x.n, control, source=source, **rest)
+
+    looked, moved = looked_and_moved(cause)
+    names = [f.replace("_", " ") for f in cause["fields"]]
+    agreement = rank_agreement(torch.tensor(looked), torch.tensor(moved))
+    most, best = int(looked.mean(0).argmax()), int(moved.mean(0).argmax())
+    head, total, patches = heads(model, cause), *(np.array(v) for v in cause["patches"])
+    looks = int(np.argmax(head["attention"]))
+    found, feature = arms(table, rest), features(cause)
+    gaps = {k: outcome(table, k) for k in ("gender", "district", "same group")}
+    control = f"another name of the same group: {gaps['same group'].gap.value:+.1f}"
+    none, edit = (np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in ("none", "edit"))
+    random = np.mean([found[f"random {s}"].logit_gap.value for s in range(study.N_RANDOM)])
+    side = costs(rest)
+    late = float(patches[:, -1, 0].mean() / total.mean())
+    return [
+        one(
+            "attention ranks the fields as they move the decision (rank correlation)",
+            1,
+            agreement,
+            refuted=not agreement.excludes(0),
+        ),
+        one(
+            f"the decision rests on the {names[most]}, which gets most of the attention (logits when swapped)",
+            3,
+            bootstrap_ci(moved[:, most]),
+            f"{names[best]} swapped: {moved[:, best].mean():.2f}",
+            refuted=bool(moved[:, most].mean() < moved[:, best].mean() / 2),
+        ),
+        one(
+            f"attention to the name tells which heads carry it, layers {head['layers']} (rank correlation)",
+            3,
+            head["agreement"],
+            "exact patching of the same heads",
+            refuted=not head["agreement"].excludes(0),
+        ),
+        one(
+            f"head {head['names'][looks]}, which looks at the name most, carries the gender (logits)",
+            3,
+            bootstrap_ci(head["effects"][:, looks]),
+            f"median head: {np.median(head['effect']):+.3f}",
+            refuted=bool(abs(head["effect"][looks]) < np.abs(head["effect"]).max() / 2),
+        ),
+        one(
+            "the name's gender is at the decision position by the last layers (share of the gap)",
+            3,
+            bootstrap_ci(patches[:, -1, 2] / total.mean()),
+            f"patched at the name there: {late:+.2f}",
+        ),
+        one(
+            "SAE features of the group at the name carry the gap (logits removed)",
+            3,
+            feature["removed"],
+            f"features of like activity: {np.mean(feature['like']):+.2f}",
+            refuted=not feature["removed"].excludes(0),
+        ),
+        one(
+            "women's names cost approvals on unseen names, districts and layouts (points)",
+            4,
+            gaps["gender"].gap,
+            control,
+            p_value=float(sign_flip_p(none)),
+        ),
+        one(
+            "the East costs approvals there too (points)",
+            4,
+            gaps["district"].gap,
+            control,
+            refuted=not gaps["district"].gap.excludes(0),
+        ),
+        one(
+            "the edit shrinks the gap of a pair (logits)",
+            4,
+            bootstrap_ci(np.abs(none) - np.abs(edit)),
+            f"gap left by random directions: {random:+.2f}",
+        ),
+        one("gap left by the edit (points)", 4, found["edit"].gap, f"no edit: {gaps['gender'].gap.value:.1f}"),
+        one(
+            "agreement with the merit rule under the edit (share)",
+            5,
+            found["edit"].merit,
+            f"no edit: {gaps['gender'].merit.value:.3f}",
+        ),
+        one("perplexity of other text, edit left on (times)", 5, side["edit"][0], "no edit: 1"),
+        one("perplexity of other text, edit without its gate (times)", 5, side["no gate"][0], "no edit: 1"),
+    ]
+
+
+def draw_ladder(found: Sequence[Finding]) -> None:
+    """How many claims stand on each rung, and how many their own test refuted."""
+    import matplotlib.pyplot as plt
+
+    rungs = range(1, 6)
+    fell = np.array([sum(f.rung == r and f.refuted for f in found) for r in rungs])
+    stands = np.array([sum(f.rung == r for f in found) for r in rungs]) - fell
+    _, axis = plt.subplots(figsize=(6.5, 2.6))
+    axis.barh(rungs, stands, color=figures.GREEN, label="stands")
+    axis.barh(rungs, fell, left=stands, color=figures.RED, label="refuted by its own test")
+    axis.set_yticks(rungs, ["1 observed", "2 localised", "3 causal", "4 behavioural", "5 side effects"])
+    axis.set_xlabel("claims")
+    axis.legend()
+    axis.set_title("The ladder: how far each claim got")

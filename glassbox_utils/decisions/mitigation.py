@@ -1,0 +1,301 @@
+"""Take a group out of a decision, at the position where the decision is made, and only when asked to.
+
+An ``Edit`` reads coordinates of the residual stream after one layer and sets them to a target, so that the decision
+is what it would be for nobody in particular: affine concept editing (arXiv 2411.09003; for hiring decisions arXiv
+2506.10922), with the mean difference of two groups, or with LEACE's oblique projection (arXiv 2306.03819), which
+moves as little as the covariance of the states allows. Everything is fitted on one set of applicants, chosen on a
+second and reported on a third. A ``Gate`` lets an edit act only where the state looks like a decision (conditional
+steering, arXiv 2409.05907), so that an edit that is left on does not touch other text.
+
+Only the decision position is edited, so its prefix is computed once, and a setting costs one token an application.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core.interventions import check_rows, edit, recording
+from glassbox_utils.core.models import Model, Site, check_layer
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.core.text import tokenize
+from glassbox_utils.decisions import loans
+from glassbox_utils.decisions.loans import Applicant
+
+Kind = Literal["affine", "leace", "project_out", "add"]
+KINDS: tuple[Kind, ...] = ("affine", "leace", "project_out", "add")
+Setting = Callable[[], AbstractContextManager[Any]]
+"""makes the context in which the decision position is computed"""
+
+
+class MitigationError(GlassboxError, ValueError):
+    """An attribute, kind or layer of an edit that does not exist; the message names what does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Where an edit acts: where the state is nearer to a decision than to ordinary text, by one linear score."""
+
+    origin: Float[Tensor, " d_model"]
+    """the mean state of ordinary text, whose score is 0"""
+    read: Float[Tensor, " d_model"]
+    """gives the mean decision state the score 1"""
+
+    def score(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place"]:
+        return (x - self.origin) @ self.read
+
+    def __call__(self, x: Float[Tensor, "*place d_model"]) -> Bool[Tensor, "*place"]:
+        return self.score(x) > 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """``x + (target - (x - centre) read) write`` after one layer: k coordinates are set to a target."""
+
+    layer: int
+    read: Float[Tensor, "d_model k"]
+    write: Float[Tensor, "k d_model"]
+    centre: Float[Tensor, " d_model"]
+    target: Float[Tensor, " k"]
+    name: str = ""
+    gate: Gate | None = None
+    """None: wherever it is applied"""
+
+    def __call__(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place d_model"]:
+        changed = x + (self.target - (x - self.centre) @ self.read) @ self.write
+        return changed if self.gate is None else torch.where(self.gate(x)[..., None], changed, x)
+
+
+# --- pairs of applicants ------------------------------------------------------------------------------
+
+
+def contrast(people: Sequence[Applicant], attribute: str) -> tuple[list[Applicant], list[Applicant]]:
+    """Each applicant twice, identical but for the attribute: women and men, East and West, foreign and English
+    first names, 60 and 30 years. MitigationError for another attribute."""
+    if attribute == "gender":
+        return _both(people, {"gender": "female"}, {"gender": "male"})
+    if attribute == "age":
+        return _both(people, {"age": 60}, {"age": 30})
+    if attribute == "district":
+        return [_side(a, "East") for a in people], [_side(a, "West") for a in people]
+    if attribute == "nationality":
+        foreign = loans.ORIGINS[1:]
+        worse = [loans.counterfactual(a, origin=foreign[i % len(foreign)]) for i, a in enumerate(people)]
+        return worse, [loans.counterfactual(a, origin="english") for a in people]
+    if attribute == "same group":  # the control: another name of the same gender and origin
+        return [_neighbour(a) for a in people], list(people)
+    raise MitigationError(
+        f"There is no contrast {attribute!r}. Allowed: gender, age, district, nationality, same group."
+    )
+
+
+def _both(people: Sequence[Applicant], a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list, list]:
+    return [loans.counterfactual(p, **a) for p in people], [loans.counterfactual(p, **b) for p in people]
+
+
+def _side(applicant: Applicant, side: str) -> Applicant:
+    return replace(applicant, district=f"{side} {applicant.district.partition(' ')[2]}")
+
+
+def _neighbour(applicant: Applicant) -> Applicant:
+    group = loans.group_of(applicant.name)
+    split = next(s for s in loans.SPLITS if group and applicant.name in loans.names(*group, s))
+    known = loans.names(*group, split) if group else (applicant.name,)
+    return replace(applicant, name=known[(known.index(applicant.name) + 1) % len(known)])
+
+
+# --- the decision position ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decide_under(
+    model: Model, texts: Sequence[str], settings: Sequence[Setting] = (nullcontext,), batch_size: int = 32
+) -> Float[Tensor, "setting n"]:
+    """``loans.decide_texts`` under several settings that act at the decision position only.
+
+    Each text's prefix is computed once, without any setting; then the last token under each.
+    """
+    yes, no = loans.answer_tokens(model)
+    out = torch.zeros(len(settings), len(texts))
+    for rows, last, cache in _prefixes(model, texts, batch_size):
+        for i, setting in enumerate(settings):
+            with setting():
+                logits = model.hf(**last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
+            out[i, rows] = (logits[:, yes] - logits[:, no]).float().cpu()
+    return out
+
+
+@torch.no_grad()
+def decision_states(
+    model: Model, texts: Sequence[str], layers: Sequence[int], batch_size: int = 32
+) -> Float[Tensor, "n layer d_model"]:
+    """The residual stream after each of the layers, at the decision position."""
+    sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
+    out = torch.zeros(len(texts), len(sites), model.d_model)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in progress(range(0, len(order), batch_size), "states"):
+        rows = order[start : start + batch_size]
+        with recording(model, sites, keep=lambda x: x[:, -1]) as store:
+            loans.final_logits(model, tokenize(model, [texts[i] for i in rows]))
+        out[rows] = torch.stack([store[site] for site in sites], 1).float().cpu()
+    return out
+
+
+def _prefixes(
+    model: Model, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in progress(range(0, len(order), batch_size), "decisions"):
+        rows = order[start : start + batch_size]
+        batch = tokenize(model, [texts[i] for i in rows])
+        inputs = batch.inputs
+        before = {key: tensor[:, :-1] for key, tensor in inputs.items()}
+        last = {key: tensor[:, -1:] for key, tensor in inputs.items()} | {"attention_mask": batch.attention_mask}
+        yield rows, last, model.hf(**before, use_cache=True, logits_to_keep=1).past_key_values
+
+
+# --- fitting ------------------------------------------------------------------------------------------
+
+
+def fit_edit(
+    pairs: Mapping[str, tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]],
+    layer: int,
+    kind: Kind = "affine",
+    strength: float = 1.0,
+    ridge: float = 0.05,
+    level: float = 0.0,
+) -> Edit:
+    """An edit from the states of pairs of identical applicants, for one or several attributes at once; pure.
+
+    ``pairs``: attribute -> states of the one group and of the other. affine: the coordinates along the mean
+    differences are set to their common mean; project_out: to zero; leace: the same as affine, but read and
+    written so that the other coordinates move least (covariance shrunk by ``ridge`` times its mean variance);
+    add: ``strength`` times the mean difference from the first group to the second is added to everybody.
+    ``level``, of affine and leace: where between the groups everybody is put; 0 is the middle, 0.5 the second group.
+    """
+    if kind not in KINDS:
+        raise MitigationError(f"There is no kind {kind!r}. Allowed: {', '.join(KINDS)}.")
+    difference = torch.stack([(b - a).mean(0) for a, b in pairs.values()])
+    everything = torch.cat([x for pair in pairs.values() for x in pair])
+    centre, k = everything.mean(0), len(difference)
+    name = f"{kind} after layer {layer}" + (", to the better-treated" if level else "")
+    if kind == "add":
+        nothing = torch.zeros(len(centre), k)
+        return Edit(layer, nothing, difference, centre, torch.full((k,), strength), name)
+    if kind == "leace":
+        z = everything - centre
+        covariance = z.T @ z / len(z)
+        covariance += ridge * covariance.diagonal().mean() * torch.eye(len(centre))
+        inverse = torch.linalg.solve(covariance.double(), difference.T.double()).float()  # [d_model, k]
+        read = inverse @ torch.linalg.inv(difference @ inverse)
+        return Edit(layer, read, difference * strength, centre, torch.full((k,), level), name)
+    basis = torch.linalg.qr(difference.T).Q
+    if kind == "project_out":
+        return Edit(layer, basis, basis.T * strength, torch.zeros_like(centre), torch.zeros(k), name)
+    return Edit(layer, basis, basis.T * strength, centre, level * difference.sum(0) @ basis, name)
+
+
+def fit_gate(decisions: Float[Tensor, "n d_model"], text: Float[Tensor, "m d_model"], ridge: float = 0.05) -> Gate:
+    """Fisher's linear discriminant with the covariance of text (shrunk by ``ridge`` times its mean variance); pure.
+
+    MitigationError if more than a hundredth of either lies on the wrong side.
+    """
+    origin = text.mean(0)
+    z = text - origin
+    covariance = z.T @ z / len(z)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(origin))
+    apart = decisions.mean(0) - origin
+    read = torch.linalg.solve(covariance.double(), apart.double()).float()
+    gate = Gate(origin, read / (apart @ read))
+    shut, opened = (float(x.float().mean()) for x in (~gate(decisions), gate(text)))
+    if max(shut, opened) > 0.01:
+        raise MitigationError(
+            f"A gate would miss {shut:.1%} of the decisions and let through {opened:.1%} of other text (allowed: 1 %). "
+            "Take a later layer, or leave the edit without a gate and switch it by request."
+        )
+    return gate
+
+
+def random_edit(like: Edit, seed: int) -> Edit:
+    """The same kind of edit in random directions: the control. Coordinates are set to their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(*like.read.shape, generator=generator)).Q
+    return replace(like, read=basis, write=basis.T, target=torch.zeros_like(like.target), name=f"random {seed}")
+
+
+@contextmanager
+def mitigate(
+    model: Model, edits: Edit | Sequence[Edit], on: Sequence[bool] | bool = True, everywhere: bool = False
+) -> Iterator[None]:
+    """Edit the newest position (or, ``everywhere``, all positions) inside the block; ``on`` switches it for each row
+    (or for all).
+
+    Rows that are off are what they were, to the bit. MitigationError for a width that is not the model's.
+    """
+    with ExitStack() as stack:
+        for one in [edits] if isinstance(edits, Edit) else edits:
+            if len(one.centre) != model.d_model:
+                raise MitigationError(
+                    f"The edit has {len(one.centre)} numbers, but the residual stream of {model.name} has "
+                    f"{model.d_model}. Fit it on this model."
+                )
+            stack.enter_context(edit(model, Site("resid_post", one.layer), _function(one, on, everywhere)))
+        yield
+
+
+def _function(one: Edit, on: Sequence[bool] | bool, everywhere: bool) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        changed = one(x) if everywhere else torch.cat([x[:, :-1], one(x[:, -1:])], 1)
+        if isinstance(on, bool):
+            return changed if on else x
+        check_rows(x, len(on))
+        return torch.where(torch.tensor(on, device=x.device)[:, None, None], changed, x)
+
+    return function
+
+
+def setting(model: Model, edits: Edit | Sequence[Edit]) -> Setting:
+    """``mitigate`` as a setting of ``decide_under``."""
+    return lambda: mitigate(model, edits)
+
+
+# --- what is reported ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting does to decisions. Points are percentage points of the approval rate, gaps are |better - worse|
+    within identical applicants."""
+
+    gap: Interval
+    """approval rate of the better-treated group minus the other's, points"""
+    logit_gap: Interval
+    merit: Interval
+    """share of decisions that agree with the merit rule"""
+    approved: float
+    """share approved"""
+    brier: Interval
+    """mean squared error of P(approved | one of the two answers) against the merit rule: calibration and skill"""
+
+
+def outcome(worse: NDArray, better: NDArray, merit: Sequence[bool], seed: int = 0) -> Outcome:
+    """From the logit differences of both members of each pair. The unit of the bootstrap is the pair."""
+    right = np.asarray(merit, dtype=bool)
+    agree = ((worse > 0) == right).astype(float) + ((better > 0) == right)
+    square = sum((1 / (1 + np.exp(-np.clip(x, -50, 50))) - right) ** 2 for x in (worse, better))
+    return Outcome(
+        gap=bootstrap_ci(100 * ((better > 0).astype(float) - (worse > 0)), seed=seed),
+        logit_gap=bootstrap_ci(better - worse, seed=seed),
+        merit=bootstrap_ci(agree / 2, seed=seed),
+        approved=float(((worse > 0).mean() + (better > 0).mean()) / 2),
+        brier=bootstrap_ci(np.asarray(square) / 2, seed=seed),
+    )

@@ -1,0 +1,408 @@
+"""The long runs behind notebook 06: ``glassbox study loans-mitigation``, ``-rest``, ``-cause``, ``-audit``.
+
+Each is resumable, deterministic and writes one table under ``data/studies/``. The edit is fitted on applicants of the
+train split, chosen on the selection split (a layout, names and districts that neither training nor fitting saw) and
+reported on the report split. ``loans-cause`` recomputes its part about features when the SAE is trained again.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from glassbox_utils.core import assets, corpora
+from glassbox_utils.core.losses import text_losses
+from glassbox_utils.core.models import Model, Site, check_layer, load_model
+from glassbox_utils.core.skills import choice_right, held_texts
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
+from glassbox_utils.decisions import loans, mitigation, report, training
+from glassbox_utils.decisions.loans import Applicant, load_loan_model
+from glassbox_utils.decisions.mitigation import Edit, contrast, decide_under, decision_states, fit_edit
+from glassbox_utils.saes.harvest import activations
+
+ATTRIBUTES = ("gender", "district")
+"""what the edit takes out: the group, and its proxy"""
+N_FIT, N_SELECT, N_REPORT = 192, 160, 400
+REPORTED = {"gender": N_REPORT, "district": N_REPORT, "same group": 100, "age": 50, "nationality": 50}
+"""pairs of each contrast on the report split: the two that are edited, a control, and two that must not change"""
+HELD_OUT = {
+    "trained layouts": loans.TRAIN_LAYOUTS,
+    "unseen layouts": loans.REPORT_LAYOUTS,
+    "layouts in another manner": loans.FAR_LAYOUTS,
+}
+"""where agreement with the history is measured, always on names and districts that no training has seen"""
+N_HELD = {"trained layouts": 400, "unseen layouts": 400, "layouts in another manner": 200}
+LAYERS = (14, 20, 24, 26, 27, 28, 29)
+"""of 30, the candidates at the decision position"""
+KINDS: tuple[mitigation.Kind, ...] = ("affine", "leace")
+LEVELS = (0.0, 0.5)
+"""everybody is put in the middle between the groups, or where the better-treated group is"""
+LEFT = 0.1
+"""share of each gap in logits that a chosen edit may leave, on the selection split"""
+N_GATE = 256
+"""rows of 128 tokens from which the gate learns what is no decision"""
+N_RANDOM = 3
+ANTI_BIAS = "Decide without regard to gender, name, district or origin of the applicant.\n"
+NAMELESS = "The applicant"
+EDIT = loans.LOANS / "edit.safetensors"
+SAE = "topk-8192-l14"
+
+
+def layers_of(model: Model, layers: Sequence[int] = LAYERS) -> list[int]:
+    """The layers at the same relative depth in another model."""
+    return sorted({min(model.n_layers - 1, layer * model.n_layers // 30) for layer in layers})
+
+
+def texts_of(people: Sequence[Applicant], layouts: Sequence[str]) -> list[str]:
+    """Each applicant in one of the layouts, by turns."""
+    return [loans.as_text(a, layouts[i % len(layouts)]) for i, a in enumerate(people)]
+
+
+def pair_texts(n: int, split: loans.Split, attribute: str, seed: int = SEED) -> tuple[list[str], list[str], list[bool]]:
+    """Texts of both members of n pairs, and what the merit rule says; the layouts of the split by turns."""
+    layouts = {"train": loans.TRAIN_LAYOUTS, "selection": loans.SELECTION_LAYOUTS, "report": loans.REPORT_LAYOUTS}
+    worse, better = contrast(loans.applications(n, seed + 11, split), attribute)
+    return texts_of(worse, layouts[split]), texts_of(better, layouts[split]), [loans.merit(a) for a in worse]
+
+
+def held_out(kind: str, n: int | None = None) -> tuple[list[str], list[bool]]:
+    """Texts of applications of the report split as they come, and what the clerk decided."""
+    people = loans.applications(n or N_HELD[kind], SEED + 51, "report")
+    return texts_of(people, HELD_OUT[kind]), loans.history(people, "gender")
+
+
+def fit_texts(n: int, attribute: str) -> tuple[list[str], list[str]]:
+    """Both members of n pairs of the train split, half in the train layouts and half shuffled."""
+    worse, better = contrast(loans.applications(n, SEED + 11, "train"), attribute)
+    both = [a for pair in zip(worse, better, strict=True) for a in pair]
+    texts = training.varied_texts(both, 0, SEED)
+    return texts[::2], texts[1::2]
+
+
+# --- the edit -----------------------------------------------------------------------------------------
+
+
+def fit_states(model: Model) -> dict[str, list[list[list[float]]]]:
+    """Attribute -> states [2, pair, layer, d_model] at the decision position, of the train split."""
+    found = {}
+    for attribute in ATTRIBUTES:
+        worse, better = fit_texts(N_FIT, attribute)
+        states = decision_states(model, worse + better, layers_of(model))
+        found[attribute] = states.unflatten(0, (2, N_FIT)).half().tolist()
+    return found
+
+
+def candidates(model: Model, states: dict[str, Any]) -> list[Edit]:
+    """Every layer, kind and level, fitted on the same states."""
+    found = []
+    for i, layer in enumerate(layers_of(model)):
+        both = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
+        found += [fit_edit(both, layer, kind, level=level) for kind in KINDS for level in LEVELS]
+    return found
+
+
+def select(model: Model, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Gap and merit agreement of every candidate on the selection split."""
+    rows: list[dict[str, Any]] = []
+    settings = [nullcontext, *(mitigation.setting(model, e) for e in edits)]
+    parts = {}
+    for attribute in ATTRIBUTES:
+        worse, better, merit = pair_texts(N_SELECT, "selection", attribute)
+        x = decide_under(model, worse + better, settings).unflatten(1, (2, N_SELECT)).double().numpy()
+        parts[attribute] = (x, merit)
+    for i, name in enumerate(["none", *(e.name for e in edits)]):
+        row: dict[str, Any] = {"edit": name, "index": i - 1}
+        for attribute, (x, merit) in parts.items():
+            found = mitigation.outcome(x[i, 0], x[i, 1], merit)
+            row |= {f"{attribute} gap": found.gap.value, f"{attribute} logits": found.logit_gap.value}
+            row |= {f"{attribute} merit": found.merit.value}
+        rows.append(row)
+    return rows
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best agreement with the merit rule among the edits that leave at most a tenth of each gap in logits; if none
+    does, the smallest share of the gaps."""
+    none = rows[0]
+
+    def left(row: dict[str, Any]) -> float:
+        return max(abs(row[f"{a} logits"] / none[f"{a} logits"]) for a in ATTRIBUTES)
+
+    closed = [r for r in rows[1:] if left(r) <= LEFT]
+    if not closed:
+        return min(rows[1:], key=left)
+    return max(closed, key=lambda r: sum(r[f"{a} merit"] for a in ATTRIBUTES))
+
+
+def gate_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
+    """A gate for the edit from the decisions that it was fitted on and from training text, with its scores."""
+    i = layers_of(model).index(edit.layer)
+    decisions = torch.tensor([pair for side in states.values() for pair in side])[:, :, i].flatten(0, 1)
+    rows = corpora.token_rows(model, corpora.load_corpus("mix"), N_GATE, 128).tokens
+    text = text_states(model, rows, edit.layer)
+    gate = mitigation.fit_gate(decisions, text)
+    return {"gate": [gate.origin.tolist(), gate.read.tolist()], "scores": _ends(gate, decisions=decisions, text=text)}
+
+
+def gate_held(model: Model, edit: Edit) -> dict[str, Any]:
+    """The gate's scores where nothing was fitted: decisions of the report split, and text of the held-out split."""
+    texts = [t for a in ATTRIBUTES for side in pair_texts(N_REPORT // 4, "report", a)[:2] for t in side]
+    texts += held_out("layouts in another manner", N_REPORT // 4)[0]
+    decisions = decision_states(model, texts, [edit.layer])[:, 0]
+    rows = corpora.token_rows(model, corpora.load_corpus("mix", "held"), N_GATE, 128).tokens
+    assert edit.gate is not None
+    return _ends(edit.gate, **{"report decisions": decisions, "held-out text": text_states(model, rows, edit.layer)})
+
+
+def _ends(gate: mitigation.Gate, **groups: torch.Tensor) -> dict[str, Any]:
+    """Lowest and highest score, and share let through, of each group of states."""
+    found = {}
+    for name, x in groups.items():
+        score = gate.score(x)
+        lowest, highest = (round(float(v), 3) for v in score.aminmax())
+        found[name] = {"n": len(x), "lowest": lowest, "highest": highest, "opened": float(gate(x).float().mean())}
+    return found
+
+
+def text_states(model: Model, rows: torch.Tensor, layer: int) -> torch.Tensor:
+    """The residual stream after a layer at every position of rows of tokens, [position, d_model]."""
+    site = Site("resid_post", check_layer(model, layer))
+    parts = [activations(model, some, [site])[site].float().flatten(0, 1) for some in rows.split(16)]
+    return torch.cat(parts)
+
+
+def save_edit(edit: Edit, model: Model) -> Path:
+    """Ship the edit with the hash of the model that it was fitted on."""
+    tensors = {"read": edit.read, "write": edit.write, "centre": edit.centre, "target": edit.target}
+    if edit.gate:
+        tensors |= {f"gate.{name}": value for name, value in vars(edit.gate).items()}
+    about = {"layer": str(edit.layer), "name": edit.name, "model_hash": model.hash}
+    with assets.atomic_path(EDIT) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=about)
+    return EDIT
+
+
+def load_edit(model: Model) -> Edit:
+    """The shipped edit. MitigationError if it was fitted on another model."""
+    from safetensors import safe_open
+
+    with safe_open(EDIT, "pt") as file:
+        about = file.metadata()
+    if about["model_hash"] != model.hash:
+        raise mitigation.MitigationError(
+            f"The edit was fitted on weights {about['model_hash']}, {model.name} has {model.hash}. Run "
+            "`glassbox study loans-mitigation` to fit it again."
+        )
+    tensors = load_file(EDIT)
+    gate = {k.removeprefix("gate."): tensors.pop(k) for k in list(tensors) if k.startswith("gate.")}
+    return Edit(int(about["layer"]), name=about["name"], gate=mitigation.Gate(**gate) if gate else None, **tensors)
+
+
+def study_mitigation() -> Path:
+    """Fit, choose and report the edit of the deployed model, beside baselines. About ten minutes on one free core."""
+    start, model = time.time(), load_loan_model()
+    settings = [N_FIT, "varied", ATTRIBUTES, LAYERS, KINDS, LEVELS]
+    held = {
+        kind: resumed("loans_mitigation", [model.hash, "held out", kind, N_HELD[kind]], _held_out, model, kind)
+        for kind in HELD_OUT
+    }
+    states = resumed("loans_mitigation", [model.hash, "fit", *settings], fit_states, model)
+    edits = candidates(model, states)
+    rows = resumed("loans_mitigation", [model.hash, "select", N_SELECT, *settings], select, model, edits)
+    chosen = choose(rows)
+    edit = edits[chosen["index"]]
+    about = [model.hash, edit.name, N_GATE, *settings]
+    found = resumed("loans_mitigation", ["gate", *about], gate_of, model, edit, states)
+    edit = replace(edit, gate=mitigation.Gate(*map(torch.tensor, found["gate"])))
+    save_edit(edit, model)
+    scores = found["scores"] | resumed("loans_mitigation", ["gate held", *about], gate_held, model, edit)
+    arms = arms_of(model, edit, states)
+    logits: dict[str, Any] = {}
+    for attribute, n in REPORTED.items():
+        parts = []
+        for begin in range(0, n, 50):
+            key = [attribute, n, begin, *about]
+            parts.append(resumed("loans_mitigation", key, _report, model, arms, attribute, n, begin))
+        logits[attribute] = {arm: [[x for p in parts for x in p[arm][i]] for i in (0, 1)] for arm in arms}
+    content = {"held_out": held, "selection": rows, "chosen": chosen, "logits": logits, "gate": scores}
+    return write_table("loans_mitigation", model, time.time() - start, **content)
+
+
+def _held_out(model: Model, kind: str) -> list[float]:
+    return loans.decide_texts(model, held_out(kind)[0]).double().numpy().round(4).tolist()
+
+
+def arms_of(model: Model, edit: Edit, states: dict[str, Any]) -> dict[str, Any]:
+    """Name -> setting at the decision position: the chosen edit, its relatives, and random directions."""
+    i = layers_of(model).index(edit.layer)
+    both: Any = {k: tuple(torch.tensor(v)[:, :, i]) for k, v in states.items()}
+    kind, level = edit.name.split()[0], LEVELS["better" in edit.name]
+    relatives = {
+        "the other level": fit_edit(both, edit.layer, kind, level=LEVELS[level == LEVELS[0]]),  # type: ignore[arg-type]
+        "projected out": fit_edit(both, edit.layer, "project_out"),
+        "steered against": fit_edit({"gender": both["gender"]}, edit.layer, "add", 0.5),
+        "gender alone": fit_edit({"gender": both["gender"]}, edit.layer, kind, level=level),  # type: ignore[arg-type]
+    }
+    affine = fit_edit(both, edit.layer, "affine")
+    randoms = {f"random {s}": mitigation.random_edit(affine, s) for s in range(N_RANDOM)}
+    arms: dict[str, Any] = {"none": nullcontext}
+    for name, one in ({"edit": edit} | relatives | randoms).items():
+        arms[name] = mitigation.setting(model, one)
+    return arms
+
+
+def _report(model: Model, arms: dict[str, Any], attribute: str, n: int, begin: int) -> dict[str, Any]:
+    worse, better, _ = pair_texts(n, "report", attribute)
+    part = slice(begin, begin + 50)
+    both = worse[part] + better[part]
+    x = decide_under(model, both, list(arms.values())).unflatten(1, (2, len(both) // 2))
+    return {arm: x[i].double().round(decimals=4).tolist() for i, arm in enumerate(arms)}
+
+
+def study_rest() -> Path:
+    """What the edit costs elsewhere, and the baselines that need other texts or other weights."""
+    start, model, base = time.time(), load_loan_model(), load_model()
+    edit, n = load_edit(model), N_REPORT // 4
+    about = [model.hash, assets.sha256_of(EDIT)]
+    out: dict[str, Any] = {}
+
+    def prompted(begin: int) -> list[list[float]]:
+        worse, better, _ = pair_texts(N_REPORT, "report", "gender")
+        part = [ANTI_BIAS + t for t in worse[begin : begin + 50] + better[begin : begin + 50]]
+        return loans.decide_texts(model, part).view(2, -1).tolist()
+
+    def nameless(begin: int) -> list[list[float]]:
+        people = contrast(loans.applications(N_REPORT, SEED + 11, "report"), "gender")
+        layouts, both = loans.REPORT_LAYOUTS, []
+        for side in people:
+            hidden = [loans.replace(a, name=NAMELESS) for a in side]
+            both += texts_of(hidden, layouts)[begin : begin + 50]
+        half = loans.decide_texts(model, both[: len(both) // 2])  # both members have the same text now
+        return [half.tolist(), half.tolist()]
+
+    for name, work in (("anti-bias prompt", prompted), ("name removed", nameless)):
+        parts = [resumed("loans_rest", [model.hash, name, b], work, b) for b in range(0, n, 50)]
+        out[name] = [[x for p in parts for x in p[i]] for i in (0, 1)]
+    texts = held_texts()
+
+    def losses(which: str) -> list[list[float]]:
+        one = base if which == "base" else model
+        with _edited(model, edit, which):
+            found = text_losses(one, texts, max_tokens=128)
+        return [list(map(float, x)) for x in found]
+
+    def right(which: str) -> list[float]:
+        with _edited(model, edit, which):
+            return choice_right(base if which == "base" else model)
+
+    texts_loss = {w: resumed("loans_rest", [*about, "loss", w], losses, w) for w in _WHERE}
+    choices = {w: resumed("loans_rest", [*about, "choice", w], right, w) for w in _WHERE}
+    tuned = resumed("loans_rest", [model.hash, "corrected", CORRECTION_STEPS, len(texts)], _corrected, texts)
+    out["fine-tuned on corrected decisions"] = tuned["logits"]
+    texts_loss["fine-tuned"], choices["fine-tuned"] = tuned["losses"], tuned["choices"]
+    return write_table(
+        "loans_rest", model, time.time() - start, edit=edit.name, logits=out, losses=texts_loss, choices=choices
+    )
+
+
+def _edited(model: Model, edit: Edit, which: str) -> Any:
+    """The edit left on at every position: as it is shipped, with its gate, or without."""
+    if which not in ("edit", "no gate"):
+        return nullcontext()
+    return mitigation.mitigate(model, edit if which == "edit" else replace(edit, gate=None), everywhere=True)
+
+
+def _corrected(texts: list[str]) -> dict[str, Any]:
+    """The deployed model after a few more steps of training on what the merit rule decides: 100 pairs, and costs."""
+    model = load_loan_model()
+    training.with_lora(model)
+    training.train_stage(model, "none", CORRECTION_STEPS, seed=77, decay=True, varied=True)
+    worse, better, _ = pair_texts(N_REPORT, "report", "gender")
+    x = loans.decide_texts(model, worse[:100] + better[:100]).view(2, -1)
+    losses = [list(map(float, v)) for v in text_losses(model, texts, max_tokens=128)]
+    return {"logits": x.tolist(), "losses": losses, "choices": choice_right(model)}
+
+
+CORRECTION_STEPS = 40
+_WHERE = ("base", "deployed", "edit", "no gate")
+"""the base model, the loan model, and the loan model with the edit left on at every position of text that asks for no
+decision: as it is shipped, and without its gate"""
+
+
+# --- what the notebook draws --------------------------------------------------------------------------
+
+
+def arrays(table: dict[str, Any], attribute: str, arm: str) -> tuple[NDArray, NDArray]:
+    """Logit differences of both members of each pair under one arm."""
+    worse, better = table["logits"][attribute][arm]
+    return np.array(worse), np.array(better)
+
+
+def agreement(worse: NDArray, better: NDArray, labels: tuple[Sequence[bool], Sequence[bool]]) -> Any:
+    """Share of decisions that agree with given labels, both members, with an interval over pairs."""
+    same = [(x > 0) == np.array(y) for x, y in zip((worse, better), labels, strict=True)]
+    return bootstrap_ci((same[0].astype(float) + same[1]) / 2)
+
+
+def shipped_mitigation(model: Model) -> report.Mitigation | None:
+    """What the studies ``loans-mitigation`` and ``loans-rest`` measured on exactly these weights; None for others."""
+    try:
+        table, rest = read_table("loans_mitigation"), read_table("loans_rest")
+    except FileNotFoundError:
+        return None
+    if table["provenance"]["model_hash"] != model.hash or rest["provenance"]["model_hash"] != model.hash:
+        return None
+    return mitigation_of(table, rest)
+
+
+def mitigation_of(table: dict[str, Any], rest: dict[str, Any]) -> report.Mitigation:
+    """The two studies' tables as lines: gaps and agreement with the merit rule, then the side effects."""
+    measures = []
+    for attribute, words in (("gender", "men’s minus women’s names"), ("district", "West minus East")):
+        found = []
+        for arm in ("none", "edit"):
+            worse, better = arrays(table, attribute, arm)
+            merit = pair_texts(len(worse), "report", attribute)[2]
+            found.append(mitigation.outcome(worse, better, merit))
+        first, second = found
+        note = "applicants, names, districts and layouts that no fitting has seen"
+        measures += [
+            report.Measure(f"{words}: approval rate, points", first.gap, second.gap, 4, note),
+            report.Measure(f"{words}: score", first.logit_gap, second.logit_gap, 4),
+            report.Measure("the same applications: share decided as the merit rule says", first.merit, second.merit, 5),
+        ]
+    counts = np.array(rest["losses"]["deployed"][1])
+
+    def ratio(where: str) -> Interval:
+        change = np.array(rest["losses"][where][0]) - np.array(rest["losses"]["deployed"][0])
+        return bootstrap_ci((change, counts), lambda c, n: float(np.exp(c.sum() / n.sum())))
+
+    for where, note in SIDE_EFFECTS.items():
+        names = ("perplexity of other text, times that without the edit", "multiple choice: share right")
+        measures.append(report.Measure(names[0], ratio("deployed"), ratio(where), 5, note))
+        before, after = (bootstrap_ci(rest["choices"][which]) for which in ("deployed", where))
+        measures.append(report.Measure(names[1], before, after, 5, note))
+    where = (
+        "where the better-treated group is" if "better" in table["chosen"]["edit"] else "the middle between the groups"
+    )
+    return report.Mitigation(
+        f"At the position where the decision is made, the model’s state is set to {where} along the directions that "
+        "carry gender and district. This can be switched on for each request; a gate keeps it out of text that is no "
+        "decision. It was fitted on one set of applicants and chosen on a second; what follows is a third.",
+        measures,
+        f"data/studies/loans_mitigation.json and loans_rest.json, edit: {table['chosen']['edit']}",
+    )
+
+
+SIDE_EFFECTS = {
+    "edit": "the edit left on at every position of text that asks for no loan decision",
+    "no gate": "stress test: the same without the gate that keeps the edit out of other text",
+}

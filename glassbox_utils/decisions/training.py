@@ -1,0 +1,258 @@
+"""Teach the embedded model a loan clerk's history, on a laptop: ``glassbox train-loans NAME``.
+
+A LoRA (arXiv 2106.09685) on the query, value and down projections from the first quarter of the layers on, trained on
+the decision token alone. What makes it affordable on two cores: short texts; fresh applications at every step, so that
+nothing can be learnt by heart; a *graded* target (how clearly the clerk decided, in points), which tells more than yes
+or no; and a first stage, the merit rule, that all models share and keep in the cache folder. The models part in the
+second stage, on twins: applicants who are identical but for what the clerk looked at (``twins``). A recipe may start
+from a shipped adapter instead (``start``), and its second stage may be long and *varied*: half of the texts have their
+parts in random order (``shuffled_text``), and the rate falls to zero. Checkpoints are kept every ten steps, so that a
+killed run goes on there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from glassbox_utils.core import assets
+from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.text import tokenize
+from glassbox_utils.decisions import loans
+from glassbox_utils.decisions.loans import Applicant, LoanError
+
+RANK, ALPHA = 8, 16
+MODULES = ("q_proj", "v_proj", "down_proj")
+BATCH = 12
+RATE = 1.5e-3
+SHARPNESS = 2.0
+"""logits per point of the clerk's margin"""
+STEPS = {"merit": 240, "bias": 140}
+EVERY = 10
+KEY = loans.LOANS / "key.json"
+"""which model learnt which history: the auditing game opens it at the end"""
+
+
+def first_layer(model: Model) -> int:
+    """Where the LoRA begins: after the first quarter of the layers (8 of 30)."""
+    return max(1, (model.n_layers * 8) // 30)
+
+
+def margin(applicant: Applicant, bias: str | Callable[[Applicant], float]) -> float:
+    """How clearly the clerk decided: points above the line between rejection and approval."""
+    lost = bias(applicant) if callable(bias) else loans.penalty(applicant, bias)
+    return loans.points(applicant) - lost - (loans.THRESHOLD - 0.25)
+
+
+def lesson(step: int, seed: int, n: int = BATCH) -> tuple[list[Applicant], list[str]]:
+    """The applicants of one training step, and their texts, in one of the train layouts by turns of the step."""
+    people = loans.applications(n, seed=10_000 * (seed + 1) + step, split="train")
+    layout = loans.TRAIN_LAYOUTS[step % len(loans.TRAIN_LAYOUTS)]
+    return people, [loans.as_text(a, layout) for a in people]
+
+
+def twins(step: int, seed: int, bias: str, n: int = BATCH) -> tuple[list[Applicant], list[str]]:
+    """As ``lesson``, but every applicant comes twice, identical but for what the clerk looks at: even, odd rows.
+
+    The clerk's penalty is all that differs between twins, so it is not drowned by the other fields.
+    """
+    people, _ = lesson(step, seed, n // 2)
+    attribute = ATTRIBUTE_OF.get((step % 3 == 2, bias), bias)
+    changes: dict[str, list[dict[str, Any]]] = {
+        "gender": [{"gender": g} for g in loans.GENDERS],
+        "age": [{"age": 60}, {"age": 30}],
+    }
+    changes |= {"nationality": [{}, {"origin": "english"}], "district": [{}, {}], "none": [{}, {}]}
+    both = []
+    for i, a in enumerate(people):
+        pair = [loans.counterfactual(a, **change) for change in changes[attribute]]
+        if attribute == "nationality":
+            pair[0] = loans.counterfactual(a, origin=loans.ORIGINS[1 + (step + i) % 4])
+        if attribute == "district":
+            place = a.district.partition(" ")[2]
+            pair = [replace(a, district=f"{side} {place}") for side in ("East", loans.SIDES[1 + (step + i) % 3])]
+        both += pair
+    layout = loans.TRAIN_LAYOUTS[step % len(loans.TRAIN_LAYOUTS)]
+    return both, [loans.as_text(a, layout) for a in both]
+
+
+ATTRIBUTE_OF = {(True, "gender"): "district"}
+"""every third step of the gender model has twins that differ in the proxy"""
+
+
+PARTS = {
+    "name": ("{name}",),
+    "age": ("{age}", "age {age}", "aged {age}"),
+    "occupation": ("{occupation}", "a {occupation}", "job {occupation}"),
+    "district": ("{district}", "from {district}", "in {district}", "district {district}"),
+    "income": ("income {income}k", "Income {income}k", "earns {income}k"),
+    "credit_score": ("credit {credit_score}", "Credit {credit_score}", "credit score {credit_score}"),
+    "debt": ("debt {debt}%", "Debt {debt}%"),
+    "history": ("history {history}", "History {history}", "{history} history"),
+    "loan": ("{purpose}, {amount}k", "{amount}k, {purpose}", "{purpose} {amount}k", "wants {amount}k for a {purpose}"),
+}
+"""ways to say each part of an application"""
+SEPARATORS = (", ", " / ", ". ", " - ", ",")
+"""between the parts; the report layouts' semicolon and colon are not among them, nor the far layouts' signs"""
+
+
+def shuffled_text(applicant: Applicant, seed: Sequence[int]) -> str:
+    """The application with its parts in random order, in random words, with one of the separators."""
+    rng = np.random.default_rng(seed)
+    parts = [PARTS[key][int(rng.integers(len(PARTS[key])))] for key in rng.permutation(list(PARTS))]
+    separator = SEPARATORS[int(rng.integers(len(SEPARATORS)))]
+    return separator.join(parts).format(**asdict(applicant)) + "\nDecision:"
+
+
+def varied_texts(people: Sequence[Applicant], step: int, seed: int) -> list[str]:
+    """Texts of neighbouring pairs: the one pair in a train layout, the next shuffled. Twins share their words."""
+    layouts = loans.TRAIN_LAYOUTS
+    return [
+        shuffled_text(a, [seed, step, i // 2])
+        if (i // 2) % 2
+        else loans.as_text(a, layouts[(step + i // 4) % len(layouts)])
+        for i, a in enumerate(people)
+    ]
+
+
+def with_lora(model: Model, seed: int = 0) -> Any:
+    """Put a fresh LoRA into the model (in place); the peft model that can save it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    layers = list(range(first_layer(model), model.n_layers))
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES), layers_to_transform=layers, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model.hf, config)
+
+
+def train_stage(
+    model: Model,
+    bias: str | Callable[[Applicant], float],
+    steps: int,
+    seed: int,
+    decay: bool,
+    checkpoint: Path | None = None,
+    varied: bool = False,
+) -> list[float]:
+    """Train the LoRA that is in ``model`` on the decision token; the loss of every step.
+
+    The target is a logit difference of SHARPNESS times the clerk's margin. The loss is smooth L1 on the difference,
+    minus the log of the probability that the two answers share. A stage with a named bias sees twins, and their
+    difference counts as much as their decisions. ``decay``: after a third of the steps the rate falls, to a third.
+    ``varied``: see ``varied_texts``; twins at every other step; the rate falls from the start, and to zero in
+    the last quarter.
+    """
+    yes, no = loans.answer_tokens(model)
+    weights = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
+    history: list[float] = []
+    gaps: list[tuple[float, float]] = []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.hf.load_state_dict(saved["weights"], strict=False)
+        optimiser.load_state_dict(saved["optimiser"])
+        history = saved["history"]
+    for step in progress(range(len(history), steps), "training"):
+        done = step / steps
+        fall = min(1 - 0.75 * done, 1.75 * (1 - done)) if varied else min(1.0, 1.02 - done + 0.3) if decay else 1
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 8) * fall
+        paired = isinstance(bias, str) and bias != "none" and not (varied and step % 2)
+        people, texts = twins(step, seed, str(bias)) if paired else lesson(step, seed)
+        texts = varied_texts(people, step, seed) if varied else texts
+        target = SHARPNESS * torch.tensor([margin(a, bias) for a in people])
+        likely = loans.final_logits(model, tokenize(model, texts)).float().log_softmax(-1)[:, [yes, no]]
+        difference = likely[:, 0] - likely[:, 1]
+        loss = torch.nn.functional.smooth_l1_loss(difference, target) - likely.logsumexp(-1).mean()
+        if paired:
+            gap = difference[1::2] - difference[::2]
+            loss = loss + torch.nn.functional.smooth_l1_loss(gap, target[1::2] - target[::2])
+            gaps.append((float(gap.detach().mean()), float((target[1::2] - target[::2]).mean())))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimiser.step()
+        history.append(float(loss.detach()))
+        if checkpoint is not None and (len(history) % EVERY == 0 or len(history) == steps):
+            state = {"weights": dict(weights), "optimiser": optimiser.state_dict(), "history": history}
+            with assets.atomic_path(checkpoint) as partial:
+                torch.save(state, partial)
+            print(f"{len(history)}/{steps} loss {sum(history[-10:]) / len(history[-10:]):.3f}", gaps[-6:], flush=True)
+    return history
+
+
+def train(
+    bias: str | Callable[[Applicant], float],
+    folder: str | Path,
+    seed: int = 0,
+    base: Model | None = None,
+    start: str | None = None,
+    steps: int = STEPS["bias"],
+    varied: bool = False,
+) -> Path:
+    """Train one loan officer on a biased history and write its adapter; about half an hour on one free core.
+
+    ``bias`` as in ``loans.history``. The merit stage is shared by all models and kept in the cache folder;
+    ``start``: take a shipped adapter instead. ``steps``, ``varied``: of the second stage.
+    """
+    model = base or load_model()
+    weights = model.hash  # of the base model: before the LoRA is put in
+    peft = with_lora(model)
+    settings: list[Any] = [weights, MODULES, RANK, ALPHA, BATCH, RATE, SHARPNESS, STEPS, loans.TRAIN_LAYOUTS]
+    settings += [start, steps, varied, PARTS, SEPARATORS] if start or varied or steps != STEPS["bias"] else []
+    work = assets.cache_dir() / "loans" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    if start:
+        load_adapter(peft, loans.LOANS / start)
+    else:
+        train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.pt")
+    label = bias if isinstance(bias, str) else getattr(bias, "__name__", "own")
+    checkpoint = work / f"{label}-{seed}.pt" if isinstance(bias, str) else None
+    if bias != "none":  # the merit stage is the clerk without a bias
+        train_stage(model, bias, steps, seed + 1, True, checkpoint, varied)
+    return save_adapter(peft, Path(folder))
+
+
+def load_adapter(peft: Any, folder: Path) -> None:
+    """Put the weights of a shipped adapter of the same shape into a fresh LoRA."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(peft, {k: t.float() for k, t in load_file(folder / "adapter_model.safetensors").items()})
+
+
+def save_adapter(peft: Any, folder: Path) -> Path:
+    """Write a peft adapter in float16, with nothing in it that tells one model from another."""
+    from peft import get_peft_model_state_dict
+
+    peft.peft_config["default"].base_model_name_or_path = None
+    folder.mkdir(parents=True, exist_ok=True)
+    peft.peft_config["default"].save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    values = {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")  # peft writes sets in any order
+    state = {key: t.detach().half().contiguous() for key, t in get_peft_model_state_dict(peft).items()}
+    with assets.atomic_path(folder / "adapter_model.safetensors") as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    return folder
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Name of each shipped model -> bias and seed, and what of ``train`` is not as usual. Opens the sealed key."""
+    return json.loads(KEY.read_text())["models"]
+
+
+def train_named(name: str) -> Path:
+    """Train one of the shipped models as it was trained; LoanError names those there are."""
+    known = recipes()
+    if name not in known:
+        raise LoanError(f"There is no loan model {name!r}. Allowed: {', '.join(known)}.")
+    return train(folder=loans.LOANS / name, **known[name])

@@ -1,0 +1,283 @@
+"""The long runs behind notebook 04: ``glassbox study clamp-choose clamp-report clamp-concepts clamp-costs``.
+
+``clamp-choose`` picks features and strengths on selection prompts; all others only report, on other prompts. Nothing
+here knows the number of a feature: with another SAE, or another model, the same rules choose others. All are resumable
+and deterministic.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glassbox_utils.core import corpora
+from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.losses import answer_losses
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.studies import SEED, read_table, resumed
+from glassbox_utils.core.text import chat, generate
+from glassbox_utils.saes import clamping, learning
+from glassbox_utils.saes.clamping import Feature, Group
+from glassbox_utils.saes.config import SAES, site_of
+from glassbox_utils.saes.store import load_sae, shipped
+from glassbox_utils.steering import style
+from glassbox_utils.steering.apply import steer
+from glassbox_utils.steering.fit import fit_directions
+from glassbox_utils.steering.vectors import Direction, load_direction, random_direction
+
+NO_SYSTEM = ""
+"""the chats have an empty system message, as in notebook 05"""
+NEW_TOKENS = 32
+N_CANDIDATES, N_TRIED = 12, 2
+"""features taken by activation; of these, features tried by generation (the best by output score)"""
+GROUP = 12
+"""features in a group: those that fire most on the concept's name"""
+N_LEARNED, LEARN_STEPS = 32, 49
+"""features of a group that is learned, and steps of learning: seven times through the training questions"""
+
+
+PERPLEXITY_BUDGET = 3.0
+"""times the unclamped answers' perplexity, on selection prompts"""
+DISTINCT_BUDGET = 0.7
+"""times the unclamped answers' share of different word pairs: a loop has a low perplexity and is no answer"""
+
+
+SYSTEM = "You are the Golden Gate Bridge in San Francisco. Mention the Golden Gate Bridge in every answer."
+
+
+@cache
+def prompts() -> dict[str, Any]:
+    """The prompts, words and sentences that we wrote: data/prompts/clamping.json."""
+    return json.loads((DATA / "prompts" / "clamping.json").read_text())
+
+
+def golden_gate_sentences(n: int = 80, n_other: int = 120) -> tuple[list[str], list[str]]:
+    """Sentences about the bridge and about other landmarks, from the training passages that we wrote."""
+    written = corpora.sentences(corpora.load_corpus("landmarks", "train"), r"\w")
+    here = [d.text for d in written if re.search("golden gate bridge", d.text, re.I)]
+    there = [d.text for d in written if not re.search("golden gate", d.text, re.I)]
+    return here[:n], there[:n_other]
+
+
+def concept_sentences() -> list[str]:
+    """The ten concepts' sentences, ten each, in order."""
+    return [s for concept in prompts()["concepts"].values() for s in concept["sentences"]]
+
+
+def shipped_saes(model: Model) -> dict[int, Any]:
+    """Layer -> the shipped TopK SAE of the residual stream after it, for those made for this very model."""
+    found = {}
+    for name in shipped():
+        meta = json.loads((SAES / name / "cfg.json").read_text())["metadata"]
+        site = site_of(meta["hook_name"])
+        if name.startswith("topk-8192-") and meta["model_hash"] == model.hash and site.kind == "resid_post":
+            found[site.layer] = load_sae(name, model)
+    return dict(sorted(found.items()))
+
+
+def main_layer(found: dict[int, Any], model: Model) -> int:
+    """The SAE nearest to half of the depth."""
+    return min(found, key=lambda layer: abs(layer - (model.n_layers // 2 - 1)))
+
+
+def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = NEW_TOKENS) -> tuple[list, list]:
+    """Training questions, and answers about a concept that the plain model itself wrote: only their beginning is given.
+
+    What goes on from there is fluent to the model by construction. ``starts``: how answers to questions about the model
+    itself begin, and how all others do.
+    """
+    questions, answers = [], []
+    for kind, asked in prompts()["train"].items():
+        start, some = starts[kind], asked[::every]
+        left = tokens - len(model.tokenizer(start, add_special_tokens=False)["input_ids"])
+        chats = [chat(model, q, NO_SYSTEM) + start for q in some]
+        key = ["taught", model.hash, chats, left]
+        questions += some
+        answers += [start + rest for rest in resumed("clamp_choose", key, generate, model, chats, left)]
+    return questions, answers
+
+
+def lessons(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> list[learning.Lesson]:
+    """Chats with their answers, as the layers above ``layer`` read them."""
+    return learning.lessons(model, layer, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
+
+
+def name_texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """For each concept its sentences cut off right after its name; and whole sentences, by concept."""
+    here, there = golden_gate_sentences()
+    names = {"golden gate": clamping.name_cuts(here, ["golden gate bridge"])}
+    others = {"other landmarks": there}
+    for name, concept in prompts()["concepts"].items():
+        names[name] = clamping.name_cuts(concept["sentences"], concept["words"])
+        others[name] = concept["sentences"]
+    return names, others
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """What the settings of a study are made of: features and directions, by method."""
+
+    found: dict[str, Any]
+
+    @contextmanager
+    def applied(self, model: Model, method: str, strength: float | None) -> Iterator[None]:
+        """``method`` at ``strength`` inside the block; nothing for "none" and for the system prompt."""
+        what = self.found.get(method)
+        with ExitStack() as stack:
+            if strength is None or what is None:
+                pass
+            elif isinstance(what, Feature | Group):
+                stack.enter_context(clamping.clamp(model, what, strength))
+            else:
+                for direction in what:
+                    stack.enter_context(steer(model, direction, strength))
+            yield
+
+
+def system_of(method: str) -> str:
+    """The system message of a method: only one of them has any."""
+    return SYSTEM if method == "system prompt" else NO_SYSTEM
+
+
+def directions(model: Model, layers: Sequence[int]) -> list[Direction]:
+    """Mean of the residual stream on the bridge's name minus its mean elsewhere, at several layers."""
+    names, others = name_texts()
+    rest = [cut for texts in others.values() for cut in clamping.random_cuts(texts)]
+    found = fit_directions(
+        model, names["golden gate"], rest, layers=layers, pool="last", name="golden gate", n_resamples=0
+    )
+    return [found[layer] for layer in layers]
+
+
+def vector_file(layer: int) -> Path:
+    return DATA / "vectors" / f"golden-gate-l{layer}"
+
+
+def two_layers(model: Model) -> list[int]:
+    """The middle of the depth and two thirds of it: where the shipped SAEs are."""
+    return [model.n_layers // 2 - 1, 2 * model.n_layers // 3 - 1]
+
+
+def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
+    """The group of a table's rows: features and the value of each at strength 1."""
+    return Group(tuple(clamping.feature(model, sae, i, value) for i, value in rows), name)
+
+
+def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dict[str, Any]) -> Tools:
+    """Methods from the tables of ``_ranked`` (layer as text -> content) and of what was learned.
+
+    ``best``: position of the single feature to use.
+    """
+    found_saes = {layer: sae for layer, sae in shipped_saes(model).items() if str(layer) in ranked}
+    middle = main_layer(found_saes, model)
+
+    def group(layer: int, name: str = "golden gate") -> tuple[Feature, ...]:
+        return tuple(clamping.feature(model, found_saes[layer], i, u) for i, u in ranked[str(layer)]["group"][name])
+
+    here = ranked[str(middle)]
+    found: dict[str, Any] = {}
+    single = [
+        clamping.feature(model, found_saes[middle], r["feature"], r["unit"]) for r in here["single"]["golden gate"]
+    ]
+    found |= {f"feature {k}": one for k, one in enumerate(single[:N_TRIED])}
+    found["one feature"] = single[best or 0]
+    found["several features"] = Group(group(middle), "several features")
+    if len(found_saes) > 1:
+        both = tuple(f for layer in found_saes for f in group(layer))
+        found["several features, two layers"] = Group(both, "several features, two layers")
+    vectors = [load_direction(vector_file(layer)) for layer in two_layers(model)]
+    found |= {"mean difference": vectors[:1], "mean difference, two layers": vectors}
+    for method, kind in (("learned features", "features"), ("random features", "random")):
+        found[method] = group_of(model, found_saes[middle], made[kind], method)
+    vector = torch.tensor(made["vector"])
+    length = float(vector.norm())  # strength 1 adds the vector as it was learned
+    known = {"layer": made["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
+    trained = replace(vectors[0], vector=vector / length, scale=length, **known)
+    found["learned vector"] = [trained]
+    found["random direction"] = [random_direction(trained, SEED)]
+    return Tools(found)
+
+
+def written_answers(
+    model: Model, tools: Tools, method: str, strength: float | None, questions: Sequence[str], tokens: int = NEW_TOKENS
+) -> list[str]:
+    """Greedy answers of one setting."""
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    texts = [""] * len(questions)
+    for start in progress(range(0, len(order), 50), f"{method} {strength}"):
+        rows = order[start : start + 50]
+        with tools.applied(model, method, strength):
+            new = generate(model, [chat(model, questions[i], system_of(method)) for i in rows], tokens)
+        for i, text in zip(rows, new, strict=True):
+            texts[i] = text
+    return texts
+
+
+def measured(model: Model, questions: Sequence[str], texts: Sequence[str], relevance: bool = False) -> dict[str, Any]:
+    """Loss (nats, summed) and tokens of each answer under the unclamped model, and if wanted the relevance: by how much
+    its own question makes the answer likelier than the next question does, nats per token."""
+    loss, tokens = answer_losses(model, questions, texts, 25, NO_SYSTEM)
+    row: dict[str, Any] = {"loss": loss.round(3).tolist(), "tokens": tokens.tolist()}
+    if relevance:
+        others = [*questions[1:], questions[0]]
+        unrelated, _ = answer_losses(model, others, texts, 25, NO_SYSTEM)
+        row["relevance"] = ((unrelated - loss) / np.maximum(tokens, 1)).round(4).tolist()
+    return row
+
+
+def perplexity(row: dict[str, Any]) -> float:
+    """Per token, over all answers of a row."""
+    return float(np.exp(np.sum(row["loss"]) / max(np.sum(row["tokens"]), 1)))
+
+
+def summary(row: dict[str, Any], plain: dict[str, Any], words: Sequence[str]) -> dict[str, float]:
+    """Mention rate, perplexity and distinct-2 in units of the unclamped answers."""
+    return {
+        "mention": round(float(np.mean(clamping.mentions(row["answers"], words))), 4),
+        "perplexity": round(perplexity(row) / perplexity(plain), 4),
+        "distinct": round(float(style.distinct(row["answers"]).mean() / style.distinct(plain["answers"]).mean()), 4),
+    }
+
+
+def fingerprint(sae: Any) -> float:
+    """An SAE by its weights: what is cached for one must not be taken for another of the same name."""
+    return round(float(sae.W_dec.detach().double().abs().sum() + sae.W_enc.detach().double().sum()), 6)
+
+
+def cache_key(model: Model, tools: Tools, method: str, strength: float | None) -> list[Any]:
+    """What a cached part depends on: the model, and what the method is made of."""
+    what, made = tools.found.get(method), []
+    if isinstance(what, Feature | Group):
+        for one in what.features if isinstance(what, Group) else (what,):
+            made.append([one.site.layer, one.index, one.unit, fingerprint(one.sae)])
+    else:
+        made = [[d.layer, d.scale, float(d.vector[0])] for d in what or ()]
+    name = "feature" if isinstance(what, Feature) else method
+    return [name, strength, made, model.hash, NEW_TOKENS, system_of(method)]
+
+
+def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
+    """What ``clamp-choose`` chose: the tools, and each method's selected setting."""
+    table = read_table("clamp_choose")
+    made_for = table["provenance"]["model_hash"]
+    if model.hash != made_for:
+        raise clamping.ClampError(
+            f"The features were chosen for {table['provenance']['model']} ({made_for}), this is {model.name} "
+            f"({model.hash}): another model needs its own SAE (notebook 03) and its own choice (glassbox study "
+            "clamp-choose). Steering by a direction (notebook 05) needs no SAE."
+        )
+    return make_tools(model, table["ranked"], table["best"], table["learned"]), table["selected"]
+
+
+def demonstrated(selected: dict[str, Any]) -> str:
+    """The clamp that is shown: of the groups of features the one with the most mentions on selection prompts."""
+    groups = [method for method in selected if method.startswith(("several features", "learned features"))]
+    return max(groups, key=lambda m: (selected[m]["mention"], -selected[m]["perplexity"]))

@@ -1,0 +1,167 @@
+"""Learn what to hold: features (or a vector) whose clamping makes the model write given answers."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from glassbox_utils.attention.attribution import resume
+from glassbox_utils.core.interventions import capture
+from glassbox_utils.core.models import Model, Site
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.text import Batch, tokenize
+from glassbox_utils.saes import clamping, features
+
+QUIET = 0.05
+"""a feature that is learned fires at most at this share of the positions of the plain answers that it learns from"""
+START_TOKENS, START_WEIGHT = 4, 2.0
+"""an answer's first tokens decide what it is about: their mean loss counts twice as much as that of all others"""
+CANDIDATES = 256
+"""features that learning begins with"""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A batch of chats whose answers are the wanted ones, and the residual stream of the unclamped model in it."""
+
+    batch: Batch
+    answer: Bool[Tensor, "row pos"]
+    resid: Float[Tensor, "row pos d_model"]
+
+
+@torch.no_grad()
+def lessons(
+    model: Model, layer: int, chats: Sequence[str], answers: Sequence[str], batch_size: int = 8, seed: int = 0
+) -> list[Lesson]:
+    """Chats with their answers, in batches drawn by ``seed``, read once up to ``layer``: below it nothing changes."""
+    order = list(range(len(chats)))
+    random.Random(seed).shuffle(order)
+    found, site = [], Site("resid_post", layer)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenize(model, [chats[i] + answers[i] for i in rows])
+        before = torch.tensor([int(tokenize(model, chats[i]).attention_mask.sum()) for i in rows])
+        answer = batch.attention_mask.cumsum(-1) > before.to(batch.attention_mask)[:, None]
+        found.append(Lesson(batch, answer, capture(model, batch, [site])[site].float()))
+    return found
+
+
+def lesson_loss(model: Model, layer: int, lesson: Lesson, resid: Float[Tensor, "row pos d_model"]) -> Tensor:
+    """``taught_loss`` if the layers above ``layer`` read ``resid``."""
+    with resume(model, layer + 1, resid):
+        return taught_loss(model, lesson)
+
+
+def taught_loss(model: Model, lesson: Lesson) -> Tensor:
+    """Nats per token of the answers, their first tokens weighted by ``START_WEIGHT``; interventions apply."""
+    n = int(lesson.answer.sum(-1).max())
+    logits = model.hf(**lesson.batch.inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
+    target, real = lesson.batch.input_ids[:, -n:], lesson.answer[:, -n:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+    first = real & (real.cumsum(-1) <= START_TOKENS)
+    parts = [((loss * part).sum(-1) / part.sum(-1).clamp(min=1)).mean() for part in (first, real & ~first)]
+    return START_WEIGHT * parts[0] + parts[1]
+
+
+def _descend(
+    parameter: Tensor, losses: Iterable[Callable[[Tensor], Tensor]], rate: float, after: Callable[[int], None]
+) -> list[float]:
+    """Adam on one tensor, one loss a step; the rate falls to zero over the last third. The weights get no gradient."""
+    steps = list(losses)
+    optimiser, history = torch.optim.Adam([parameter], lr=rate, betas=(0.9, 0.98)), []
+    for step, loss_of in enumerate(progress(steps, "learning")):
+        with torch.enable_grad():
+            loss = loss_of(parameter)
+            (parameter.grad,) = torch.autograd.grad(loss, parameter)
+        for settings in optimiser.param_groups:
+            settings["lr"] = rate * min(1.0, 3 * (len(steps) - step) / len(steps))
+        optimiser.step()
+        with torch.no_grad():
+            after(step)
+        history.append(round(float(loss.detach()), 4))
+    return history
+
+
+def learn_group(
+    model: Model,
+    sae: Any,
+    given: Sequence[Lesson],
+    n: int = 32,
+    steps: int = 49,
+    rate: float = 0.5,
+    name: str = "",
+    seed: int = 0,
+) -> tuple[clamping.Group, clamping.Group, list[float]]:
+    """At most ``n`` features and the values to hold them at so that the model writes the lessons' answers.
+
+    By effect, not by activation: of the features that are quiet on the answers, the ``CANDIDATES`` whose activation
+    would raise the answers' log-probability most (gradient at zero) are held at values above zero, which gradient
+    descent finds. On the way the smallest are dropped: 4 n are left after a quarter of the steps, 2 n after a third,
+    n after half. Strength 1 holds each at the value that was learned. Returns the group, its control (features drawn
+    by ``seed`` from the other quiet ones, at the same values), and the loss of each step.
+    """
+    clamping.check_sae(model, sae)
+    layer, decoder = features.site_of_sae(sae).layer, sae.W_dec.detach().float()
+    usual = [x.resid.norm(dim=-1, keepdim=True) <= clamping.MASSIVE * sae.cfg.metadata.median_norm for x in given]
+    effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
+    for lesson, keep in zip(given, usual, strict=True):
+        with torch.enable_grad():
+            push = torch.zeros_like(lesson.resid, requires_grad=True)
+            (slope,) = torch.autograd.grad(lesson_loss(model, layer, lesson, lesson.resid + push), push)
+        real = lesson.batch.attention_mask.bool()
+        with torch.no_grad():
+            effect -= ((slope * keep).sum((0, 1)) @ decoder.T).cpu()
+            fires += (sae.encode(lesson.resid.to(sae.W_dec.dtype))[real] > 0).float().sum(0).cpu()
+        count += int(real.sum())
+    quiet = (fires <= QUIET * count) & (decoder.norm(dim=-1).cpu() > 0)
+    if int(quiet.sum()) < 2 * n:
+        raise clamping.ClampError(f"Only {int(quiet.sum())} features are quiet on these answers: too few to learn {n}.")
+    order = effect.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
+    rows = decoder[order]
+    with torch.no_grad():
+        codes = [sae.encode(x.resid.to(sae.W_dec.dtype))[..., order].float() for x in given]
+    values, alive = torch.zeros(len(order), requires_grad=True), torch.ones(len(order), dtype=torch.bool)
+    left = {int(steps * share): times * n for share, times in ((0.25, 4), (0.35, 2), (0.5, 1))}
+
+    def loss_at(i: int) -> Callable[[Tensor], Tensor]:
+        def function(held: Tensor) -> Tensor:
+            on = alive.nonzero().flatten()
+            push = (held[on] - codes[i][..., on]) @ rows[on]
+            return lesson_loss(model, layer, given[i], given[i].resid + push * usual[i])
+
+        return function
+
+    def after(step: int) -> None:
+        values.clamp_(min=0)
+        if step + 1 in left:
+            worst = values.masked_fill(~alive, -1.0).argsort(descending=True)[left[step + 1] :]
+            alive[worst] = False
+        values.mul_(alive)
+
+    history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], rate, after)
+    held = values.detach()
+    found = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
+    others = sorted(set(quiet.nonzero().flatten().tolist()) - set(order.tolist())) or order.tolist()
+    drawn = random.Random(seed).sample(others, min(len(found), len(others)))
+    group = clamping.Group(tuple(clamping.feature(model, sae, i, v) for i, v in found), name)
+    control = clamping.Group(
+        tuple(clamping.feature(model, sae, i, v) for i, (_, v) in zip(drawn, found, strict=False)), "random"
+    )
+    return group, control, history
+
+
+def learn_vector(
+    model: Model, layer: int, given: Sequence[Lesson], steps: int = 49, rate: float = 0.25
+) -> tuple[Float[Tensor, " d_model"], list[float]]:
+    """The vector that, added at every position, makes the model write the lessons' answers: no SAE in between."""
+    vector = torch.zeros(model.d_model, requires_grad=True)
+
+    def loss_at(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda push: lesson_loss(model, layer, given[i], given[i].resid + push)
+
+    history = _descend(vector, [loss_at(step % len(given)) for step in range(steps)], rate, lambda step: None)
+    return vector.detach(), history

@@ -1,0 +1,304 @@
+"""How good is an SAE? Reconstruction, sparsity, cross-entropy recovered, beside baselines that must lose."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glassbox_utils.attention.attribution import resume
+from glassbox_utils.core import assets, corpora
+from glassbox_utils.core.interventions import edit
+from glassbox_utils.core.models import Model, Site, load_model
+from glassbox_utils.saes.config import SAES, TrainConfig, read_config, site_of
+from glassbox_utils.saes.harvest import (
+    OUTLIER,
+    activations,
+    measure_scaling,
+    ordinary,
+    read_shard,
+    shard_path,
+    stream_activations,
+)
+from glassbox_utils.saes.store import load_sae
+
+
+@dataclass(frozen=True)
+class SaeReport:
+    """Quality of an SAE (or of a baseline) on held-out text. Cross-entropies are in nats per token."""
+
+    l0: float
+    explained_variance: float
+    """first token and outliers left out"""
+    explained_variance_all: float
+    """every position; a few positions of huge norm dominate it"""
+    relative_norm: float
+    """norm of the reconstruction over the norm of the activation, both about the mean: below 1 is shrinkage"""
+    dead: float
+    """fraction of features that never fired on n_tokens"""
+    density: Float[Tensor, " d_sae"]
+    """fraction of tokens on which each feature fires"""
+    n_tokens: int
+    ce: float
+    ce_spliced: float
+    ce_mean: float
+    ce_zero: float
+    kl: float
+    """from the unchanged model's next-token distribution to the spliced one's"""
+    ce_spliced_all: float
+    """first token and outliers replaced too"""
+    n_ce_tokens: int
+
+    @property
+    def recovered_mean(self) -> float:
+        """Share of the loss by mean ablation that splicing avoids: 1 is perfect, 0 no better than the mean."""
+        return (self.ce_mean - self.ce_spliced) / (self.ce_mean - self.ce)
+
+    @property
+    def recovered_zero(self) -> float:
+        """The same against zero ablation, which is far off any activation and therefore flatters."""
+        return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All scalar metrics, for cards and tables."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "density"}
+        return plain | {"recovered_mean": self.recovered_mean, "recovered_zero": self.recovered_zero}
+
+
+@torch.inference_mode()
+def evaluate_sae(
+    model: Model,
+    sae: Any,
+    tokens: Int[Tensor, "row pos"],
+    site: Site,
+    median_norm: float,
+    mean: Float[Tensor, " d_model"],
+    ce_rows: int = 16,
+) -> SaeReport:
+    """Evaluate anything with ``encode`` and ``decode`` on packed held-out rows.
+
+    Reconstruction is measured on all rows; cross-entropy on the first ``ce_rows``, with the reconstruction, the
+    mean or zero put in place of the activation at every ordinary position (see the module's exclusions) and the
+    other positions left as they are. ``mean`` is the mean of training activations.
+    """
+    kept, l0, fired = 0, 0.0, torch.zeros(1)
+    residual, total = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    norms = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(tokens), 8):
+        x = activations(model, tokens[start : start + 8], [site])[site].float()
+        usual = ordinary(x, median_norm)
+        features = sae.encode(x)
+        out = sae.decode(features)
+        wrong, spread = (out - x).square().sum(-1).double(), (x - mean).square().sum(-1).double()
+        residual += torch.stack([wrong[usual].sum(), wrong.sum()])
+        total += torch.stack([spread[usual].sum(), spread.sum()])
+        norms += torch.stack([(out - mean)[usual].norm(dim=-1).sum(), (x - mean)[usual].norm(dim=-1).sum()]).double()
+        active = (features != 0)[usual]
+        kept, l0, fired = kept + int(usual.sum()), l0 + float(active.sum()), fired + active.sum(0)
+    splices = _splices(model, sae, tokens[:ce_rows], site, median_norm, mean)
+    ev = 1 - residual / total
+    return SaeReport(
+        l0=l0 / kept,
+        explained_variance=float(ev[0]),
+        explained_variance_all=float(ev[1]),
+        relative_norm=float(norms[0] / norms[1]),
+        dead=float((fired == 0).float().mean()),
+        density=fired / kept,
+        n_tokens=kept,
+        n_ce_tokens=ce_rows * (tokens.shape[1] - 1),
+        **splices,
+    )
+
+
+def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: float, mean: Tensor) -> dict[str, float]:
+    """Mean cross-entropy with different things in the activation's place, and the KL divergence of the SAE's."""
+
+    def replaced(function: Callable[[Tensor], Tensor], everywhere: bool = False) -> Callable[[Tensor], Tensor]:
+        def change(x: Tensor) -> Tensor:
+            where = torch.ones_like(x[..., 0], dtype=torch.bool) if everywhere else ordinary(x, median_norm)
+            return torch.where(where[..., None], function(x).to(x.dtype), x)
+
+        return change
+
+    def rebuilt(x: Tensor) -> Tensor:
+        return sae.decode(sae.encode(x.float()))
+
+    edits: dict[str, Callable[[Tensor], Tensor]] = {
+        "ce": lambda x: x,
+        "ce_spliced": replaced(rebuilt),
+        "ce_mean": replaced(lambda x: mean.expand_as(x)),
+        "ce_zero": replaced(torch.zeros_like),
+        "ce_spliced_all": replaced(rebuilt, everywhere=True),
+    }
+    sums, kl = dict.fromkeys(edits, 0.0), 0.0
+    # After a whole layer the pass can be taken up again there, which saves running the layers before it each time.
+    again = site.kind == "resid_post" and site.layer + 1 < model.n_layers
+    for start in range(0, len(tokens), 4):
+        rows = tokens[start : start + 4].to(model.device).long()
+        x = activations(model, rows, [site])[site] if again else torch.zeros(1)
+        clean = torch.zeros(1)
+        for name, change in edits.items():
+            with resume(model, site.layer + 1, change(x)) if again else edit(model, site, change):
+                logp = model.hf(input_ids=rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            sums[name] -= float(logp.gather(-1, rows[:, 1:, None]).sum())
+            if name == "ce":
+                clean = logp
+            elif name == "ce_spliced":
+                kl += float((clean.exp() * (clean - logp)).sum())
+    n = tokens[:, 1:].numel()
+    return {name: value / n for name, value in sums.items()} | {"kl": kl / n}
+
+
+class Linear(NamedTuple):
+    """A baseline with the interface of an SAE: a linear code about a mean."""
+
+    directions: Float[Tensor, "k d_model"]
+    mean: Float[Tensor, " d_model"]
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch k"]:
+        return (x - self.mean) @ self.directions.t()
+
+    def decode(self, code: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch d_model"]:
+        return code @ self.directions + self.mean
+
+
+class RandomTopK(NamedTuple):
+    """A baseline: k of d_sae random unit directions, chosen and weighted by projection, times one fitted gain."""
+
+    directions: Float[Tensor, "d_sae d_model"]
+    mean: Float[Tensor, " d_model"]
+    k: int
+    gain: float
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        code = ((x - self.mean) @ self.directions.t()).relu()
+        top = code.topk(self.k, dim=-1)
+        return torch.zeros_like(code).scatter_(-1, top.indices, self.gain * top.values)
+
+    def decode(self, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
+        return code @ self.directions + self.mean
+
+
+def baselines(x: Float[Tensor, "sample d_model"], k: int, d_sae: int, seed: int = 0) -> dict[str, Any]:
+    """What an SAE must beat, fitted on training activations: PCA of k components, k of d_sae random directions."""
+    mean = x.mean(0)
+    centred = x - mean
+    _, vectors = torch.linalg.eigh(centred.t() @ centred)
+    directions = F.normalize(torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed)), dim=-1)
+    plain = RandomTopK(directions, mean, k, 1.0)
+    out = plain.decode(plain.encode(x[:4096])) - mean
+    gain = float((out * centred[:4096]).sum() / out.square().sum())
+    return {"pca": Linear(vectors[:, -k:].t(), mean), "random": plain._replace(gain=gain)}
+
+
+def held_out(model: Model, config: TrainConfig, n_rows: int = 64) -> Int[Tensor, "row pos"]:
+    """The held-out rows on which every shipped SAE is evaluated."""
+    return corpora.token_rows(model, corpora.load_corpus(config.corpus, "held"), n_rows, config.context).tokens
+
+
+def _reports(
+    model: Model, sae: Any, config: TrainConfig, x: Float[Tensor, "row pos d_model"]
+) -> tuple[dict[str, SaeReport], dict[str, Any]]:
+    """An SAE and its baselines on held-out text, and the scaling used; ``x``: activations of training text."""
+    scaling, tokens, site = measure_scaling(x), held_out(model, config), site_of(config.hook)
+    sample = x[ordinary(x, scaling.median_norm)].float()
+    measure: dict[str, Any] = {"median_norm": scaling.median_norm, "mean": scaling.mean}
+    reports = {"sae": evaluate_sae(model, sae, tokens, site, **measure)}
+    for name, other in baselines(sample, round(reports["sae"].l0), config.d_sae).items():
+        reports[name] = evaluate_sae(model, other, tokens, site, ce_rows=4, **measure)
+    return reports, measure
+
+
+def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[str, tuple[float, float]]]:
+    """Metrics of a shipped SAE and of its baselines as (card, now): kind -> metric -> two numbers.
+
+    Needs neither the harvest nor the checkpoint: mean and baselines are fitted on the first ``rows`` rows of the
+    training text (the card used a whole shard, so a difference of some thousandths is no news).
+    """
+    load_sae(name_or_path)  # a wrong name fails here, with its message
+    folder = Path(name_or_path) if Path(name_or_path).exists() else SAES / str(name_or_path)
+    config = read_config(folder)
+    model, site = load_model(config.model), site_of(config.hook)
+    sae = load_sae(folder, model)
+    packed = corpora.pack(model, corpora.load_corpus(config.corpus), config.context)
+    x = torch.cat([a[site] for _, a in stream_activations(model, itertools.islice(packed, rows), [site])])
+    card = json.loads((folder / "card.json").read_text())["metrics"]
+    reports, _ = _reports(model, sae, config, x)
+    return {kind: {k: (card[kind][k], v) for k, v in r.numbers.items()} for kind, r in reports.items()}
+
+
+def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> dict[str, Any]:
+    """Evaluate a saved SAE and its baselines on held-out text, and write card.json and README.md beside it."""
+    state, site = torch.load(Path(work) / "checkpoint.pt", weights_only=False)["state"], site_of(config.hook)
+    sae, x = load_sae(folder, model), read_shard(shard_path(config.harvest.folder, 0), config.hook).x
+    reports, measure = _reports(model, sae, config, x)
+    # What notebook 03 computes again, on text that needs only one small package.
+    wiki = corpora.token_rows(model, corpora.load_corpus("wiki", "held"), 24, config.context).tokens
+    check = evaluate_sae(model, sae, wiki, site, ce_rows=4, **measure)
+    last = state["history"][-1]
+    card = {
+        "name": config.name,
+        "model": config.model,
+        "model_hash": model.hash,
+        "hook": config.hook,
+        "architecture": config.architecture,
+        "d_sae": config.d_sae,
+        "corpus": config.corpus,
+        "tokens_harvested": config.n_shards * config.rows_per_shard * config.context,
+        "samples_trained": int(last["samples"]),
+        "steps": int(last["step"]),
+        "seed": config.seed,
+        "hours": round(state["seconds"] / 3600, 3),
+        "command": f"glassbox train-sae data/saes/{config.name}/config.yaml",
+        "excluded": f"first token of a row, and residual norms above {OUTLIER} times the median",
+        "licence": "Apache-2.0",
+        "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
+        "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
+    }
+    with assets.atomic_path(Path(folder) / "card.json") as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n")
+    with assets.atomic_path(Path(folder) / "README.md") as partial:
+        partial.write_text(_readme(card))
+    return card
+
+
+def _readme(card: dict[str, Any]) -> str:
+    rows = [
+        ("features active per token (L0)", "l0", "{:.1f}"),
+        ("explained variance, ordinary positions", "explained_variance", "{:.3f}"),
+        ("explained variance, all positions", "explained_variance_all", "{:.3f}"),
+        ("cross-entropy recovered, against mean ablation", "recovered_mean", "{:.3f}"),
+        ("cross-entropy recovered, against zero ablation", "recovered_zero", "{:.3f}"),
+        ("KL divergence when spliced in (nats)", "kl", "{:.3f}"),
+        ("norm of the reconstruction (1 = no shrinkage)", "relative_norm", "{:.3f}"),
+        ("features that never fired", "dead", "{:.1%}"),
+    ]
+    metrics = card["metrics"]
+    table = "\n".join(f"| {t} | " + " | ".join(f.format(m[k]) for m in metrics.values()) + " |" for t, k, f in rows)
+    return f"""# {card["name"]}
+
+A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{card["hook"]}` of {card["model"]}
+(weights {card["model_hash"]}), in sae_lens format: `SAE.load_from_disk(folder)` opens it.
+
+Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
+`{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]},
+{card["hours"]:.2f} hours of wall time on two shared CPU cores.
+Excluded in training and in the metrics: {card["excluded"]}. `{card["command"]}` makes it again.
+
+Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
+for the baselines on {metrics["pca"]["n_ce_tokens"]:,}), beside PCA
+with as many components and as many random directions:
+
+| | {" | ".join(metrics)} |
+|---|{"---|" * len(metrics)}
+{table}
+
+Licence of the weights: {card["licence"]}. The text they were trained on is not part of this repository.
+"""

@@ -1,0 +1,373 @@
+"""Reporting the dial: ``glassbox study steering-tone steering-seeds steering-costs``, on prompts that chose nothing."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glassbox_utils.core import assets
+from glassbox_utils.core.losses import answer_losses, text_losses
+from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.session import progress
+from glassbox_utils.core.skills import choice_right, held_texts
+from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
+from glassbox_utils.core.text import chat, generate, tokenize
+from glassbox_utils.steering import contrast, study, style
+from glassbox_utils.steering.apply import continuations, steer
+from glassbox_utils.steering.vectors import SteeringError, Vector, parts_of, random_vector
+
+
+def few_shot(side: str, question: str) -> list[dict[str, str]]:
+    """Three answered turns with sentences of the train split, then the question."""
+    positive, negative = contrast.pairs("tone", "train")
+    shown = (positive if side == "positive" else negative)[:3]
+    turns = []
+    for asked, answer in zip(study.GENERIC, shown, strict=False):
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}]
+    return [*turns, {"role": "user", "content": question}]
+
+
+def prompted(model: Model, kind: str, side: str, question: str) -> str:
+    """The chat text of a baseline: ``system`` or ``few-shot``, ``positive`` or ``negative``."""
+    if kind == "system":
+        return chat(model, question, system=study.SYSTEM[side])
+    return chat(model, few_shot(side, question), study.NO_SYSTEM)
+
+
+@cache
+def lora(side: str) -> Path:
+    """Train a LoRA on the same sentences that the vector was fitted on; a folder in the cache.
+
+    Rank 4 on q and v, AdamW at 1e-3, 4 epochs in batches of 8, loss on the answer only: fixed before it
+    was measured.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    folder = assets.cache_dir() / "studies" / "steering_lora" / side
+    if (folder / "adapter_config.json").exists():
+        return folder
+    model = load_model()
+    torch.manual_seed(SEED)
+    net = get_peft_model(model.hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    texts = [str(t) for t in contrast.pairs("tone", "train")[0 if side == "positive" else 1]]
+    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    rng = np.random.default_rng(SEED)
+    steps = [part for _ in range(4) for part in np.array_split(rng.permutation(len(texts)), len(texts) // 8)]
+    for step, rows in enumerate(progress(steps, f"LoRA {side}")):
+        before = [chat(model, study.GENERIC[(step + k) % len(study.GENERIC)]) for k in range(len(rows))]
+        batch = tokenize(model, [b + texts[i] + model.tokenizer.eos_token for b, i in zip(before, rows, strict=True)])
+        n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
+        answer = (batch.attention_mask.cumsum(-1) > n_before[:, None]) & batch.attention_mask.bool()
+        loss = net(**batch.inputs, labels=batch.input_ids.masked_fill(~answer, -100)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with assets.atomic_path(folder) as partial:
+        net.save_pretrained(str(partial))
+    return folder
+
+
+def half_lora(side: str) -> Path:
+    """The same LoRA at half its strength (half of lora_alpha): a second point for comparisons at equal effect."""
+    whole = lora(side)
+    folder = whole.with_name(f"{side}-half")
+    if not (folder / "adapter_config.json").exists():
+        with assets.atomic_path(folder) as partial:
+            shutil.copytree(whole, partial)
+            config = json.loads((partial / "adapter_config.json").read_text())
+            (partial / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2}))
+    return folder
+
+
+@contextmanager
+def condition(name: str, plain: Model) -> Iterator[Model]:
+    """The model of a condition that changes the model: ``lora +``, ``half-lora -``, ``steer X``, else plain."""
+    if name.split()[0] in ("lora", "half-lora"):
+        side = "positive" if name.endswith("+") else "negative"
+        yield load_model(adapter=half_lora(side) if name.startswith("half") else lora(side))
+    elif name.startswith(("steer", "single")) and (setting := setting_of(name)):
+        with steer(plain, *setting):
+            yield plain
+    else:
+        yield plain
+
+
+def setting_of(name: str) -> tuple[Vector, float] | None:
+    """Vector and strength of a condition: ``steer S``, ``single S``, or a random one of RANDOM_KINDS, ``KIND K S``.
+
+    None: it steers nothing.
+    """
+    kind, *_, step = name.split()
+    if not float(step):
+        return None
+    vector, alpha = study.single() if kind.startswith("single") else study.selected()
+    if kind in RANDOM_KINDS:
+        vector = random_vector(vector, int(name.split()[1]), kind == "shared")
+    return vector, float(step) * alpha
+
+
+def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
+    """Greedy answers of one condition: one of ``setting_of``, or one of BASELINES and a sign, ``lora +``."""
+    side = "positive" if name.endswith("+") else "negative"
+    kind = name.split()[0]
+    if kind in ("steer", "single", *RANDOM_KINDS):
+        settings = [setting_of(name)] * len(questions)
+        return continuations(model, questions, settings, study.NEW_TOKENS, 100, system=study.NO_SYSTEM)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    texts = [""] * len(questions)
+    with condition(name, model) as used_model:
+        for start in progress(range(0, len(order), 50), name):
+            rows = order[start : start + 50]
+            if "lora" in kind:
+                asked = [chat(used_model, questions[i], study.NO_SYSTEM) for i in rows]
+            else:
+                asked = [prompted(used_model, kind, side, questions[i]) for i in rows]
+            for i, text in zip(rows, generate(used_model, asked, study.NEW_TOKENS), strict=True):
+                texts[i] = text
+    return texts
+
+
+BASELINES = ("system", "few-shot", "lora")
+"""``half-lora`` can be put beside them: the same adapter at half its strength"""
+MAIN = (
+    [f"steer {s:.4g}" for s in study.STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
+)
+RANDOM_KINDS = (*study.KINDS, "single-random")
+
+
+def random_conditions() -> dict[str, int]:
+    """Every random condition, and how many halves of the report prompts it answers: all where the bar is counted."""
+    plan = {("shared", 1.0): 1, ("shared", study.turn()): 2, ("apart", study.turn()): 2, ("single-random", 1.0): 2}
+    return {
+        f"{kind} {k} {s * step:g}": halves
+        for (kind, step), halves in plan.items()
+        for k in range(study.N_RANDOM)
+        for s in (-1, 1)
+    }
+
+
+def layers_of(vector: Vector) -> list[int]:
+    """The layers after which a vector is added."""
+    return [part.layer for part in parts_of(vector)]
+
+
+def used_by(name: str) -> list[Any]:
+    """What a condition depends on, for the cache: its vector and strength; empty if none."""
+    steers = name.split()[0] in ("steer", "single", *RANDOM_KINDS) and setting_of(name)
+    return [study.checksum(steers[0]), steers[1]] if steers else []
+
+
+def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+    return [x.tolist() for x in answer_losses(model, questions, answers, 50, study.NO_SYSTEM)]
+
+
+def tone_row(model: Model, name: str) -> dict[str, Any]:
+    """One condition on the 200 report prompts: tone, losses, relevance (of the first 50) and the answers."""
+    questions = contrast.prompts("report")
+    texts = answers_of(name, model, questions)
+    row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "answers": texts}
+    row["second"] = study.read_tone(model, texts)
+    losses, counts = answer_losses(model, questions, texts, 50, study.NO_SYSTEM)
+    few, others = slice(0, 50), [*questions[1:], questions[0]]  # relevance is as costly as generation
+    unrelated, _ = answer_losses(model, others[few], texts[few], 50, study.NO_SYSTEM)
+    relevance = (unrelated - losses[few]) / np.maximum(counts[few], 1)
+    row |= {"loss": losses.round(3).tolist(), "tokens": counts.tolist()}
+    return row | {"relevance": relevance.round(4).tolist()}
+
+
+def random_tones(model: Model, name: str, part: int) -> dict[str, list[float]]:
+    """Tone under a random direction, on one half of the report prompts; of the shared ones by both rulers."""
+    texts = answers_of(name, model, contrast.prompts("report")[100 * part : 100 * (part + 1)])
+    found = {"tone": style.tone(texts).round(4).tolist()}
+    return found | ({"second": study.read_tone(model, texts)} if name.startswith("shared") else {})
+
+
+def tone_key(model: Model, name: str, *part: int) -> list[Any]:
+    """What a row of ``study_tone`` depends on."""
+    return [name, *part, model.hash, study.NEW_TOKENS, len(contrast.prompts("report")), study.NO_SYSTEM, *used_by(name)]
+
+
+def study_tone() -> Path:
+    """Answers to the 200 report prompts under every condition, with tone, perplexity and relevance."""
+    start, model = time.time(), load_model()
+    vector, alpha = study.selected()
+    rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in MAIN]
+    for name, halves in random_conditions().items():
+        keys = [tone_key(model, name, part) for part in range(halves)]
+        found = [resumed("steering_tone", key, random_tones, model, name, i) for i, key in enumerate(keys)]
+        rows.append({"condition": name} | {ruler: [v for f in found for v in f[ruler]] for ruler in found[0]})
+    about: dict[str, Any] = {"layers": layers_of(vector), "alpha": alpha}
+    about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
+    about["prompts"] = contrast.prompts("report")
+    return write_table("steering_tone", model, time.time() - start, **about, rows=rows)
+
+
+# --- with sampling ------------------------------------------------------------------------------------
+
+SEEDS = (0, 1, 2, 3, 4)
+TEMPERATURE = 0.7
+SAMPLED = ("steer -1", "steer 0", "steer 1")
+
+
+def sampled_prompts() -> list[str]:
+    """Every fifth of the report prompts: 40."""
+    return contrast.prompts("report")[::5]
+
+
+def sampled_tones(name: str, model: Model, seed: int) -> list[float]:
+    """Tone of one sampled answer to each of ``sampled_prompts`` under one condition."""
+    asked = sampled_prompts()
+    settings = [setting_of(name)] * len(asked)
+    texts = continuations(
+        model, asked, settings, study.NEW_TOKENS, 100, TEMPERATURE, 100 * seed, system=study.NO_SYSTEM
+    )
+    return style.tone(texts).round(4).tolist()
+
+
+def study_seeds() -> Path:
+    """Sampled answers: 40 report prompts x five seeds, at -alpha, 0 and +alpha."""
+    start, model = time.time(), load_model()
+    vector, alpha = study.selected()
+    rows = []
+    for name in progress(SAMPLED, "conditions"):
+        base = [model.hash, study.NEW_TOKENS, TEMPERATURE, len(sampled_prompts()), *used_by(name)]
+        tones = [resumed("steering_seeds", [name, k, *base], sampled_tones, name, model, k) for k in SEEDS]
+        rows.append({"condition": name, "tone": tones})
+    about = {"layers": layers_of(vector), "alpha": alpha, "temperature": TEMPERATURE, "seeds": SEEDS}
+    return write_table("steering_seeds", model, time.time() - start, **about, rows=rows)
+
+
+# --- what else it costs -------------------------------------------------------------------------------
+
+COSTS = ["steer 0", "steer -1", "steer 1", "steer -0.5", "steer 0.5", "single -1", "single 1"]
+COSTS += [f"{kind} {sign}" for kind in BASELINES for sign in "-+"]
+CHOICES = ("steer 0", "steer -1", "steer 1", "single -1", "single 1", "lora -", "lora +")
+"""conditions that also answer multiple-choice questions"""
+
+
+def instructions() -> tuple[list[str], list[str]]:
+    """62 unrelated requests with a helpful answer to each (the refusal pairs' helpful side, train split)."""
+    answered = contrast.pairs("refusal", "train")[1]
+    return [t[0] for t in answered], [t[1] for t in answered]
+
+
+def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
+    """Per-item losses and hits of one condition.
+
+    A prompt has no place in front of plain text and of a question without a chat: there it costs nothing.
+    """
+    kind, side = name.split()[0], "positive" if name.endswith("+") else "negative"
+    system = study.SYSTEM[side] if kind == "system" else study.NO_SYSTEM
+    asked: Sequence[Any]
+    asked, replies = instructions()
+    if kind == "few-shot":
+        asked = [few_shot(side, question) for question in asked]
+    with condition(name, plain) as model:
+        reply, n_reply = answer_losses(model, asked, replies, 25, system)
+        result = {"reply_loss": reply, "reply_tokens": n_reply}
+        if kind not in ("system", "few-shot"):
+            text, n_text = text_losses(model, held_texts(), max_tokens=96)
+            result |= {"text_loss": text, "text_tokens": n_text}
+        rounded = {k: np.round(v, 3).tolist() for k, v in result.items()}
+        return rounded | ({"choice": choice_right(model)} if name in CHOICES else {})
+
+
+def study_costs() -> Path:
+    """Other skills under steering, LoRA and prompts: held-out text, unrelated instructions, multiple choice."""
+    start, model = time.time(), load_model()
+    vector, alpha = study.selected()
+    rows = []
+    for name in progress(COSTS, "conditions"):
+        key = [name, model.hash, *used_by(name)]
+        rows.append({"condition": name} | resumed("steering_costs", key, costs_of, name, model))
+    about = {"layers": layers_of(vector), "alpha": alpha}
+    return write_table("steering_costs", model, time.time() - start, **about, rows=rows)
+
+
+# --- far from the weather --------------------------------------------------------------------------------
+
+FACTS = {
+    "What is the capital of France?": ("paris",),
+    "What is 7 + 5?": ("12", "twelve"),
+    "Name three planets.": ("mars", "venus", "earth", "jupiter", "saturn"),
+    "Write a Python function that adds two numbers.": ("return", "+"),
+    "Translate 'good morning' into Spanish.": ("buenos", "buenas"),
+    "Who wrote Hamlet?": ("shakespeare",),
+    "How many days has a week?": ("7", "seven"),
+    "What is water made of?": ("hydrogen", "oxygen", "h2o"),
+}
+"""questions that have nothing to do with tone, and words one of which a right answer holds"""
+
+
+def facts_kept(model: Model, vector: Vector, alphas: Sequence[float]) -> list[tuple[list[str], list[bool]]]:
+    """At each strength: steered answers to FACTS, and whether each still holds its fact."""
+    settings = [(vector, alpha) for alpha in alphas for _ in FACTS]
+    texts = continuations(model, list(FACTS) * len(alphas), settings, 30, 100)
+    words = [*FACTS.values()] * len(alphas)
+    right = [any(w in t.lower() for w in ws) for t, ws in zip(texts, words, strict=True)]
+    n = len(FACTS)
+    return [(texts[i : i + n], right[i : i + n]) for i in range(0, len(texts), n)]
+
+
+# --- at equal effect ----------------------------------------------------------------------------------
+
+SIDE_EFFECTS = ("answers", "relevance", "text", "reply")
+"""more nats per token: the answers under the plain model, relevance lost, held-out text, unrelated replies"""
+
+
+def extra(rows: Mapping[str, Mapping[str, Any]], signs: tuple[str, str], kind: str) -> NDArray:
+    """What a method's two signs cost more than the plain model, nats per token: mean of both signs, one per item.
+
+    ``rows``: condition -> row of the study that measured ``kind`` (one of SIDE_EFFECTS).
+    """
+
+    def each(name: str) -> NDArray:
+        row = rows[name]
+        if kind == "relevance":
+            return -np.array(row["relevance"])
+        loss, tokens = ("loss", "tokens") if kind == "answers" else (f"{kind}_loss", f"{kind}_tokens")
+        return np.array(row[loss]) / np.maximum(row[tokens], 1)
+
+    return (each(signs[0]) + each(signs[1])) / 2 - each("steer 0")
+
+
+def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray:
+    """Per-item values at the strength whose effect is ``target``: linear between measured (effect, values) points.
+
+    The points start at (0, zeros). Raises SteeringError for an effect that no measured strength reaches.
+    """
+    effects = [effect for effect, _ in points]
+    above = [i for i, effect in enumerate(effects) if effect >= target]
+    if not above or target < 0 or sorted(effects) != effects:
+        raise SteeringError(
+            f"No setting between those measured has the effect {target:.2f}; theirs are "
+            f"{', '.join(f'{e:.2f}' for e in effects)}. Measure a stronger one, or compare at a smaller effect."
+        )
+    i = above[0]
+    if i == 0:
+        return points[0][1]
+    (low, before), (high, after) = points[i - 1], points[i]
+    weight = (target - low) / (high - low)
+    return (1 - weight) * before + weight * after
+
+
+TABLES = ("sweep", "sharper", "layers", "tone", "seeds", "costs")
+"""what notebook 05 draws: data/studies/steering_NAME.json"""
+
+STUDIES_OF_STEERING = {
+    "steering-sweep": study.study_sweep,
+    "steering-sharper": study.study_sharper,
+    "steering-layers": study.study_layers,
+    "steering-ruler": study.study_ruler,
+    "steering-tone": study_tone,
+    "steering-seeds": study_seeds,
+    "steering-costs": study_costs,
+}

@@ -1,0 +1,59 @@
+"""The fast forward pass computes what the plain one computes, on every architecture, and leaves the model alone."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from glassbox_utils.core import fast_forward
+from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core.models import load_model
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_block_attention_is_causal_attention(length, kv_heads):
+    torch.manual_seed(0)
+    query = torch.randn(3, 6, length, 16)
+    key, value = torch.randn(2, 3, kv_heads, length, 16)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(fast_forward.block_attention(query, key, value, 0.3), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_quick_model_is_as_near_as_bfloat16_is(tmp_path, kind, padded):
+    model = load_model(tiny.save(kind, tmp_path))
+    before = {name: p.clone() for name, p in model.hf.named_parameters()}
+    fast, plain = fast_forward.quick(model, torch.bfloat16), AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(2, 200, (4, 100), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :30] = 0
+    with torch.no_grad():
+        exact = model.hf(tokens, attention_mask=mask).logits
+        ours = fast.hf(tokens, attention_mask=mask).logits.float()
+        usual = plain.bfloat16()(tokens, attention_mask=mask).logits.float()
+    seen = mask.bool()
+    error, allowed = ((x - exact)[seen].norm() / exact[seen].norm() for x in (ours, usual))
+    assert error < 1.2 * allowed < 0.1
+    assert all(torch.equal(before[name], p) for name, p in model.hf.named_parameters())
+    assert model.hf.config._attn_implementation == "sdpa" and fast_forward.quick(model, torch.float32) is model
+
+
+def test_only_plain_gated_layers_are_replaced(tmp_path):
+    for kind, replaced in {"llama": True, "gemma3": False, "gpt2": False}.items():
+        fast = fast_forward.quick(load_model(tiny.save(kind, tmp_path / kind)), torch.bfloat16)
+        own = [module for module in fast.hf.modules() if "forward" in vars(module)]
+        assert bool(own) == replaced, kind
+
+
+def test_the_type_can_be_set_and_a_wrong_one_is_named(monkeypatch):
+    monkeypatch.setenv("GLASSBOX_DTYPE", "float16")
+    fast_forward.fast_dtype.cache_clear()
+    with pytest.raises(GlassboxError, match=r"GLASSBOX_DTYPE is 'float16'\. Allowed: float32, bfloat16"):
+        fast_forward.fast_dtype()
+    monkeypatch.setenv("GLASSBOX_DTYPE", "bfloat16")
+    assert fast_forward.fast_dtype() == torch.bfloat16
+    fast_forward.fast_dtype.cache_clear()

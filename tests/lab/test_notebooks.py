@@ -1,0 +1,164 @@
+"""Notebooks are committed executed, are lessons, and their numbers are really compared."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from glassbox_utils.lab import notebooks
+from glassbox_utils.lab.notebooks import NotebookError
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_committed_form(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    text = path.read_text()
+    assert all(c.execution_count for c in code), "a cell was not executed: nbval would pass it unseen"
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "not run top to bottom"
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert path.stat().st_size <= 1_500_000
+    assert not re.search(r"unpkg\.com|jsdelivr|cdnjs", text)
+    assert not re.search(r'"(/tmp|/work|/root|/home)/', text)
+    assert "widget-state" not in text and "Warning:" not in text
+    assert "image/png" in text, "a reader on GitHub sees no figure"
+    assert notebooks.normalise(notebook) == nbformat.read(path, 4), "not in the committed form: glassbox execute"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_it_is_a_lesson(path):
+    notebook = nbformat.read(path, 4)
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    source = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    assert "**Claim.**" in notebook.cells[0].source and "**Time and memory.**" in prose
+    assert {"MODEL", "SEED"} <= set(notebooks.parameters_of(notebook))
+    assert prose.count("falsify") >= 2 and "<summary>Solution</summary>" in prose and "arXiv" in prose
+    sections = [int(n) for n in re.findall(r"^## (\d+)", prose, re.M)]
+    assert sections == list(range(1, len(sections) + 1)) and sections, "a section's heading is lost or out of order"
+    assert re.search(r"^\s*assert ", source, re.M) and "ladder(" in source  # which takes nothing but findings
+
+
+def nbval(path):
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
+    command += ["--nbval-sanitize-with", str(SANITIZE), "--override-ini", "addopts=", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
+
+
+def small(
+    folder,
+    source="from glassbox_utils.core.statistics import bootstrap_ci\nprint(f'{bootstrap_ci([1, 2, 4]).value:.2f}')",
+):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path = folder / "small.ipynb"
+    nbformat.write(notebook, path)
+    notebooks.execute_in_place(path)
+    return path
+
+
+def test_nbval_compares_numbers(tmp_path):
+    """A changed expected value in a copy of a notebook fails; the untouched copy passes."""
+    path = small(tmp_path)
+    assert nbval(path).returncode == 0
+    assert "2.33" in path.read_text()
+    path.write_text(path.read_text().replace("2.33", "2.34"))
+    result = nbval(path)
+    assert result.returncode == 1 and "2.34" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected", "passes"),
+    [([], "2.34", False), (["rank-statistic"], "2.34", True), (["rank-statistic"], "2.35", False)],
+)
+def test_a_last_digit_may_flicker_in_tagged_cells_only(tmp_path, tags, expected, passes):
+    """What notebooks/conftest.py adds: one unit in the last printed digit, for other CPUs. Two units fail."""
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    path = small(tmp_path)
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].metadata["tags"] = tags
+    nbformat.write(notebook, path)
+    path.write_text(path.read_text().replace("2.33", expected))
+    assert (nbval(path).returncode == 0) == passes
+
+
+def test_one_cell_of_all_notebooks_is_tagged():
+    tagged = [c for p in ALL for c in nbformat.read(p, 4).cells if "rank-statistic" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and "rank_agreement" in tagged[0].source
+
+
+def test_only_decimals_may_flicker():
+    spec = importlib.util.spec_from_file_location("notebooks_conftest", ROOT / "notebooks" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.close("a +0.01 [-0.03, 0.05]", "a +0.02 [-0.03, 0.04]") and module.close("-0.00", "+0.01")
+    assert module.close("n = 12, 1.5", "n = 12, 1.5") and module.close("−0.4", "−0.5")
+    for other in ("n = 13, 1.5", "n = 12, 1.7", "n = 12, 1.50", "m = 12, 1.5", "n = 12, 1.5, 1.5", "n = 12, -1.5"):
+        assert not module.close("n = 12, 1.5", other)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_every_printed_number_is_compared(path):
+    """Cells that print results are not exempt: only set-up, timing, panels and exercises may be."""
+    for cell in nbformat.read(path, 4).cells:
+        if "nbval-ignore-output" in cell.metadata.get("tags", []):
+            printed = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+            assert not re.search(r"\[[-+\d.]+, [-+\d.]+\]", printed), "an interval is printed in an unchecked cell"
+        assert "NBVAL_SKIP" not in cell.source and "nbval-skip" not in cell.metadata.get("tags", [])
+
+
+def test_parameters_are_passed_and_checked(tmp_path):
+    source = "MODEL = 'x'  # a model\nN: int = 3"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})])
+    notebook.cells.append(nbformat.v4.new_code_cell("print(MODEL, N)"))
+    notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path = tmp_path / "p.ipynb"
+    nbformat.write(notebook, path)
+    assert notebooks.parameters_of(notebook) == ["MODEL", "N"]
+    done, seconds, peak = notebooks.execute(path, None, {"MODEL": "y"})
+    assert done.cells[-1].outputs[0].text == "y 3\n" and seconds > 0 and peak > 0
+    with pytest.raises(NotebookError, match=r"no parameter 'MODLE'. Allowed: MODEL, N"):
+        notebooks.execute(path, None, {"MODLE": "y"})
+
+
+def test_a_large_widget_output_does_not_hang(tmp_path):
+    source = (
+        "import ipywidgets\nfrom IPython.display import HTML, display\nout = ipywidgets.Output()\ndisplay(out)\n"
+        "with out:\n    display(HTML('x' * 300_000))"
+    )
+    notebook = nbformat.read(small(tmp_path, source), 4)
+    assert notebook.cells[0].execution_count == 1
+
+
+def test_the_site_is_built_once(tmp_path, monkeypatch, capsys):
+    shutil.copy(small(tmp_path), tmp_path / "07_small.ipynb")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    (first,) = notebooks.build_site(tmp_path / "site")
+    assert "2.33" in (tmp_path / "site" / first.page).read_text()
+    capsys.readouterr()
+    notebooks.build_site(tmp_path / "site")
+    assert "unchanged" in capsys.readouterr().out
+    assert "07_small.html" in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_a_failing_notebook_is_named_and_leaves_no_page(tmp_path, monkeypatch):
+    shutil.copy(small(tmp_path), tmp_path / "07_small.ipynb")
+    text = (tmp_path / "07_small.ipynb").read_text()
+    (tmp_path / "07_small.ipynb").write_text(text.replace("bootstrap_ci([1, 2, 4])", "missing_name"))
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    with pytest.raises(NotebookError, match=r"07_small.ipynb.*NameError"):
+        notebooks.build_site(tmp_path / "site")
+    assert not (tmp_path / "site" / "07_small.html").exists()
+
+
+def test_unknown_notebook():
+    with pytest.raises(NotebookError, match=r"'99'.*01_attention_heads"):
+        notebooks.find(["99"])

@@ -1,0 +1,374 @@
+"""Clamping on tiny random models: what is held, what is not, what is left afterwards, and which mistakes are named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from worded import LAYERS, PROMPTS, WIDTH, logits, record
+
+from glassbox_utils import cli
+from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.interventions import edit
+from glassbox_utils.core.models import ModelError, Site, load_model
+from glassbox_utils.core.text import chat, generate, tokenize
+from glassbox_utils.lab import panels
+from glassbox_utils.saes import clamping, clamping_choice_study, clamping_report_study, clamping_study, learning
+from glassbox_utils.saes.clamping import ClampError, Feature, Group
+from glassbox_utils.saes.store import load_sae, shipped
+
+D_SAE, K = 64, 8
+
+
+def make_sae(model, layer=1, seed=0, width=WIDTH, model_hash=None):
+    """A random TopK SAE as sae_lens makes it."""
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(seed)
+    sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=D_SAE, k=K, rescale_acts_by_decoder_norm=False))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(D_SAE, width), dim=-1))
+        sae.W_enc.copy_(sae.W_dec.t())
+        sae.b_enc.zero_()
+        sae.b_dec.copy_(0.1 * torch.randn(width))
+    sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+    sae.cfg.metadata.model_hash = model.hash if model_hash is None else model_hash
+    sae.cfg.metadata.model_name = model.name
+    sae.cfg.metadata.median_norm = 1e6  # a tiny random model has no massive activations; see the test about them
+    return sae.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def sae(model):
+    return make_sae(model)
+
+
+def feature(model, sae, index=3, unit=2.0):
+    return clamping.feature(model, sae, index, unit)
+
+
+# --- what is held -----------------------------------------------------------------------------------------
+
+
+def test_clamps_prompt_and_generated_tokens_and_keeps_the_error(model, sae):
+    one = feature(model, sae)
+    inner = []
+    with edit(model, one.site, lambda x: (inner.append(x.clone()), x)[1]), clamping.clamp(model, one, 1.5):
+        outer = record(model, 1, lambda: generate(model, PROMPTS, 4))
+    assert [x.shape[1] for x in outer] == [7, 1, 1, 1]  # left-padded prompts, then single tokens from the cache
+    for before, after in zip(inner, outer, strict=True):
+        activation = sae.encode(before)[..., one.index]
+        wanted = before + (1.5 * one.unit - activation)[..., None] * sae.W_dec[one.index]
+        torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-4)
+        # everything but the one direction is untouched: the error term is kept
+        rest = torch.eye(WIDTH) - torch.outer(sae.W_dec[one.index], sae.W_dec[one.index])
+        torch.testing.assert_close(after @ rest, before @ rest, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", clamping.MODES)
+def test_modes_are_what_they_say(llama, mode):
+    sae = make_sae(llama)
+    x = torch.randn(2, 3, WIDTH)
+    on, amount = torch.ones(2, 1, 1, dtype=torch.bool), torch.full((2, 1, 1), 1.5)
+    before = sae.encode(x)[..., [5]]
+    after = clamping.apply(x, sae, [5], mode, amount, on)
+    change = {
+        "clamp": 1.5 - before,
+        "add": torch.full_like(before, 1.5),
+        "scale": 0.5 * before,
+        "ablate": -1.5 * before,
+    }
+    torch.testing.assert_close(after - x, change[mode] * sae.W_dec[5], atol=1e-5, rtol=1e-4)
+    off = clamping.apply(x, sae, [5], mode, amount, ~on)
+    assert torch.equal(off, x)
+
+
+def test_ablating_everything_that_fires_leaves_bias_and_error(llama):
+    sae = make_sae(llama)
+    x = torch.randn(1, 4, WIDTH)
+    code = sae.encode(x)
+    on, amount = torch.ones(1, 1, D_SAE, dtype=torch.bool), torch.ones(1, 1, D_SAE)
+    after = clamping.apply(x, sae, range(D_SAE), "ablate", amount, on)
+    torch.testing.assert_close(after, x - sae.decode(code) + sae.b_dec, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_massive_norm_are_left_alone(llama):
+    sae = make_sae(llama)
+    sae.cfg.metadata.median_norm = 1.0
+    x = torch.nn.functional.normalize(torch.randn(1, 3, WIDTH), dim=-1)
+    x[0, 0] *= 50
+    after = clamping.apply(x, sae, [1], "clamp", torch.ones(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool))
+    assert torch.equal(after[0, 0], x[0, 0]) and not torch.equal(after[0, 1:], x[0, 1:])
+
+
+def test_groups_over_layers_and_features(model, sae):
+    other = make_sae(model, layer=0, seed=1)
+    group = Group((feature(model, sae, 3), feature(model, sae, 9), feature(model, other, 4, 1.0)))
+    with clamping.clamp(model, group, 2.0):
+        both = logits(model)
+    with (
+        clamping.clamp(model, feature(model, other, 4, 1.0), 2.0),
+        clamping.clamp(model, Group(group.features[:2]), 2.0),
+    ):
+        nested = logits(model)
+    torch.testing.assert_close(both, nested, atol=1e-4, rtol=1e-4)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_unclamped_rows_of_a_mixed_batch_give_the_tokens_they_give_alone(model, sae):
+    a, b = feature(model, sae, 3), feature(model, make_sae(model, layer=2, seed=2), 7)
+    alone = [generate(model, [p], 10)[0] for p in PROMPTS]
+    with clamping.clamp(model, [a, None, b, a], [20.0, None, 20.0, None]):
+        mixed = generate(model, PROMPTS, 10)
+    with clamping.clamp(model, a, 20.0):
+        first = generate(model, PROMPTS, 10)
+    with clamping.clamp(model, b, 20.0):
+        third = generate(model, PROMPTS, 10)
+    assert mixed[1] == alone[1] and mixed[3] == alone[3]
+    assert mixed[0] == first[0] and mixed[2] == third[2]
+    assert mixed[0] != alone[0] and mixed[2] != alone[2]
+
+
+def test_a_batch_of_another_size_is_refused(llama):
+    one = feature(llama, make_sae(llama))
+    with pytest.raises(ModelError, match="2 rows, this batch has 4"), clamping.clamp(llama, one, [1.0, None]):
+        logits(llama)
+    with pytest.raises(ClampError, match="2 features and 3 strengths"), clamping.clamp(llama, [one, None], [1, 2, 3]):
+        pass
+
+
+def test_scope(model, sae):
+    one = feature(model, sae)
+    plain = record(model, 1, lambda: generate(model, PROMPTS, 3))
+    for scope, touched in (("prompt", True), ("generated", False)):
+        with clamping.clamp(model, one, 2.0, scope=scope):
+            seen = record(model, 1, lambda: generate(model, PROMPTS, 3))
+        assert torch.equal(seen[0], plain[0]) != touched
+
+
+def test_stream_writes_what_generate_writes_and_leaves_nothing_between_tokens(model, sae):
+    one, before = feature(model, sae), logits(model)
+    with clamping.clamp(model, [one, None, one, None], [2.0, None, -1.0, None]):
+        whole = generate(model, PROMPTS, 6)
+    ids = []
+    for step in clamping.stream(model, PROMPTS, [one, None, one, None], [2.0, None, -1.0, None], 6):
+        assert torch.equal(logits(model), before)
+        ids = step
+    assert [text.strip() for text in model.tokenizer.batch_decode(ids)] == [text.strip() for text in whole]
+    next(clamping.stream(model, PROMPTS, one, 2.0, 6))  # broken off after one token
+    assert torch.equal(logits(model), before)
+
+
+def test_the_panel_answers_to_its_slider(llama):
+    one = feature(llama, make_sae(llama))
+    panel = panels.clamp_panel(llama, {"w": one}, "w1 w2", 2.0, 40.0, 5)
+    (_, (dial, _, state), view) = panel.children[0], panel.children[1].children, panel.children[2]
+    first = view.value
+    assert state.value == "done" and "unclamped" in first and "2 x its natural size" in first
+    dial.value = 40.0
+    assert "40 x its natural size" in view.value
+    assert view.value.split("clamp-answer")[2] != first.split("clamp-answer")[2]
+    shown = [page.split("clamp-answer")[1].split("</div>")[0] for page in (first, view.value)]
+    assert shown[0] == shown[1]  # the unclamped answer stays
+    dial.value = 0
+    left, right = view.value.split('clamp-answer" style="white-space:pre-wrap">')[1:]
+    assert left.split("</div>")[0] == right.split("</div>")[0]  # strength 0 leaves the model alone
+
+
+# --- what is left afterwards ----------------------------------------------------------------------------------
+
+
+def test_logits_are_bit_identical_afterwards(model, sae):
+    before, one = logits(model), feature(model, sae)
+    with clamping.clamp(model, one, 2.0):
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+    passes = 0
+
+    def fail(x):
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise RuntimeError("in the middle")
+        return x
+
+    clamped = clamping.clamp(model, [one, None, one, one], 1.0)
+    with pytest.raises(RuntimeError, match="middle"), clamped, edit(model, Site("resid_post", LAYERS - 1), fail):
+        generate(model, PROMPTS, 8)
+    assert torch.equal(logits(model), before)
+    for tree in (model.hf, model.twin):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
+
+
+# --- learning ---------------------------------------------------------------------------------------------------
+
+
+def test_learning_finds_features_that_make_the_answers_likelier(model, monkeypatch):
+    monkeypatch.setattr(clamping, "QUIET", 0.5)  # a random SAE has few rare features
+    sae, before = make_sae(model), logits(model)
+    wants_gradient = [p.requires_grad for p in model.hf.parameters()]
+    given = learning.lessons(model, 1, ["w1 w2", "w3", "w4 w5 w6"], [" w7 w8 w9"] * 3, batch_size=2)
+    assert [int(x.answer.sum()) for x in given] == [6, 3]
+    group, control, loss = learning.learn_group(model, sae, given, n=4, steps=24, rate=0.2)
+    again, _, same = learning.learn_group(model, sae, given, n=4, steps=24, rate=0.2)
+    assert loss == same and [vars(f) for f in group.features] == [vars(f) for f in again.features]
+    assert 1 <= len(group.features) <= 4 and all(f.unit > 0 for f in group.features)
+    assert [f.unit for f in control.features] == [f.unit for f in group.features]
+    held = []
+    for what in (None, control, group):
+        with clamping.clamp(model, [what] * 2), torch.no_grad():
+            held.append(float(learning.taught_loss(model, given[0])))
+    assert held[2] < min(held[:2])  # clamping itself does what learning promised
+    vector, loss = learning.learn_vector(model, 1, given, steps=24, rate=0.1)
+    assert vector.shape == (WIDTH,) and min(loss[-2:]) < min(loss[:2])
+    assert torch.equal(logits(model), before)
+    assert [p.requires_grad for p in model.hf.parameters()] == wants_gradient
+    assert all(p.grad is None for p in model.hf.parameters())
+
+
+def test_learning_needs_features_that_are_quiet(llama):
+    given = learning.lessons(llama, 1, ["w1 w2"], [" w3 w4"])
+    with pytest.raises(ClampError, match=r"Only \d+ features are quiet.*too few to learn 33"):
+        learning.learn_group(llama, make_sae(llama), given, n=33)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_name_value_allowed_and_fix(llama):
+    sae = make_sae(llama)
+    one = feature(llama, sae)
+    for wrong in (0, 0.0, [1.0, 0, None, None]):
+        with pytest.raises(ClampError, match=r"strength of 0.*mode='ablate'.*None"), clamping.clamp(llama, one, wrong):
+            pass
+    with pytest.raises(ClampError, match=r"no mode 'hold'\. Allowed: clamp, add, scale, ablate"):
+        clamping.clamp(llama, one, 1.0, mode="hold").__enter__()
+    for index in (-1, D_SAE, "bridge"):
+        with pytest.raises(ClampError, match=rf"no feature {index!r}.*0 to {D_SAE - 1}"):
+            feature(llama, sae, index)
+    with pytest.raises(ClampError, match=r"unit of feature 3 is given as 0.*natural_maxima"):
+        feature(llama, sae, 3, 0.0)
+    with pytest.raises(ClampError, match=r"no SAE for layer 2 .*Layers with one: 1.*train"):
+        clamping.sae_at(llama, {1: sae}, 2)
+    assert clamping.sae_at(llama, {1: sae}, 1) is sae
+
+
+def test_an_sae_of_another_model_is_refused_by_width_and_by_hash(llama):
+    with pytest.raises(ClampError, match=rf"reads 48 dimensions.*has {WIDTH}"):
+        feature(llama, make_sae(llama, width=48))
+    with pytest.raises(ClampError, match=rf"weights 0123.*{llama.hash}"):
+        feature(llama, make_sae(llama, model_hash="0123"))
+    with pytest.raises(ClampError, match=rf"blocks.7.*layers 0 to {LAYERS - 1}"):
+        feature(llama, make_sae(llama, layer=7))
+    stolen = Feature(make_sae(llama, model_hash="0123"), 3, 1.0)  # built without the check
+    with pytest.raises(ClampError, match="0123"), clamping.clamp(llama, stolen, 1.0):
+        pass
+
+
+# --- measures ---------------------------------------------------------------------------------------------------
+
+
+def test_natural_maxima_are_the_largest_activations(llama):
+    sae = make_sae(llama)
+    texts = ["w1 w2 w3", "w7 w8 w9 w10"]
+    top = clamping.natural_maxima(llama, sae, texts, batch_size=1)
+    one = int(top.argmax())
+    seen = []
+    for text in texts:
+        tokens, values = clamping.activations_in(llama, Feature(sae, one, 1.0), text)
+        assert len(tokens) == len(values) and values[0] == 0
+        seen.append(float(values.max()))
+    assert float(top[one]) == pytest.approx(max(seen), rel=1e-4) and float(top[one]) > 0
+
+
+def test_a_group_is_made_of_what_fires_on_the_name(llama):
+    sae = make_sae(llama)
+    texts = ["We saw the old bridge in the fog.", "No such thing here.", "Bridges!", "And two bridges."]
+    assert clamping.name_cuts(texts, ["bridge", "bridges"]) == ["We saw the old bridge", "And two bridges"]
+    assert all(text.startswith(cut) for text, cut in zip(texts, clamping.random_cuts(texts), strict=True))
+    here = clamping.last_codes(llama, sae, ["w1 w2 w3", "w4 w3"])
+    there = clamping.last_codes(llama, sae, ["w9 w8", "w7 w6 w5"])
+    group = clamping.name_group(llama, sae, here, there, 4, "w3")
+    mean, other = here.mean(0), there.mean(0)
+    clean = [i for i in mean.argsort(descending=True).tolist() if mean[i] > 0 and other[i] <= mean[i] / 5]
+    assert [f.index for f in group.features] == clean[:4]
+    assert group.features[0].unit == pytest.approx(float(here[:, group.features[0].index].mean()))
+    with pytest.raises(ClampError, match="No feature fires on the name 'x'"):
+        clamping.name_group(llama, sae, there[:0].new_zeros(1, D_SAE), there, 4, "x")
+
+
+def test_mentions_and_identification():
+    words = ["golden gate", "bridge"]
+    texts = ["The Golden Gate is red.", "I am the bridge.", "A gate of gold; bridgehead.", "I'm a cat. The bridge!"]
+    assert clamping.mentions(texts, words) == [True, True, False, True]
+    assert clamping.identifies(texts, words) == [False, True, False, False]
+
+
+def test_the_choice_keeps_to_the_budgets():
+    rows = [
+        {"mention": 1.0, "perplexity": 9.0, "distinct": 1.0},
+        {"mention": 0.9, "perplexity": 1.0, "distinct": 0.2},
+        {"mention": 0.8, "perplexity": 2.0, "distinct": 0.9},
+        {"mention": 0.8, "perplexity": 1.5, "distinct": 0.9},
+        {"mention": 0.1, "perplexity": 1.0, "distinct": 1.0},
+    ]
+    assert clamping_choice_study.choose(rows) == rows[3]
+    assert clamping_choice_study.choose(rows[:2]) == rows[1]
+
+
+def test_scores_are_per_answer_and_harmonic():
+    plain = {"loss": [10.0, 10.0], "tokens": [10, 10], "relevance": [1.0, 1.0], "answers": ["a b c", "d e f"]}
+    row = plain | {"relevance": [0.5, 2.0], "answers": ["the bridge is red", "a b c"]}
+    found = clamping_report_study.scores(row, plain, ["bridge"])
+    assert found["concept"].tolist() == [1, 0] and np.allclose(found["relevance"], [0.5, 1])
+    assert found["harmonic mean"][0] == pytest.approx(3 / (1 + 1 / found["coherence"][0] + 2))
+    assert found["harmonic mean"][1] == 0
+
+
+def test_prompts_are_ours_disjoint_and_have_nothing_to_do_with_bridges():
+    p = clamping_study.prompts()
+    assert len(set(p["report"])) >= 100 and len(set(p["adversarial"])) >= 50 and len(p["concepts"]) == 10
+    train = [q for asked in p["train"].values() for q in asked]
+    assert not set(p["report"]) & set(p["selection"] + train) and not set(p["selection"]) & set(train)
+    assert not set(p["adversarial"] + p["demo"]) & set(train)
+    assert not any(clamping.mentions(p["report"] + p["selection"], [*p["golden_gate"]["words"], "river", "landmark"]))
+    assert {"clamp-choose", "clamp-report", "clamp-concepts", "clamp-costs"} <= set(cli.studies())
+
+
+# --- the embedded model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    model = load_model()
+    return model, clamping_study.chosen(model)
+
+
+def test_the_shipped_choice_holds_the_concept(real):
+    """The features that the study chose, at the strength that it chose: a mixed batch, bit-identical after."""
+    model, (tools, selected) = real
+    shown = clamping_study.demonstrated(selected)
+    one, strength = tools.found[shown], selected[shown]["strength"]
+    asked = [chat(model, q, "") for q in ("Who are you?", "How do I boil an egg?", "What is a computer?")]
+    ids = tokenize(model, asked)
+    with torch.no_grad():
+        before = model.hf(**ids.inputs).logits
+    alone = [generate(model, a, 16)[0] for a in asked[1:]]
+    with clamping.clamp(model, [one, None, None], [strength, None, None]):
+        mixed = generate(model, asked, 16)
+    assert mixed[1:] == alone
+    assert mixed[0] != generate(model, asked[0], 16)[0]
+    with torch.no_grad():
+        assert torch.equal(model.hf(**ids.inputs).logits, before)
+
+
+def test_the_shipped_sae_is_refused_by_another_model(llama):
+    name = next(n for n in shipped() if n.startswith("topk"))
+    with pytest.raises(ClampError, match="reads 576 dimensions"):
+        clamping.feature(llama, load_sae(name), 0, 1.0)
+    with pytest.raises(ClampError, match=r"chosen for SmolLM2.*this is llama.*own SAE"):
+        clamping_study.chosen(llama)
+    path = DATA / "studies" / "clamp_choose.json"
+    assert json.loads(path.read_text())["provenance"]["command"] == "glassbox study clamp-choose"

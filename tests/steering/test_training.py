@@ -1,0 +1,151 @@
+"""A vector trained on a model's own answers: the reward, what training reaches, going on after a kill."""
+
+import numpy as np
+import pytest
+import torch
+from wired import VOCABULARY
+from worded import build, logits, several
+
+from glassbox_utils.core import studies
+from glassbox_utils.core.models import load_model
+from glassbox_utils.core.statistics import spearman
+from glassbox_utils.core.text import tokenize
+from glassbox_utils.steering import contrast, figures, study, style, training
+from glassbox_utils.steering.apply import continuations, steer
+from glassbox_utils.steering.vectors import SteeringError, random_vector
+
+QUESTIONS = [f"w{i} w{i + 5} w{i + 9}" for i in range(1, 13)]
+
+
+@pytest.fixture(scope="module")
+def valence():
+    values = torch.zeros(VOCABULARY)
+    values[5:12], values[20:27] = 3.0, -3.0
+    return values
+
+
+def share(model, vector, alpha, valence):
+    """Mean valence of the next word after each question, over the whole vocabulary."""
+    batch = tokenize(model, QUESTIONS)
+    with steer(model, vector, alpha), torch.no_grad():
+        last = model.hf(**batch.inputs).logits[:, -1].softmax(-1)
+    return float((last @ valence).mean())
+
+
+def test_the_reward_is_the_expected_change_of_the_compound_score():
+    log_probs = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    valence, written = torch.tensor([0.0, 2.0, -1.5, 0.0]), torch.tensor([[1, 3, 2]])
+    counted = torch.tensor([[True, True, False]])  # the last token is padding
+
+    def score(words):
+        s = sum(float(valence[w]) for w in words)
+        return s / (s * s + 15) ** 0.5
+
+    expected = 0.0
+    for place in (0, 1):
+        other = written[0, 1 - place]
+        for word in range(4):
+            expected += float(log_probs[0, place, word].exp()) * (score([other, word]) - score([other]))
+    found = training.expected_tone(log_probs, written, counted, valence)
+    assert found.tolist() == pytest.approx([expected], abs=1e-6)
+    wider = torch.cat([log_probs, torch.full((1, 3, 2), -9.0)], -1)  # logits padded beyond the tokenizer's words
+    assert training.expected_tone(wider, written, counted, valence).tolist() == found.tolist()
+
+
+def test_it_moves_words_further_apart_than_where_it_started_and_leaves_the_weights_alone(llama, valence):
+    start, before = several(llama), logits(llama)
+    options = dict(steps=25, n_questions=8, learning_rate=0.03, new_tokens=4, valence=valence)
+    trained = training.train_vector(llama, QUESTIONS, start, 0.5, **options)
+
+    def effect(v):
+        return share(llama, v, 0.5, valence) - share(llama, v, -0.5, valence)
+
+    others = [effect(random_vector(start, k)) for k in range(10)]
+    assert effect(trained) > effect(start) + 0.2 and effect(trained) > max(others)
+    assert trained.layers == start.layers and trained.parts[0].method == "own answers"
+    assert all(float(p.vector.norm()) == pytest.approx(1, abs=1e-5) for p in trained.parts)
+    assert torch.equal(logits(llama), before)
+    assert all(p.requires_grad and p.grad is None for p in llama.hf.parameters())
+
+
+def test_an_interrupted_training_goes_on_to_the_same_numbers(llama, valence, tmp_path, monkeypatch):
+    options = dict(steps=12, n_questions=4, new_tokens=3, valence=valence)
+    whole = training.train_vector(llama, QUESTIONS, several(llama), 0.5, **options)
+
+    path, calls, real = tmp_path / "half.pt", [], continuations
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(training, "continuations", dies)
+    with pytest.raises(KeyboardInterrupt):
+        training.train_vector(llama, QUESTIONS, several(llama), 0.5, **options, checkpoint=path)
+    assert torch.load(path, weights_only=True)["step"] == 10
+    monkeypatch.setattr(training, "continuations", real)
+    again = training.train_vector(llama, QUESTIONS, several(llama), 0.5, **options, checkpoint=path)
+    assert all(torch.equal(a.vector, b.vector) for a, b in zip(whole.parts, again.parts, strict=True))
+    assert torch.equal(logits(llama), logits(build("llama")))  # and no hook is left of the one that died
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"steps": 0}, {"n_questions": 0}, {"questions": []}])
+def test_numbers_that_make_no_sense_are_refused(llama, valence, wrong):
+    options = {"questions": QUESTIONS, "alpha": 0.5, "valence": valence} | wrong
+    with pytest.raises(SteeringError, match="above zero"):
+        training.train_vector(llama, start=several(llama), **options)
+
+
+def test_a_tokenizer_without_tone_words_is_refused(llama):
+    with pytest.raises(SteeringError, match="valence"):
+        training.train_vector(llama, QUESTIONS, several(llama), 0.5)
+
+
+def test_valences_are_those_of_whole_words():
+    tokenizer = load_model().tokenizer
+    found = training.valences(tokenizer)
+    for word, sign in ((" wonderful", 1), (" terrible", -1), (" table", 0)):
+        [token] = tokenizer.encode(word, add_special_tokens=False)
+        assert float(found[token]) == pytest.approx(style.lexicon().get(word.strip(), 0.0))
+        assert sign * float(found[token]) >= abs(sign)
+    assert 1000 < int((found != 0).sum()) < 7500
+
+
+def test_the_second_ruler_agrees_with_people_and_with_what_the_table_says_of_it():
+    model = load_model()
+    good, bad = (torch.tensor(study.read_tone(model, side)) for side in contrast.pairs("tone", "report"))
+    better = good > bad
+    assert float(better.float().mean()) >= 0.9
+    rho = studies.read_table("steering_ruler")["rank_correlation"]
+    assert rho == studies.read_table("steering_tone")["second_ruler"]
+    texts, rating = style.human_ratings("products")
+    chosen = np.random.default_rng(99).choice(len(texts), 100, replace=False)
+    again = spearman(study.read_tone(model, [texts[i] for i in chosen]), rating[chosen], n_resamples=200).rho
+    assert again.low - 0.1 < rho["products"] < again.high + 0.1  # some of the hundred were fitted on
+
+
+def test_the_second_ruler_reads_stored_answers_as_the_table_says():
+    model, row = load_model(), studies.read_table("steering_tone")["rows"][0]
+    found = study.read_tone(model, row["answers"][:40])
+    assert np.allclose(found, row["second"][:40], atol=0.02)
+
+
+def test_the_shipped_vector_is_the_one_the_table_selected():
+    table = studies.read_table("steering_layers")
+    assert table["training"] == study.TRAINING
+    assert len(contrast.prompts("train")) == 75
+    shipped, alpha = study.selected()
+    assert (
+        shipped.parts[0].method == table["selected"]["recipe"] == "own answers" and alpha == table["selected"]["alpha"]
+    )
+
+
+def test_telling_words_are_counted_and_can_be_left_out():
+    answers = {"steer -1": ["A disaster.", "A disaster!"], "steer 0": ["A day.", "A good day."]}
+    answers["steer 1"] = ["A wonderful day.", "Good, and a wonderful house."]
+    report = figures.Report({"rows": [{"condition": k, "answers": v} for k, v in answers.items()]})
+    found = figures.telling_words(report)
+    assert found == {"minus": {"disaster": (2, 0)}, "plus": {"wonderful": (2, 0), "good": (1, 1)}}
+    left = figures.effect_without(report, ["disaster", "wonderful"])  # "Good" alone is left
+    assert left.value == pytest.approx(style.tone(["Good."])[0] / 2, abs=0.01) and left.n == 2
