@@ -32,10 +32,11 @@ run: assets  ## run the notebooks on the model and write web pages to build/site
 lab: assets  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-lint: $(DONE)
+lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check glassbox_utils tests
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
 	$(BIN)/pytest tests

@@ -130,6 +130,7 @@ def _is_gated(module: Any) -> bool:
         plain
         and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
         and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without AVX-512 has no such kernel, and would raise
     )
 
 
