@@ -34,6 +34,27 @@ def logits(model, texts=PROMPTS):
         return model.hf(**tokenize(model, texts)._asdict()).logits
 
 
+def untouched(model, before):
+    """The model is what it was, to the bit, and no hook is left."""
+    assert torch.equal(logits(model), before)
+    for tree in (model.hf, model.twin):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
+
+
+def fails_at(n):
+    """A function for ``edit`` that raises in its n-th pass."""
+    passes = 0
+
+    def fail(x):
+        nonlocal passes
+        passes += 1
+        if passes == n:
+            raise RuntimeError("in the middle")
+        return x
+
+    return fail
+
+
 def record(model, layer, run):
     """Residual stream after ``layer`` in every forward pass of ``run``, as the later layers see it."""
     seen = []

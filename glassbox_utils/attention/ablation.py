@@ -1,7 +1,7 @@
 """Take heads out of the computation: put zero, their mean, or their output on another prompt in their place."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core.interventions import Head, Positions, capture, edit, not_first, position_mask
+from glassbox_utils.core.interventions import Head, Positions, capture, edits, not_first, position_mask
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads
 from glassbox_utils.core.text import Batch
 
@@ -96,7 +96,5 @@ def ablate_heads(
 
         return function
 
-    with ExitStack() as stack:
-        for layer, chosen in by_layer.items():
-            stack.enter_context(edit(model, Site("z", layer), ablation(layer, chosen)))
+    with edits(model, {Site("z", layer): ablation(layer, chosen) for layer, chosen in by_layer.items()}):
         yield

@@ -10,7 +10,7 @@ change. ``resume`` does that, for any decoder.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.patterns import attention_modules, eager, output_weights, project
-from glassbox_utils.core.interventions import Head, edit, position_mask, recording
+from glassbox_utils.core.interventions import Head, edit, edits, position_mask, recording
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_layer, find_part
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import Batch
@@ -260,9 +260,7 @@ def attribution_patching(
         return function
 
     values: dict[int, Tensor] = {}
-    with torch.enable_grad(), ExitStack() as stack:
-        for layer in range(model.n_layers):
-            stack.enter_context(edit(model, Site("z", layer), leaf(layer)))
+    with torch.enable_grad(), edits(model, {Site("z", layer): leaf(layer) for layer in range(model.n_layers)}):
         total = metric(last_logits(model, batch)).sum()
     gradients = torch.autograd.grad(total, [kept[layer] for layer in range(model.n_layers)])
     effects = []

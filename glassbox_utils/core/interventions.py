@@ -5,7 +5,7 @@ the bridge's twin at once, so that ``model.hf(...)``, ``generate(...)`` and ``mo
 Hooks are removed when the block ends, also after an exception or Ctrl-C; nested blocks apply in order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -62,6 +62,29 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def edits(
+    model: Model, functions: Mapping[Site, Callable[[Tensor], Tensor]], scope: Scope = "all", n_rows: int | None = None
+) -> Iterator[None]:
+    """``edit`` at several sites at once: what steering, clamping and ablation come down to.
+
+    ``n_rows``: number of rows that settings were given for (None: they hold for any batch); ModelError for a batch of
+    another size.
+    """
+
+    def checked(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            check_rows(x, n_rows)
+            return function(x)
+
+        return look
+
+    with ExitStack() as stack:
+        for site, function in functions.items():
+            stack.enter_context(edit(model, site, checked(function), scope))
+        yield
 
 
 @contextmanager
@@ -122,9 +145,9 @@ def paired(
     return list(zip(things, numbers, strict=True)), n_rows
 
 
-def check_rows(x: Tensor, rows: int) -> None:
-    """ModelError unless the batch has as many rows as settings were given for."""
-    if len(x) != rows:
+def check_rows(x: Tensor, rows: int | None) -> None:
+    """ModelError unless the batch has as many rows as settings were given for (None: for any batch)."""
+    if rows is not None and len(x) != rows:
         raise ModelError(
             f"Settings were given for {rows} rows, this batch has {len(x)}. Give one setting for all rows, or one for "
             "each prompt (beam search and num_return_sequences multiply the rows)."
@@ -146,10 +169,7 @@ def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tens
 
         return look
 
-    with ExitStack() as stack:
-        for site in sites:
-            checked = check_site(model, site)
-            stack.enter_context(edit(model, checked, reader(checked)))
+    with edits(model, {site: reader(site) for site in (check_site(model, site) for site in sites)}):
         yield store
 
 
@@ -197,10 +217,7 @@ def patch(
 
         return function
 
-    with ExitStack() as stack:
-        for site, donor in source.items():
-            checked = check_site(model, site)
-            stack.enter_context(edit(model, checked, patching(checked, donor)))
+    with edits(model, {check_site(model, site): patching(check_site(model, site), x) for site, x in source.items()}):
         yield
 
 

@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +134,14 @@ def _decide(model: Model, prefix: _Prefix) -> Float[Tensor, "batch vocabulary"]:
     return out.logits[:, -1].float().log_softmax(-1)
 
 
+@contextmanager
+def _edited(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(steer(model, edit.direction, edit.alpha, edit.mode))
+        yield
+
+
 @torch.inference_mode()
 def log_odds(
     model: Model, texts: Sequence[str], settings: Sequence[Sequence[Edit]] = ((),), batch_size: int = 16
@@ -143,9 +151,7 @@ def log_odds(
     out = torch.zeros(len(settings), len(texts))
     for prefix in _prefixes(model, texts, batch_size):
         for i, edits in enumerate(settings):
-            with ExitStack() as stack:
-                for edit in edits:
-                    stack.enter_context(steer(model, edit.direction, edit.alpha, edit.mode))
+            with _edited(model, edits):
                 p = _decide(model, prefix)
             out[i, prefix.rows] = (p[:, yes].logsumexp(-1) - p[:, no].logsumexp(-1)).cpu()
     return out
@@ -328,9 +334,7 @@ def _part(model: Model, texts: list[str], edits: list[list[Edit]]) -> list[list[
 
 
 def _costs(model: Model, edits: Sequence[Edit]) -> dict[str, Any]:
-    with ExitStack() as stack:
-        for edit in edits:
-            stack.enter_context(steer(model, edit.direction, edit.alpha, edit.mode))
+    with _edited(model, edits):
         losses, counts = text_losses(model, held_texts(), max_tokens=96)
         return {"text_loss": losses.round(3).tolist(), "text_tokens": counts.tolist(), "choice": choice_right(model)}
 

@@ -12,7 +12,7 @@ Templeton et al. 2024, "Scaling Monosemanticity"; of choosing features by effect
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.interventions import Scope, by_row, check_rows, edit, paired
+from glassbox_utils.core.interventions import Scope, by_row, edits, paired
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.saes import detection
@@ -243,14 +243,15 @@ def clamp(
     """
     if mode not in MODES:
         raise ClampError(f"There is no mode {mode!r}. Allowed: {', '.join(MODES)}.")
-    with ExitStack() as stack:
-        for site, function in _edits(model, what, strength, mode).items():
-            stack.enter_context(edit(model, site, function, scope))
+    functions, n_rows = _edits(model, what, strength, mode)
+    with edits(model, functions, scope, n_rows):
         yield
 
 
-def _edits(model: Model, what: Any, strength: Any, mode: Mode) -> dict[Site, Callable[[Tensor], Tensor]]:
-    """Site -> function on the residual stream; all that can be computed before a run is computed here."""
+def _edits(
+    model: Model, what: Any, strength: Any, mode: Mode
+) -> tuple[dict[Site, Callable[[Tensor], Tensor]], int | None]:
+    """Site -> function, all that can be computed before a run computed here; and the rows that they are for."""
     rows, n_rows = paired(what, strength, isinstance(what, Feature | Group), "features", ClampError)
     settings: list[list[tuple[Feature, float]]] = []  # of each row
     for row_what, value in rows:
@@ -267,11 +268,11 @@ def _edits(model: Model, what: Any, strength: Any, mode: Mode) -> dict[Site, Cal
     saes = {id(f.sae): f.sae for row in settings for f, _ in row}
     for sae in saes.values():
         check_sae(model, sae)
-    edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+    functions: dict[Site, Callable[[Tensor], Tensor]] = {}
     for key, sae in saes.items():
-        site, function = site_of_sae(sae), _edit(model, key, sae, settings, mode, n_rows)
-        edits[site] = _after(edits[site], function) if site in edits else function
-    return edits
+        site, function = site_of_sae(sae), _edit(model, key, sae, settings, mode)
+        functions[site] = _after(functions[site], function) if site in functions else function
+    return functions, n_rows
 
 
 def _after(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -279,7 +280,7 @@ def _after(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
 
 
 def _edit(
-    model: Model, key: int, sae: Any, settings: list[list[tuple[Feature, float]]], mode: Mode, n_rows: int | None
+    model: Model, key: int, sae: Any, settings: list[list[tuple[Feature, float]]], mode: Mode
 ) -> Callable[[Tensor], Tensor]:
     here = [{f.index: (f, s) for f, s in row if id(f.sae) == key} for row in settings]
     indices = sorted({index for row in here for index in row})
@@ -293,8 +294,6 @@ def _edit(
     amounts, where = torch.cat(amount, -1), torch.cat(on, -1)
 
     def function(x: Tensor) -> Tensor:
-        if n_rows is not None:
-            check_rows(x, n_rows)
         with torch.no_grad():
             return apply(x, sae, indices, mode, amounts, where)
 

@@ -1,7 +1,7 @@
 """Steer: add a vector while the model reads and writes, per row of a batch, and leave no trace afterwards."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core.interventions import Scope, by_row, check_rows, edit, paired
+from glassbox_utils.core.interventions import Scope, by_row, edits, paired
 from glassbox_utils.core.models import Model, Site, check_layer, wrap_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import chat, generate
@@ -41,14 +41,13 @@ def steer(
     """
     if mode not in ("add", "project_out", "affine"):
         raise SteeringError(f"There is no mode {mode!r}. Allowed: add, project_out, affine.")
-    with ExitStack() as stack:
-        for layer, function in _edits(model, direction, alpha, mode).items():
-            stack.enter_context(edit(model, Site("resid_post", layer), function, scope))
+    functions, n_rows = functions_of(model, direction, alpha, mode)
+    with edits(model, functions, scope, n_rows):
         yield
 
 
-def _edits(model: Model, direction: Any, alpha: Any, mode: Mode) -> dict[int, Any]:
-    """Layer -> function on the residual stream, everything that can be computed before a run computed here."""
+def functions_of(model: Model, direction: Any, alpha: Any, mode: Mode) -> tuple[dict[Site, Any], int | None]:
+    """Site -> function, all that can be computed before a run computed here; and the rows that they are for."""
     rows, n_rows = paired(direction, alpha, isinstance(direction, Vector), "directions", SteeringError)
     for part in {id(p): p for v, _ in rows if v is not None for p in parts_of(v)}.values():
         check_direction(model, part)
@@ -56,10 +55,10 @@ def _edits(model: Model, direction: Any, alpha: Any, mode: Mode) -> dict[int, An
     like = next(model.hf.parameters())
     strength = by_row([a if a is not None and here else 0.0 for (_, a), here in zip(rows, at, strict=True)], like)
     layers = sorted({layer for here in at for layer in here})
-    return {layer: _edit([here.get(layer) for here in at], strength, n_rows, mode) for layer in layers}
+    return {Site("resid_post", k): _edit([here.get(k) for here in at], strength, mode) for k in layers}, n_rows
 
 
-def _edit(parts: Sequence[Direction | None], strength: Tensor, n_rows: int | None, mode: Mode) -> Any:
+def _edit(parts: Sequence[Direction | None], strength: Tensor, mode: Mode) -> Any:
     width = next(len(d.vector) for d in parts if d is not None)
     unit = torch.stack([torch.zeros(width) if d is None else d.vector for d in parts]).to(strength)
     scale = by_row([1.0 if d is None else d.scale for d in parts], strength)
@@ -81,14 +80,7 @@ def _edit(parts: Sequence[Direction | None], strength: Tensor, n_rows: int | Non
         def function(x: Tensor) -> Tensor:
             return x + (target - (x * unit).sum(-1, keepdim=True)) * unit
 
-    if n_rows is None:
-        return function
-
-    def checked(x: Tensor) -> Tensor:
-        check_rows(x, n_rows)
-        return function(x)
-
-    return checked
+    return function
 
 
 def check_direction(model: Model, direction: Direction) -> None:

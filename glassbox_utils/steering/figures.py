@@ -287,9 +287,11 @@ def dial_figure(report: Report) -> Any:
     options: dict[str, Any] = {"color": figures.BLUE, "marker": "o", "capsize": 3}
     axis.errorbar(strengths, [i.value for i in means], errors, label="tone vector, 95 % interval", **options)
     axis.axhline(0, color="black", linewidth=0.5)
-    axis.set_xlabel("strength α at each of the layers (typical residual norms)")
-    axis.set_ylabel("mean tone of 200 answers\n(VADER, −1 to 1)")
-    axis.set_title("The dial moves the tone step by step; most random directions of the same length do not")
+    axis.set(
+        xlabel="strength α at each of the layers (typical residual norms)",
+        ylabel="mean tone of 200 answers\n(VADER, −1 to 1)",
+        title="The dial moves the tone step by step; most random directions of the same length do not",
+    )
     axis.legend()
     return figure
 
@@ -351,9 +353,11 @@ def frontier_figure(report: Report) -> Any:
     draw(["lora -", "half-lora -", "steer 0", "half-lora +", "lora +"], "LoRA", figures.PINK, "D", "-")
     axis.axhline(2, color=figures.GREY, linewidth=1)
     axis.axhline(1, color="black", linewidth=0.5)
-    axis.set_xlabel("mean tone of 200 answers (VADER)")
-    axis.set_ylabel("perplexity under the unsteered model\n(times that of unsteered answers)")
-    axis.set_title("What each method pays for its tone: lower is cheaper, further out is stronger")
+    axis.set(
+        xlabel="mean tone of 200 answers (VADER)",
+        ylabel="perplexity under the unsteered model\n(times that of unsteered answers)",
+        title="What each method pays for its tone: lower is cheaper, further out is stronger",
+    )
     axis.legend()
     return figure
 

@@ -1,7 +1,6 @@
 """Fit a direction: from texts with and without a trait to a unit vector in the residual stream."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core.interventions import capture, edit
+from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
 from glassbox_utils.core.models import Model, Site, check_layer
 from glassbox_utils.core.session import progress
@@ -77,9 +76,7 @@ def gradients(
         for start in progress(range(0, len(texts), batch_size), "gradients"):
             batch, mask = contrast.answer_batch(model, texts[start : start + batch_size], system)
             added = [torch.zeros(len(mask), 1, model.d_model, device=model.device, requires_grad=True) for _ in sites]
-            with ExitStack() as stack:
-                for site, vector in zip(sites, added, strict=True):
-                    stack.enter_context(edit(model, site, partial(torch.add, other=vector)))
+            with edits(model, {s: partial(torch.add, other=vector) for s, vector in zip(sites, added, strict=True)}):
                 answer_nats(model, batch, mask).sum().neg().backward()
             found.append(torch.stack([vector.grad[:, 0] for vector in added if vector.grad is not None]))
     return torch.cat(found, 1)

@@ -8,7 +8,7 @@ times larger) and without tokens above ten times the median.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
 from glassbox_utils.core import assets
-from glassbox_utils.core.interventions import capture, edit
+from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
@@ -203,10 +203,8 @@ def train_vector(
 @contextmanager
 def _pushed(model: Model, parts: Sequence[Direction], vector: Tensor, alpha: float) -> Iterator[None]:
     unit = torch.nn.functional.normalize(vector, dim=-1)
-    with ExitStack() as stack:
-        for part, u in zip(parts, unit, strict=True):
-            site = Site("resid_post", part.layer)
-            stack.enter_context(edit(model, site, partial(torch.add, other=alpha * part.scale * u)))
+    pushes = {p.layer: alpha * p.scale * u for p, u in zip(parts, unit, strict=True)}
+    with edits(model, {Site("resid_post", k): partial(torch.add, other=push) for k, push in pushes.items()}):
         yield
 
 

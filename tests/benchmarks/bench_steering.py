@@ -1,17 +1,16 @@
 """Steered against plain generation, and against the bridge with the same hook. Run with ``make bench``."""
 
 import time
-from contextlib import ExitStack
 
 import pytest
 import torch
-from turns import best_times
+from turns import best_times, per_token
 
-from glassbox_utils.core.interventions import edit
-from glassbox_utils.core.models import Site, hook_name, load_model
+from glassbox_utils.core.interventions import edits
+from glassbox_utils.core.models import hook_name, load_model
 from glassbox_utils.core.text import chat, generate, tokenize
 from glassbox_utils.steering import contrast
-from glassbox_utils.steering.apply import _edits, steer
+from glassbox_utils.steering.apply import functions_of, steer
 from glassbox_utils.steering.vectors import load_vector
 
 NEW_TOKENS, ROUNDS, ALPHA = 32, 7, 0.016
@@ -31,22 +30,8 @@ def tone():
 @pytest.mark.parametrize("rows", [1, 16])
 def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
     prompts = [chat(model, p) for p in contrast.prompts("selection")[:rows]]
-    batch = tokenize(model, prompts)
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-
-    def plain():
-        with torch.inference_mode():
-            model.hf.generate(**batch._asdict(), **options)
-
-    def steered():
-        with steer(model, tone, [ALPHA] * rows):
-            plain()
-
-    generate(model, prompts, 2)
-    a, b = best_times(plain, steered, rounds=ROUNDS)
-    print(
-        f"\nbatch {rows}: plain {1e3 * a / NEW_TOKENS:.1f} ms/token, steered {1e3 * b / NEW_TOKENS:.1f}, {b / a:.3f} x"
-    )
+    a, b = per_token(model, prompts, lambda: steer(model, tone, [ALPHA] * rows), NEW_TOKENS, ROUNDS)
+    print(f"\nbatch {rows}: plain {a:.1f} ms/token, steered {b:.1f}, {b / a:.3f} x")
     assert b / a <= 1.05
 
 
@@ -89,9 +74,8 @@ def test_the_hook_itself_is_small_change(model, tone):
 
     prompts = [chat(model, p) for p in contrast.prompts("selection")[:16]]
     start = time.perf_counter()
-    with ExitStack() as stack:
-        for layer, function in _edits(model, tone, [ALPHA] * 16, "add").items():
-            stack.enter_context(edit(model, Site("resid_post", layer), timed(function)))
+    functions, _ = functions_of(model, tone, [ALPHA] * 16, "add")
+    with edits(model, {site: timed(function) for site, function in functions.items()}):
         generate(model, prompts, NEW_TOKENS)
     share = spent / (time.perf_counter() - start)
     print(f"\nthe {len(tone.parts)} hooks take {100 * share:.2f} % of generation")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from worded import LAYERS, PROMPTS, WIDTH, logits, record
+from worded import LAYERS, PROMPTS, WIDTH, fails_at, logits, record, untouched
 
 from glassbox_utils import cli
 from glassbox_utils.core.assets import DATA
@@ -185,21 +185,10 @@ def test_logits_are_bit_identical_afterwards(model, sae):
     with clamping.clamp(model, one, 2.0):
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
-    passes = 0
-
-    def fail(x):
-        nonlocal passes
-        passes += 1
-        if passes == 3:
-            raise RuntimeError("in the middle")
-        return x
-
     clamped = clamping.clamp(model, [one, None, one, one], 1.0)
-    with pytest.raises(RuntimeError, match="middle"), clamped, edit(model, Site("resid_post", LAYERS - 1), fail):
+    with pytest.raises(RuntimeError, match="middle"), clamped, edit(model, Site("resid_post", LAYERS - 1), fails_at(3)):
         generate(model, PROMPTS, 8)
-    assert torch.equal(logits(model), before)
-    for tree in (model.hf, model.twin):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
+    untouched(model, before)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from worded import PROMPTS, direction, logits, record, several
+from worded import PROMPTS, direction, fails_at, logits, record, several, untouched
 
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import ModelError, Site, load_model
@@ -42,24 +42,13 @@ def test_logits_are_bit_identical_afterwards(model):
     with pytest.raises(KeyboardInterrupt), steer(model, [d, None, d, d], 2.0, scope="generated"):
         generate(model, PROMPTS, 2)
         raise KeyboardInterrupt
-    assert torch.equal(logits(model), before)
-    for tree in (model.hf, model.twin):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tree.modules())
+    untouched(model, before)
 
 
 def test_an_exception_in_the_middle_of_generation_leaves_nothing(model):
     before = logits(model)
-    passes = 0
-
-    def fail(x):
-        nonlocal passes
-        passes += 1
-        if passes == 3:
-            raise RuntimeError("in the middle")
-        return x
-
     steered = steer(model, direction(model), 1.0)
-    with pytest.raises(RuntimeError, match="middle"), steered, edit(model, Site("resid_post", 2), fail):
+    with pytest.raises(RuntimeError, match="middle"), steered, edit(model, Site("resid_post", 2), fails_at(3)):
         generate(model, PROMPTS, 6)
     assert torch.equal(logits(model), before)
 
