@@ -1,5 +1,6 @@
 from . import assets as assets
 from . import corpora as corpora
+from . import devices as devices
 from . import fast_forward as fast_forward
 from . import figures as figures
 from . import session as session

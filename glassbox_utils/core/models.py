@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, devices
 from glassbox_utils.core.errors import GlassboxError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -153,7 +153,7 @@ def load_model(
     best one there is. Raises ModelError for a name, folder, adapter or device that can't be used, and
     assets.AssetError if the embedded model can't be fetched.
     """
-    place = _device(device)
+    place = devices.choose(device)
     path = resolve(name_or_path)
     hf, tokenizer = _from_pretrained(path, str(name_or_path), dtype)
     if adapter is not None:
@@ -267,23 +267,6 @@ def _merge(hf: Any, adapter: Path) -> Any:
         raise ModelError(
             f"The adapter {adapter} does not fit this model: {reason}. Use it with the base model that its card names."
         ) from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    elif torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if device is None:
-        return torch.device(available[0])
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in available:
-        raise ModelError(f"The device {str(device)!r} is not on this machine. Allowed here: {', '.join(available)}.")
-    return chosen
 
 
 # --- the places in a model ----------------------------------------------------------------------------
