@@ -6,8 +6,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from glassbox_utils.core import models
 from glassbox_utils.core.corpora import landmark_passages
-from glassbox_utils.core.models import Model, wrap_model
+from glassbox_utils.core.models import Model
 
 
 def small_model(layers: int = 3, width: int = 32, seed: int = 0) -> Model:
@@ -28,4 +29,4 @@ def small_model(layers: int = 3, width: int = 32, seed: int = 0) -> Model:
         for parameter in hf.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    return wrap_model(hf, tokenizer, name="small")
+    return models.wrap_model(hf, tokenizer, name="small")

@@ -6,7 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassbox_utils.core.models import Model, wrap_model
+from glassbox_utils.core import models
+from glassbox_utils.core.models import Model
 
 VOCABULARY = 32
 POSITIONS = 32
@@ -46,7 +47,7 @@ def wired_gpt2() -> Model:
         itself = -eye  # a copy earlier, but not the token itself
         _wire(hf, DUPLICATE, q=[(TOKEN, eye), (POSITION, itself)], k=[(TOKEN, eye), (POSITION, eye)])
         _wire(hf, INDUCTION, q=[(TOKEN, eye)], k=[(BEFORE, eye)], v=(TOKEN, eye), out=(OUTPUT, eye))
-    return wrap_model(hf, tokenizer(), name="wired-gpt2")
+    return models.wrap_model(hf, tokenizer(), name="wired-gpt2")
 
 
 def _wire(hf, head, q, k, v=None, out=None):
@@ -86,4 +87,4 @@ def copying_llama(copying: int = 2) -> Model:
         other = 2 * (1 - group)
         for head in (copying, other):
             attention.o_proj.weight[64:96, 32 * head : 32 * head + 32] = eye
-    return wrap_model(hf, tokenizer(), name="copying-llama")
+    return models.wrap_model(hf, tokenizer(), name="copying-llama")

@@ -4,8 +4,9 @@ import tiny
 import torch
 from wired import VOCABULARY, tokenizer
 
+from glassbox_utils.core import models
 from glassbox_utils.core.interventions import edit
-from glassbox_utils.core.models import Site, wrap_model
+from glassbox_utils.core.models import Site
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.steering.vectors import ControlVector, Direction, random_direction
 
@@ -16,7 +17,7 @@ PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
 def build(kind):
     hf = tiny.network(kind, VOCABULARY, LAYERS, WIDTH, 4, 64, sharpen=4, head_dim=8, window=8, eos=None)
     hf.generation_config.eos_token_id = None  # tiny random models would stop anywhere
-    return wrap_model(hf, tokenizer(), name=kind)
+    return models.wrap_model(hf, tokenizer(), name=kind)
 
 
 def direction(model, layer=1, seed=0, scale=3.0):

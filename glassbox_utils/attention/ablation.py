@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.devices import exact, like
 from glassbox_utils.core.interventions import Head, Positions, capture, edits, not_first, position_mask
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads
 from glassbox_utils.core.text import Batch
@@ -36,10 +37,10 @@ def head_means(model: Model, batches: Sequence[Batch]) -> HeadMeans:
     for batch in batches:
         mask = not_first(batch)
         for site, z in capture(model, batch, sites).items():
-            total[site.layer] += z[mask].double().sum(0).cpu()
+            total[site.layer] += exact(z[mask]).sum(0)
         count += int(mask.sum())
-    mean = (total / max(count, 1)).to(model.dtype).to(model.device)
-    return HeadMeans(mean.view(model.n_layers, model.n_heads, model.d_head), count)
+    mean = (total / max(count, 1)).float().view(model.n_layers, model.n_heads, model.d_head)
+    return HeadMeans(like(mean, next(model.hf.parameters())), count)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def ablate_heads(
 
     def replacement(layer: int, z: Tensor) -> Tensor:
         if mode == "mean" and isinstance(reference, HeadMeans):
-            return reference.z[layer].to(z).expand(*z.shape[:2], -1, -1)
+            return like(reference.z[layer], z).expand(*z.shape[:2], -1, -1)
         if other is None:
             return torch.zeros_like(z)
         source = other[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))

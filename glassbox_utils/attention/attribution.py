@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.patterns import attention_modules, eager, output_weights, project
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import Head, edit, edits, position_mask, recording
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_layer, find_part
 from glassbox_utils.core.session import progress
@@ -34,7 +35,8 @@ def logit_difference(target: Int[Tensor, " row"], other: Int[Tensor, " row"]) ->
 
     def metric(logits: Tensor) -> Tensor:
         rows = torch.arange(len(logits), device=logits.device)
-        return logits[rows, target] - logits[rows, other]
+        x, y = (logits[rows, beside(ids, logits)].float() for ids in (target, other))
+        return x - y
 
     return metric
 
@@ -87,7 +89,7 @@ def logit_lens(model: Model, batch: Batch, positions: int = -1) -> Float[Tensor,
     with recording(model, sites, keep=lambda x: x[:, positions]) as store:
         model.hf(**batch.inputs, logits_to_keep=1)
     norm, unembed = _final_norm(model), model.hf.get_output_embeddings()
-    return torch.stack([unembed(norm(store[site])) for site in sites])
+    return torch.stack([result(unembed(norm(store[site]))) for site in sites])
 
 
 @dataclass(frozen=True)
@@ -112,29 +114,30 @@ def direct_logit_attribution(
     """
     last = model.n_layers - 1
     sites = [Site(k, i) for k in ("z", "mlp_out") for i in range(model.n_layers)] + [Site("resid_post", last)]
-    with recording(model, sites, keep=lambda x: x[:, -1]) as store:
+    with recording(model, sites, keep=lambda x: x[:, -1].float()) as store:
         model.hf(**batch.inputs, logits_to_keep=1)
     resid, norm = store[Site("resid_post", last)], _final_norm(model)
     unembed = model.hf.get_output_embeddings().weight
-    direction = unembed[target] - unembed[other]
+    target, other = (beside(ids, unembed) for ids in (target, other))
+    direction = unembed[target].float() - unembed[other].float()
     bias = getattr(model.hf.get_output_embeddings(), "bias", None)
-    offset = bias[target] - bias[other] if bias is not None else torch.zeros(len(resid), device=resid.device)
+    offset = resid.new_zeros(len(resid)) if bias is None else (bias[target] - bias[other]).float()
     if isinstance(norm, nn.LayerNorm):
         gain = direction * norm.weight
         gain = gain - gain.mean(-1, keepdim=True)  # centring is linear: move it into the direction
         scale = (resid.var(-1, unbiased=False) + norm.eps).rsqrt()
         offset = offset + (direction * norm.bias).sum(-1)
     else:  # an RMS norm maps ones to its gain, whatever its parametrisation
-        gain = direction * norm(torch.ones_like(resid[:1]))
+        gain = direction * norm(torch.ones_like(resid[:1]).type_as(unembed)).float()
         scale = resid.pow(2).mean(-1).rsqrt()
     gain = gain * scale[:, None]
     total = (resid * gain).sum(-1) + offset
     heads, mlps = [], []
     for layer in range(model.n_layers):
         z = store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
-        heads.append(torch.einsum("bhd,hdm,bm->bh", z, output_weights(model, layer), gain))
+        heads.append(torch.einsum("bhd,hdm,bm->bh", z, output_weights(model, layer).float(), gain))
         mlps.append((store[Site("mlp_out", layer)] * gain).sum(-1))
-    by_head, by_mlp = torch.stack(heads, 1), torch.stack(mlps, 1)
+    by_head, by_mlp, total = result(torch.stack(heads, 1)), result(torch.stack(mlps, 1)), result(total)
     return DirectAttribution(by_head, by_mlp, total - by_head.sum((1, 2)) - by_mlp.sum(1), total)
 
 
@@ -198,12 +201,12 @@ def replace_each_head(
     for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
         z = clean[Site("z", layer)].unflatten(-1, (heads, model.d_head))
         where = position_mask(z, positions)[None, :, :, None, None] & one[:, None, None, :, None]
-        swapped = torch.where(where, donor(layer).to(z)[None], z[None]).flatten(-2).flatten(0, 1)
+        swapped = torch.where(where, like(donor(layer), z)[None], z[None]).flatten(-2).flatten(0, 1)
         resid = clean[Site("resid_pre", layer)].repeat(heads, 1, 1)
         with resume(model, layer, resid), edit(model, Site("z", layer), _constant(swapped)):
             logits = last_logits(model, tiled)
         replaced[:, layer] = torch.stack([metric(part) for part in logits.split(n)], -1)
-    return HeadEffects(base, replaced)
+    return HeadEffects(result(base), result(replaced))
 
 
 @torch.no_grad()
@@ -230,13 +233,13 @@ def replace_each_head_at_the_end(
         z = clean[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
         for head in range(model.n_heads):
             swapped = z.clone()
-            swapped[:, :, head] = means.z[layer, head]
+            swapped[:, :, head] = like(means.z[layer, head], z)
             with (
                 resume(model, layer, clean[Site("resid_pre", layer)]),
                 edit(model, Site("z", layer), _constant(swapped.flatten(-2))),
             ):
                 replaced[:, layer, head] = answer()
-    return HeadEffects(base, replaced)
+    return HeadEffects(result(base), result(replaced))
 
 
 def attribution_patching(
@@ -268,8 +271,8 @@ def attribution_patching(
         shape = (model.n_heads, model.d_head)
         z, g = values[layer].detach().unflatten(-1, shape), gradient.unflatten(-1, shape)
         where = position_mask(z, positions)[..., None]
-        effects.append(((donor(layer).to(z) - z) * g).sum(-1).masked_fill(~where, 0).sum(1))
-    return torch.stack(effects, 1)
+        effects.append(((like(donor(layer), z) - z) * g).sum(-1).masked_fill(~where, 0).sum(1))
+    return result(torch.stack(effects, 1))
 
 
 # --- paths: from a head into another head's keys ------------------------------------------------------
@@ -297,7 +300,7 @@ def key_changes(
     changes = []
     for i, h in chosen:
         z = store[Site("z", i)].unflatten(-1, (model.n_heads, model.d_head))[:, :, h]
-        write = (other(i).to(z)[:, :, h] - z) @ output_weights(model, i)[h]
+        write = (like(other(i), z)[:, :, h] - z) @ output_weights(model, i)[h]
         changes.append((project(model, layer, resid + write).k - before)[..., group, :])
     return torch.stack(changes)
 
@@ -310,7 +313,7 @@ def add_to_keys(model: Model, layer: int, kv_head: int, change: Float[Tensor, "b
 
     def shifted(output: Tensor, start: int) -> Tensor:
         output = output.clone()
-        output[..., start : start + d] += change
+        output[..., start : start + d] += like(change, output)
         return output
 
     if isinstance(module := getattr(attention, "k_proj", None), nn.Module):
@@ -358,7 +361,7 @@ def path_patch_keys(
             add_to_keys(model, layer, group, part.flatten(0, 1)),
         ):
             model.hf(**batch.inputs, logits_to_keep=1, use_cache=False)
-        return torch.stack([score(p) for p in pattern.pop().split(n)])
+        return torch.stack([result(score(p)) for p in pattern.pop().float().split(n)])
 
     try:
         with eager(model):

@@ -16,6 +16,7 @@ from glassbox_utils.attention import attribution
 from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
 from glassbox_utils.attention.heads import Split, attend, first_id, read_prompts
 from glassbox_utils.core import assets
+from glassbox_utils.core.devices import array, beside
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model
@@ -75,10 +76,10 @@ def attention_gap(model: Model, pairs: Sequence[Swap]) -> Float[Tensor, "pair la
 
 def by_occupations(values: Tensor | NDArray, pairs: Sequence[Swap]) -> NDArray:
     """Means over templates and orders: one row for each pair of occupations, the unit that is resampled."""
-    array = values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    values = array(values) if isinstance(values, Tensor) else np.asarray(values)
     keys = sorted({(p.male, p.female) for p in pairs})
     groups = {key: [i for i, p in enumerate(pairs) if (p.male, p.female) == key] for key in keys}
-    return np.stack([array[rows].mean(0) for rows in groups.values()])
+    return np.stack([values[rows].mean(0) for rows in groups.values()])
 
 
 def referent_patching(
@@ -126,7 +127,7 @@ def pronoun_choice(model: Model, split: Split | Literal["defined"]) -> PronounCh
 def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
     """Male minus female rows: one unit for each (male job i, female job i, template), means stay the same."""
     male = torch.tensor(choice.is_male)
-    return (values[male] - values[~male]).double().cpu().numpy()
+    return array(values[beside(male, values)] - values[beside(~male, values)])
 
 
 def pronoun_effects(

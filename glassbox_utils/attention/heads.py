@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glassbox_utils.attention import patterns
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import Head, capture
 from glassbox_utils.core.models import Model, ModelError, Site
 from glassbox_utils.core.text import Batch
@@ -29,7 +30,8 @@ def attend(
 
     def pick(pattern: Tensor, where: slice) -> Tensor:
         rows = torch.arange(len(pattern), device=pattern.device)[:, None]
-        return pattern[rows, :, dst[where, None], src[where]].movedim(1, -1)
+        d, s = (beside(x[where], pattern) for x in (dst, src))
+        return pattern[rows, :, d[:, None], s].movedim(1, -1)
 
     return patterns.over_patterns(model, batch, pick)
 
@@ -57,7 +59,7 @@ def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
     norms = []
     for layer in range(model.n_layers):
         heads = z[Site("z", layer)][:, 1:].unflatten(-1, (model.n_heads, model.d_head))
-        norms.append(torch.einsum("bphd,hdm->bphm", heads, patterns.output_weights(model, layer)).norm(dim=-1))
+        norms.append(result(torch.einsum("bphd,hdm->bphm", heads, patterns.output_weights(model, layer)).norm(dim=-1)))
     return torch.stack([n.mean((0, 1)) for n in norms])
 
 

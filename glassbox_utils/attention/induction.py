@@ -12,6 +12,7 @@ from glassbox_utils.attention import attribution, patterns
 from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
 from glassbox_utils.attention.heads import norm_matched, output_norms, random_heads
 from glassbox_utils.core import corpora
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import Head, capture
 from glassbox_utils.core.losses import token_losses
 from glassbox_utils.core.models import Model, ModelError, Site
@@ -40,7 +41,7 @@ def circuit_scores(model: Model, batch: Batch) -> CircuitScores:
     def score(pattern: Tensor, where: slice) -> Tensor:
         columns = [pattern.diagonal(-1, -2, -1)[..., 1:].mean(-1)]  # the token after BOS would find the sink
         for wanted in (after[where], same[where]):
-            weight = wanted.to(pattern) / wanted.any(-1).sum(-1)[:, None, None]
+            weight = wanted.float() / wanted.any(-1).sum(-1)[:, None, None]
             columns.append(torch.einsum("bhds,bds->bh", pattern, weight))
         return torch.stack(columns, -1)
 
@@ -52,7 +53,7 @@ def natural_repeats(model: Model, n: int = 24, tokens: int = 40, skip: int = 0) 
     """n rows of [BOS, the beginning of a held-out encyclopedia entry, the same again]."""
     rows = _held_out(model, n, tokens, skip)
     start = first_token(model)
-    ids = torch.tensor([([start] if start is not None else []) + row + row for row in rows], device=model.device)
+    ids = beside(torch.tensor([([start] if start is not None else []) + row + row for row in rows]), model.device)
     return Batch(ids, torch.ones_like(ids))
 
 
@@ -78,7 +79,7 @@ def _text_rows(model: Model, n: int, tokens: int, skip: int = 0) -> Batch:
     start = first_token(model)
     bos = [start] if start is not None else []
     rows = [(bos + row)[:tokens] for row in _held_out(model, n, tokens, skip)]
-    ids = torch.tensor(rows, device=model.device)
+    ids = beside(torch.tensor(rows), model.device)
     return Batch(ids, torch.ones_like(ids))
 
 
@@ -98,7 +99,7 @@ def repeat_losses(
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), batch.input_ids[:, -length + 1 :].flatten(), reduction="none"
             )
-            losses.append(loss.view(len(logits), -1).mean(-1))
+            losses.append(result(loss.view(len(logits), -1).mean(-1)))
     return torch.stack(losses)
 
 

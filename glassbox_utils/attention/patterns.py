@@ -5,6 +5,7 @@ a head does. Weights come from the plain model with eager attention; each layer'
 as it exists, so scoring all heads needs the memory of one layer.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import not_first, recording
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads, find_part, hook_name
 from glassbox_utils.core.text import Batch, find_token, first_token, str_tokens, tokenize
@@ -42,7 +44,7 @@ def attention_modules(model: Model) -> list[nn.Module]:
 
 @torch.no_grad()
 def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) -> Tensor:
-    """``reduce(pattern, where)`` of every layer's pattern, stacked as [batch, layer, ...].
+    """``reduce(pattern, where)`` of every layer's pattern (float32), stacked as [batch, layer, ...] on the CPU.
 
     ``rows`` prompts are run at a time; ``where`` is the slice of the batch that the pattern belongs to.
     """
@@ -50,7 +52,7 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
     where = slice(0)
 
     def look(module: Any, args: tuple, output: Any) -> None:
-        found.append(reduce(output[1], where))
+        found.append(reduce(output[1].float(), where))
 
     chunks = []
     handles = [layer.register_forward_hook(look) for layer in attention_modules(model)]
@@ -59,7 +61,7 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
             for start in range(0, len(batch.input_ids), rows):
                 where = slice(start, start + rows)
                 model.hf(**Batch(*(t[where] for t in batch)).inputs, logits_to_keep=1, use_cache=False)
-                chunks.append(torch.stack(found, dim=1))
+                chunks.append(result(torch.stack(found, dim=1)))
                 found.clear()
     finally:
         for handle in handles:
@@ -121,12 +123,12 @@ def _five_scores(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head sc
     previous = nn.functional.pad(pattern.diagonal(-1, -2, -1), (1, 0))
     twins = (ids[:, :, None] == ids[:, None, :]) & mask[:, None, :] & mask[:, :, None]
     twins = twins.tril(-1)
-    entropy = -torch.special.xlogy(pattern, pattern).sum(-1) / torch.log(torch.tensor(2.0))
+    entropy = -torch.special.xlogy(pattern, pattern).sum(-1) / math.log(2)
     columns = [
         _average(previous, real),
         _average(pattern.diagonal(0, -2, -1), real),
         _average(pattern[rows, :, :, start], real),
-        _average(torch.einsum("bhds,bds->bhd", pattern, twins.to(pattern)), real & twins.any(-1)),
+        _average(torch.einsum("bhds,bds->bhd", pattern, twins.float()), real & twins.any(-1)),
         _average(entropy, real),
     ]
     return torch.stack(columns, -1)
@@ -134,7 +136,7 @@ def _five_scores(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head sc
 
 def _average(values: Float[Tensor, "batch head dst"], where: Bool[Tensor, "batch dst"]) -> Float[Tensor, "batch head"]:
     """Mean over the chosen positions; NaN if there are none."""
-    return torch.einsum("bhd,bd->bh", values, where.to(values)) / where.sum(-1)[:, None]
+    return torch.einsum("bhd,bd->bh", values, where.float()) / where.sum(-1)[:, None]
 
 
 def from_to(
@@ -147,7 +149,7 @@ def from_to(
                 f"Prompt {row}: attention from position {d} to position {s} does not exist. Positions are 0 to "
                 f"{batch.input_ids.shape[1] - 1}, and a token sees only itself and earlier ones."
             )
-    index = torch.stack([dst, src], -1).to(batch.input_ids)
+    index = torch.stack([beside(x, batch.input_ids) for x in (dst, src)], -1)
 
     def pick(pattern: Tensor, where: slice) -> Tensor:
         d, s = index[where].unbind(-1)
@@ -177,7 +179,7 @@ def rollout(pattern: Float[Tensor, "layer head dst src"]) -> Float[Tensor, "dst 
     """
     identity = torch.eye(pattern.shape[-1])
     total = identity
-    for layer in pattern.float().cpu().mean(1):
+    for layer in result(pattern).mean(1):
         total = (0.5 * layer + 0.5 * identity) @ total
     return total
 
@@ -201,7 +203,7 @@ def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src
         value = value.repeat_interleave(model.n_heads // value.shape[1], dim=1)  # grouped queries share a value
         moved = torch.einsum("phd,hdm->hpm", value, output_weights(model, layer)).norm(dim=-1)
         pattern = cache[hook_name(model, "attn.hook_pattern", layer)][0] * moved[:, None, :]
-        weighted.append(pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-9))
+        weighted.append(result(pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-9)))
     return torch.stack(weighted)
 
 
@@ -250,7 +252,7 @@ def repeated_tokens(model: Model, n: int, length: int = 50, seed: int = 0) -> Ba
     half = torch.stack(halves)
     start = first_token(model)
     bos = torch.full((n, 1), start) if start is not None else half[:, :0]
-    ids = torch.cat([bos, half, half], dim=1).to(model.device)
+    ids = beside(torch.cat([bos, half, half], dim=1), model.device)
     return Batch(ids, torch.ones_like(ids))
 
 
@@ -272,7 +274,7 @@ def induction_scores(model: Model, batch: Batch) -> Float[Tensor, "prompt layer 
 
     def score(pattern: Pattern, where: slice) -> Float[Tensor, "batch head"]:
         wanted = targets[where]
-        return _average(torch.einsum("bhds,bds->bhd", pattern, wanted.to(pattern)), wanted.any(-1))
+        return _average(torch.einsum("bhds,bds->bhd", pattern, wanted.float()), wanted.any(-1))
 
     return over_patterns(model, batch, score)
 
@@ -292,7 +294,7 @@ def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) ->
     side) and GPT-NeoX's ``query_key_value`` (q, k, v of one head side by side).
     """
     block = model.sites[Site("resid_pre", layer)][0]
-    x = find_part(block, "input_layernorm", "ln_1", "input_norm", "layer_norm_1")(resid)
+    x = find_part(block, "input_layernorm", "ln_1", "input_norm", "layer_norm_1")(like(resid, next(block.parameters())))
     attention = attention_modules(model)[layer]
     shape = (-1, model.d_head)
     if hasattr(attention, "k_proj"):
@@ -329,5 +331,5 @@ def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
         moved = torch.einsum("thd,hdm->htm", v, output_weights(model, layer))
         logits = (norm(moved) - norm(torch.zeros_like(moved))) @ unembed.T  # the final norm's bias says nothing here
         beats = (logits.diagonal(0, -2, -1)[..., None] > logits) & different
-        scores.append(beats.sum((-2, -1)) / different.sum())
+        scores.append(result(beats.sum((-2, -1)) / different.sum()))
     return torch.stack(scores)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.text import Batch, find_token, tokenize
 
@@ -103,7 +104,7 @@ def to_batch(model: Model, prompts: Sequence[Decisive]) -> DecisiveBatch:
     batch = tokenize(model, [p.text for p in prompts])
     where = [find_token(model, ids, p.decisive) for ids, p in zip(batch.input_ids, prompts, strict=True)]
     first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
-    answer, foil = torch.tensor(first, device=model.device).unbind(-1)
+    answer, foil = beside(torch.tensor(first), model.device).unbind(-1)
     return DecisiveBatch(batch, torch.tensor(where), answer, foil, [p.text for p in prompts])
 
 

@@ -41,6 +41,7 @@ from glassbox_utils.attention.induction import (
 )
 from glassbox_utils.attention.semantic import category_preference, semantic_scores, word_lists
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import array
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.statistics import adjust, mean_ci, sign_flip_p, spearman
@@ -78,8 +79,8 @@ K = 5
 
 
 def _round(values: Tensor | NDArray | Sequence[float], digits: int = 4) -> Any:
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
-    return np.round(array, digits).tolist()
+    values = array(values) if isinstance(values, Tensor) else np.asarray(values, dtype=float)
+    return np.round(values, digits).tolist()
 
 
 def _map(values: Tensor | NDArray, test: bool = False) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def beside(x: Any, other: Tensor | torch.device) -> Any:
     if isinstance(x, Tensor):
         return x.to(device)
     if not isinstance(x, nn.Module):  # a baseline without weights of its own: a tuple of tensors
-        return x._replace(**{k: v.to(device) for k, v in x._asdict().items() if isinstance(v, Tensor)})
+        tensors = x._asdict() if hasattr(x, "_asdict") else {}
+        return x._replace(**{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}) if tensors else x
     first = next(x.parameters(), None)
     if first is None or first.device == device:
         return x

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core.devices import array, result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.session import progress
@@ -27,9 +28,9 @@ def token_losses(model: Model, batch: Batch) -> Float[Tensor, "batch pos"]:
         logits[:, :-1].flatten(0, 1).float(), batch.input_ids[:, 1:].flatten(), reduction="none"
     ).view(batch.input_ids.shape[0], -1)
     mask = batch.attention_mask.bool()
-    out = torch.full(batch.input_ids.shape, float("nan"), device=loss.device)
-    out[:, 1:] = torch.where(mask[:, 1:] & mask[:, :-1], loss, out[:, 1:])
-    return out
+    out = torch.full_like(loss, float("nan"))
+    out = torch.where(mask[:, 1:] & mask[:, :-1], loss, out)
+    return result(torch.nn.functional.pad(out, (1, 0), value=float("nan")))
 
 
 def text_losses(
@@ -49,8 +50,8 @@ def text_losses(
         rows = order[start : start + batch_size]
         batch = tokenize(model, [texts[i] for i in rows])
         loss = token_losses(model, _cut(batch, max_tokens))
-        losses[rows] = loss.nansum(-1).double().cpu().numpy()
-        counts[rows] = (~loss.isnan()).sum(-1).cpu().numpy()
+        losses[rows] = array(loss.nansum(-1))
+        counts[rows] = (~loss.isnan()).sum(-1).numpy()
     return losses, counts
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.evidence import Finding
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import adjust, bootstrap_ci, sign_flip_p
@@ -70,7 +71,7 @@ def find_format(model: Model, layouts: Sequence[str] = tuple(LAYOUTS), n: int = 
     found = []
     for layout in layouts:
         with torch.no_grad():
-            logits = loans.final_logits(model, tokenize(model, [loans.as_text(a, layout) for a in both])).float().cpu()
+            logits = result(loans.final_logits(model, tokenize(model, [loans.as_text(a, layout) for a in both])))
         for answers in ANSWERS:
             try:
                 yes, no = loans.answer_tokens(model, answers)

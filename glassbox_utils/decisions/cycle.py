@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import attribution_patching, logit_difference, replace_each_head, resume
 from glassbox_utils.attention.patterns import over_patterns
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
@@ -79,9 +80,9 @@ def attention_to_fields(model: Model, people: Sequence[Applicant], layout: str) 
     batch, mask = field_masks(model, people, layout)
 
     def reduce(pattern: Tensor, where: slice) -> Tensor:
-        return torch.einsum("bhp,bfp->bhf", pattern[:, :, -1].float(), mask[where].to(pattern.device).float())
+        return torch.einsum("bhp,bfp->bhf", pattern[:, :, -1].float(), beside(mask[where], pattern).float())
 
-    return over_patterns(model, batch, reduce).cpu()
+    return over_patterns(model, batch, reduce)
 
 
 # --- 3: cause -----------------------------------------------------------------------------------------
@@ -139,9 +140,9 @@ def patch_places(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Ten
     out = torch.zeros(len(base), len(layers), len(PLACES))
     for i, site in enumerate(progress(sites, "patching")):
         for j, where in enumerate((pairs.name, after, decision)):
-            resid = torch.where(where[..., None].to(base.device), donor[site], clean[site])
+            resid = torch.where(beside(where[..., None], base), donor[site], clean[site])
             with resume(model, site.layer, resid):
-                out[:, i, j] = (metric(loans.final_logits(model, pairs.worse)) - base).cpu()
+                out[:, i, j] = result(metric(loans.final_logits(model, pairs.worse)) - base)
     return out
 
 
@@ -149,12 +150,13 @@ def total_effect(model: Model, pairs: Pairs) -> Float[Tensor, " n"]:
     """Better minus worse, logits, for each pair."""
     metric = _metric(model, len(pairs.name))
     with torch.no_grad():
-        return (metric(loans.final_logits(model, pairs.better)) - metric(loans.final_logits(model, pairs.worse))).cpu()
+        better, worse = (metric(loans.final_logits(model, batch)) for batch in (pairs.better, pairs.worse))
+        return result(better - worse)
 
 
 def head_guesses(model: Model, pairs: Pairs) -> Float[Tensor, "n layer head"]:
     """First-order effect of every head's output at the decision position, patched from the other applicant."""
-    return attribution_patching(model, pairs.worse, pairs.better, _metric(model, len(pairs.name)), positions=-1).cpu()
+    return attribution_patching(model, pairs.worse, pairs.better, _metric(model, len(pairs.name)), positions=-1)
 
 
 def head_effects(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Tensor, "n layer head"]:
@@ -162,7 +164,7 @@ def head_effects(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Ten
     found = replace_each_head(
         model, pairs.worse, pairs.better, _metric(model, len(pairs.name)), positions=-1, layers=layers
     )
-    return found.effect.cpu()
+    return found.effect
 
 
 # --- 4: features --------------------------------------------------------------------------------------
@@ -176,19 +178,20 @@ def name_states(
     site = Site("resid_post", layer)
     last = (pairs.name * torch.arange(1, pairs.name.shape[1] + 1)).argmax(-1)
     rows = torch.arange(len(last))
-    return tuple(capture(model, b, [site])[site][rows, last].cpu() for b in (pairs.worse, pairs.better))  # type: ignore[return-value]
+    return tuple(result(capture(model, b, [site])[site][rows, last]) for b in (pairs.worse, pairs.better))  # type: ignore[return-value]
 
 
 def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
     """The k features of an SAE whose activation differs most between the groups, and the differences (worse first)."""
-    difference = (sae.encode(worse) - sae.encode(better)).mean(0)
+    codes = (result(sae.encode(like(x, sae.W_dec))) for x in (worse, better))
+    difference = (next(codes) - next(codes)).mean(0)
     top = difference.abs().topk(k).indices
     return top, difference[top]
 
 
 def like_features(sae: Any, states: Float[Tensor, "n d_model"], features: Tensor, seed: int) -> Tensor:
     """As many other features of about the same mean activation on these states: the control of an ablation."""
-    mean = sae.encode(states).mean(0)
+    mean = result(sae.encode(like(states, sae.W_dec))).mean(0)
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []
     for feature in features.tolist():
@@ -208,11 +211,12 @@ def ablate_at_name(model: Model, pairs: Pairs, sae: Any, features: Tensor, layer
     metric, site, found = _metric(model, len(pairs.name)), Site("resid_post", layer), []
     for batch in (pairs.worse, pairs.better):
         x = capture(model, batch, [site])[site]
-        part = sae.encode(x)[..., features] @ sae.W_dec[features].to(x)
-        resid = torch.where(pairs.name[..., None].to(x.device), x - part, x)
+        code = beside(sae, x)
+        part = code.encode(like(x, code.W_dec))[..., features] @ code.W_dec[features]
+        resid = torch.where(beside(pairs.name[..., None], x), x - like(part, x), x)
         with resume(model, layer + 1, resid):
             found.append(metric(loans.final_logits(model, batch)))
-    return (found[1] - found[0]).cpu()
+    return result(found[1] - found[0])
 
 
 def permuted(n: int, seed: int = 0) -> list[int]:

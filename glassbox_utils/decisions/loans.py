@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.text import Batch, tokenize
@@ -396,7 +397,7 @@ def decide_texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         logits = final_logits(model, tokenize(model, [texts[i] for i in rows]))
-        out[rows] = (logits[:, yes] - logits[:, no]).float().cpu()
+        out[rows] = result(logits[:, yes] - logits[:, no])
     return out
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import check_rows, edit, recording
 from glassbox_utils.core.models import Model, Site, check_layer
@@ -51,7 +52,7 @@ class Gate:
     """gives the mean decision state the score 1"""
 
     def score(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place"]:
-        return (x - self.origin) @ self.read
+        return (x.float() - beside(self.origin, x)) @ beside(self.read, x)
 
     def __call__(self, x: Float[Tensor, "*place d_model"]) -> Bool[Tensor, "*place"]:
         return self.score(x) > 0.5
@@ -71,7 +72,8 @@ class Edit:
     """None: wherever it is applied"""
 
     def __call__(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place d_model"]:
-        changed = x + (self.target - (x - self.centre) @ self.read) @ self.write
+        read, write, centre, target = (beside(t, x) for t in (self.read, self.write, self.centre, self.target))
+        changed = like(x + (target - (x.float() - centre) @ read) @ write, x)
         return changed if self.gate is None else torch.where(self.gate(x)[..., None], changed, x)
 
 
@@ -130,7 +132,7 @@ def decide_under(
         for i, setting in enumerate(settings):
             with setting():
                 logits = model.hf(**last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
-            out[i, rows] = (logits[:, yes] - logits[:, no]).float().cpu()
+            out[i, rows] = result(logits[:, yes] - logits[:, no])
     return out
 
 
@@ -146,7 +148,7 @@ def decision_states(
         rows = order[start : start + batch_size]
         with recording(model, sites, keep=lambda x: x[:, -1]) as store:
             loans.final_logits(model, tokenize(model, [texts[i] for i in rows]))
-        out[rows] = torch.stack([store[site] for site in sites], 1).float().cpu()
+        out[rows] = result(torch.stack([store[site] for site in sites], 1))
     return out
 
 
@@ -195,7 +197,7 @@ def fit_edit(
         z = everything - centre
         covariance = z.T @ z / len(z)
         covariance += ridge * covariance.diagonal().mean() * torch.eye(len(centre))
-        inverse = torch.linalg.solve(covariance.double(), difference.T.double()).float()  # [d_model, k]
+        inverse = torch.linalg.solve(exact(covariance), exact(difference.T)).float()  # [d_model, k]
         read = inverse @ torch.linalg.inv(difference @ inverse)
         return Edit(layer, read, difference * strength, centre, torch.full((k,), level), name)
     basis = torch.linalg.qr(difference.T).Q
@@ -214,7 +216,7 @@ def fit_gate(decisions: Float[Tensor, "n d_model"], text: Float[Tensor, "m d_mod
     covariance = z.T @ z / len(z)
     covariance += ridge * covariance.diagonal().mean() * torch.eye(len(origin))
     apart = decisions.mean(0) - origin
-    read = torch.linalg.solve(covariance.double(), apart.double()).float()
+    read = torch.linalg.solve(exact(covariance), exact(apart)).float()
     gate = Gate(origin, read / (apart @ read))
     shut, opened = (float(x.float().mean()) for x in (~gate(decisions), gate(text)))
     if max(shut, opened) > 0.01:
@@ -248,8 +250,15 @@ def mitigate(
                     f"The edit has {len(one.centre)} numbers, but the residual stream of {model.name} has "
                     f"{model.d_model}. Fit it on this model."
                 )
-            stack.enter_context(edit(model, Site("resid_post", one.layer), _function(one, on, everywhere)))
+            placed = _placed(one, model.device)  # once, not at every step
+            stack.enter_context(edit(model, Site("resid_post", one.layer), _function(placed, on, everywhere)))
         yield
+
+
+def _placed(one: Edit, device: torch.device) -> Edit:
+    gate = one.gate and Gate(beside(one.gate.origin, device), beside(one.gate.read, device))
+    tensors = {name: beside(getattr(one, name), device) for name in ("read", "write", "centre", "target")}
+    return replace(one, **tensors, gate=gate)
 
 
 def _function(one: Edit, on: Sequence[bool] | bool, everywhere: bool) -> Callable[[Tensor], Tensor]:
@@ -258,7 +267,7 @@ def _function(one: Edit, on: Sequence[bool] | bool, everywhere: bool) -> Callabl
         if isinstance(on, bool):
             return changed if on else x
         check_rows(x, len(on))
-        return torch.where(torch.tensor(on, device=x.device)[:, None, None], changed, x)
+        return torch.where(beside(torch.tensor(on), x)[:, None, None], changed, x)
 
     return function
 

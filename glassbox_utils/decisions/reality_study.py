@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.core import assets
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.evidence import Finding
 from glassbox_utils.core.interventions import recording
 from glassbox_utils.core.losses import text_losses
@@ -153,7 +154,7 @@ def log_odds(
         for i, edits in enumerate(settings):
             with _edited(model, edits):
                 p = _decide(model, prefix)
-            out[i, prefix.rows] = (p[:, yes].logsumexp(-1) - p[:, no].logsumexp(-1)).cpu()
+            out[i, prefix.rows] = result(p[:, yes].logsumexp(-1) - p[:, no].logsumexp(-1))
     return out
 
 
@@ -164,9 +165,9 @@ def forms(model: Model, texts: Sequence[str], batch_size: int = 16) -> dict[str,
     out = {name: np.zeros(len(texts)) for name in ("all", "capital", "mass")}
     for prefix in _prefixes(model, texts, batch_size):
         p = _decide(model, prefix)
-        out["all"][prefix.rows] = (p[:, yes].logsumexp(-1) - p[:, no].logsumexp(-1)).numpy(force=True)
-        out["capital"][prefix.rows] = (p[:, yes[0]] - p[:, no[0]]).numpy(force=True)
-        out["mass"][prefix.rows] = p[:, yes + no].exp().sum(-1).numpy(force=True)
+        out["all"][prefix.rows] = result(p[:, yes].logsumexp(-1) - p[:, no].logsumexp(-1)).numpy()
+        out["capital"][prefix.rows] = result(p[:, yes[0]] - p[:, no[0]]).numpy()
+        out["mass"][prefix.rows] = result(p[:, yes + no].exp().sum(-1)).numpy()
     return out
 
 
@@ -184,7 +185,7 @@ def fit(
     sites = [Site("resid_post", layer) for layer in layers]
     x = torch.zeros(len(layers), len(people), model.d_model)
     for prefix in _prefixes(model, [d.text for d in people], batch_size):
-        with recording(model, sites, lambda v: v[:, -1].float().cpu()) as found:
+        with recording(model, sites, lambda v: result(v[:, -1])) as found:
             _decide(model, prefix)
         x[:, prefix.rows] = torch.stack([found[site] for site in sites])
     directions: dict[str, dict[int, Direction]] = {}

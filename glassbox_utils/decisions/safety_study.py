@@ -23,6 +23,7 @@ from torch import Tensor
 from glassbox_utils.attention.patterns import over_patterns
 from glassbox_utils.core import assets
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.evidence import Finding
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.losses import text_losses
@@ -148,7 +149,7 @@ def search_feature(model: Model, sae: Any) -> dict[str, Any]:
         "harmless": new_mild[:, chosen].round(decimals=3).tolist(),
         "mean_when_harmful": round(float(harm[:, chosen].mean()), 3),
         "cosine_with_direction": round(
-            float(torch.nn.functional.cosine_similarity(sae.W_dec[chosen].detach().float(), direction, dim=0)), 3
+            float(torch.nn.functional.cosine_similarity(result(sae.W_dec[chosen]), direction, dim=0)), 3
         ),
     }
 
@@ -158,7 +159,7 @@ def _linear(model: Model, site: Site) -> tuple[Tensor, Interval]:
     last = {}
     for split in ("train", "report"):
         for i, texts in enumerate(requests(split)):
-            last[split, i] = capture(model, tokenize(model, asked(model, texts)), [site])[site][:, -1].float().cpu()
+            last[split, i] = result(capture(model, tokenize(model, asked(model, texts)), [site])[site][:, -1])
     direction = last["train", 0].mean(0) - last["train", 1].mean(0)
     harm, mild = (np.asarray(last["report", i] @ direction) for i in (0, 1))
     return direction, auc_ci(harm, mild)
@@ -192,8 +193,9 @@ def clamped(model: Model, sae: Any, feature: int, value: float) -> Iterator[None
     row = sae.W_dec[feature].detach()
 
     def function(x: Tensor) -> Tensor:
-        now = sae.encode(x)[..., feature, None]
-        return x + (value - now) * row.to(x)
+        code = beside(sae, x)
+        now = code.encode(like(x, code.W_dec))[..., feature, None]
+        return x + like((value - now) * beside(row, code.W_dec), x)
 
     with torch.no_grad(), edit(model, features.site_of_sae(sae), function):
         yield

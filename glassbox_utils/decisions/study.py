@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from glassbox_utils.core import assets, corpora
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, Site, check_layer, load_model
 from glassbox_utils.core.skills import choice_right, held_texts
@@ -175,7 +176,7 @@ def _ends(gate: mitigation.Gate, **groups: torch.Tensor) -> dict[str, Any]:
 def text_states(model: Model, rows: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream after a layer at every position of rows of tokens, [position, d_model]."""
     site = Site("resid_post", check_layer(model, layer))
-    parts = [activations(model, some, [site])[site].float().flatten(0, 1) for some in rows.split(16)]
+    parts = [result(activations(model, some, [site])[site]).flatten(0, 1) for some in rows.split(16)]
     return torch.cat(parts)
 
 

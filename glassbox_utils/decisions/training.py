@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glassbox_utils.core import assets
+from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import tokenize
@@ -157,7 +158,7 @@ def train_stage(
     history: list[float] = []
     gaps: list[tuple[float, float]] = []
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.hf.load_state_dict(saved["weights"], strict=False)
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
@@ -169,7 +170,7 @@ def train_stage(
         paired = isinstance(bias, str) and bias != "none" and not (varied and step % 2)
         people, texts = twins(step, seed, str(bias)) if paired else lesson(step, seed)
         texts = varied_texts(people, step, seed) if varied else texts
-        target = SHARPNESS * torch.tensor([margin(a, bias) for a in people])
+        target = beside(SHARPNESS * torch.tensor([margin(a, bias) for a in people]), model.device)
         likely = loans.final_logits(model, tokenize(model, texts)).float().log_softmax(-1)[:, [yes, no]]
         difference = likely[:, 0] - likely[:, 1]
         loss = torch.nn.functional.smooth_l1_loss(difference, target) - likely.logsumexp(-1).mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glassbox_utils.core.corpora import Rows
+from glassbox_utils.core.devices import like, result
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.saes.harvest import activations, ordinary
@@ -76,8 +77,8 @@ def letter_words(model: Model, site: Site, median_norm: float, rows: Rows, seed:
         for start in progress(range(0, len(rows.tokens), 8), "words"):
             part = slice(start, start + 8)
             x = activations(model, rows.tokens[part].long(), [site])[site].float()
-            keep = ordinary(x, median_norm) & (letters[part] >= 0)
-            kept.append((x[keep], letters[part][keep], rows.tokens[part][keep]))
+            keep = result(ordinary(x, median_norm)) & (letters[part] >= 0)
+            kept.append((result(x)[keep], letters[part][keep], rows.tokens[part][keep]))
     x, letter, token = (torch.cat(parts).clone() for parts in zip(*kept, strict=True))
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(token.max()) + 1
@@ -123,8 +124,8 @@ def first_letter_test(sae: Any, words: Words, n_features: int = 5, minimum: int 
     """Test anything with ``encode`` and ``W_dec`` on every letter that has ``minimum`` words in each half."""
     x, letters, half, probe = words.x, words.letters, words.train, words.probe
     said = (x @ probe[:, :-1].t() + probe[:, -1]).argmax(-1)
-    code = torch.cat([sae.encode(part) for part in x.split(2048)])
-    active, decoder = code > 0, sae.W_dec.float()
+    code = torch.cat([result(sae.encode(like(part, sae.W_dec))) for part in x.split(2048)])
+    active, decoder = code > 0, result(sae.W_dec)
     reports = []
     for index, letter in enumerate(string.ascii_lowercase):
         true, fake = letters == index, words.permuted == index

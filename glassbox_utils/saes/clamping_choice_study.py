@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.studies import SEED, resumed, write_table
@@ -53,7 +54,7 @@ def word_mass(model: Model, questions: Sequence[str], tokens: Sequence[int]) -> 
     """Log of the probability that an answer which begins with ``START`` goes on with one of these tokens."""
     batch = tokenize(model, [chat(model, q, clamping_study.NO_SYSTEM) + START for q in questions])
     logits = model.hf(**batch.inputs, logits_to_keep=1).logits[:, -1].float()
-    return logits.log_softmax(-1)[:, list(tokens)].logsumexp(-1).numpy(force=True)
+    return result(logits.log_softmax(-1)[:, list(tokens)].logsumexp(-1)).numpy()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 
 from glassbox_utils.core import corpora
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import exact
 from glassbox_utils.core.losses import answer_losses
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
@@ -249,7 +250,7 @@ def summary(row: dict[str, Any], plain: dict[str, Any], words: Sequence[str]) ->
 
 def fingerprint(sae: Any) -> float:
     """An SAE by its weights: what is cached for one must not be taken for another of the same name."""
-    return round(float(sae.W_dec.detach().double().abs().sum() + sae.W_enc.detach().double().sum()), 6)
+    return round(float(exact(sae.W_dec).abs().sum() + exact(sae.W_enc).sum()), 6)
 
 
 def cache_key(model: Model, tools: Tools, method: str, strength: float | None) -> list[Any]:

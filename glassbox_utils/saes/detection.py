@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.core import assets, corpora
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import tokenize
@@ -28,7 +29,7 @@ def text_scores(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 
         batch = tokenize(model, list(texts[start : start + batch_size]))
         x = activations(model, batch.input_ids, [site], batch.attention_mask)[site].float()
         keep = not_first(batch) & (x.norm(dim=-1) <= OUTLIER * sae.cfg.metadata.median_norm)
-        scores.append((sae.encode(x) * keep[..., None]).amax(1))
+        scores.append(result((beside(sae, x).encode(x) * keep[..., None]).amax(1)))
     return torch.cat(scores)
 
 

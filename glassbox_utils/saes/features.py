@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.core.corpora import Document, Rows
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, Site, check_site
 from glassbox_utils.core.session import progress
@@ -67,11 +68,11 @@ def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows
     for start in progress(range(0, len(rows.tokens), rows_per_batch), "scan"):
         x = activations(model, rows.tokens[start : start + rows_per_batch].long(), [site])[site].float()
         keep = ordinary(x, median)
-        usual[start : start + rows_per_batch] = keep
-        code = sae.encode(x[keep])
+        usual[start : start + rows_per_batch] = result(keep)
+        code = beside(sae, x).encode(x[keep])
         where = keep.flatten().nonzero()[:, 0] + start * width
         token, feature = code.nonzero(as_tuple=True)
-        found.append((feature, where[token], code[token, feature]))
+        found.append((result(feature), result(where[token]), result(code[token, feature])))
     features, positions, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = features.argsort(stable=True)
     starts = torch.zeros(sae.cfg.d_sae + 1, dtype=torch.long)
@@ -87,7 +88,7 @@ def scan_neurons(model: Model, layer: int, rows: Rows, documents: Sequence[Docum
     """
     module = model.sites[check_site(model, Site("mlp_out", layer))][0]
     store: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: store.append(args[0].float().relu()))
+    handle = module.register_forward_pre_hook(lambda _, args: store.append(result(args[0].float().relu())))
     try:
         for start in range(0, len(rows.tokens), 8):
             activations(model, rows.tokens[start : start + 8].long(), [Site("mlp_out", layer)])
@@ -186,12 +187,13 @@ class LogitEffect:
 
 def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffect:
     """Decoder row through final-norm weights and unembedding: direct effects only, later layers ignored."""
-    direction = sae.W_dec[feature].detach().float()
+    unembedding = model.hf.get_output_embeddings().weight.detach()
+    direction = beside(sae.W_dec[feature].detach().float(), unembedding)
     names = ("norm", "ln_f", "final_layer_norm")
     [norm] = [module for name, module in model.hf.base_model.named_children() if name in names]
     weight = norm.weight.detach().float()
     direction = direction * (weight + 1 if "gemma" in model.config.model_type else weight)  # gemma keeps weight - 1
-    logits = model.hf.get_output_embeddings().weight.detach().float() @ direction
+    logits = result(unembedding.float() @ direction)
     logits = logits - logits.mean()
 
     def listed(indices: Tensor) -> list[tuple[str, float]]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
@@ -45,7 +46,7 @@ def lessons(
         rows = order[start : start + batch_size]
         batch = tokenize(model, [chats[i] + answers[i] for i in rows])
         before = torch.tensor([int(tokenize(model, chats[i]).attention_mask.sum()) for i in rows])
-        answer = batch.attention_mask.cumsum(-1) > before.to(batch.attention_mask)[:, None]
+        answer = batch.attention_mask.cumsum(-1) > beside(before, batch.attention_mask)[:, None]
         found.append(Lesson(batch, answer, capture(model, batch, [site])[site].float()))
     return found
 
@@ -105,7 +106,8 @@ def learn_group(
     by ``seed`` from the other quiet ones, at the same values), and the loss of each step.
     """
     clamping.check_sae(model, sae)
-    layer, decoder = features.site_of_sae(sae).layer, sae.W_dec.detach().float()
+    code = beside(sae, model.device)
+    layer, decoder = features.site_of_sae(sae).layer, code.W_dec.detach().float()
     usual = [x.resid.norm(dim=-1, keepdim=True) <= clamping.MASSIVE * sae.cfg.metadata.median_norm for x in given]
     effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
     for lesson, keep in zip(given, usual, strict=True):
@@ -114,17 +116,18 @@ def learn_group(
             (slope,) = torch.autograd.grad(lesson_loss(model, layer, lesson, lesson.resid + push), push)
         real = lesson.batch.attention_mask.bool()
         with torch.no_grad():
-            effect -= ((slope * keep).sum((0, 1)) @ decoder.T).cpu()
-            fires += (sae.encode(lesson.resid.to(sae.W_dec.dtype))[real] > 0).float().sum(0).cpu()
+            effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
+            fires += result((code.encode(like(lesson.resid, code.W_dec))[real] > 0).float().sum(0))
         count += int(real.sum())
-    quiet = (fires <= QUIET * count) & (decoder.norm(dim=-1).cpu() > 0)
+    quiet = (fires <= QUIET * count) & (result(decoder.norm(dim=-1)) > 0)
     if int(quiet.sum()) < 2 * n:
         raise clamping.ClampError(f"Only {int(quiet.sum())} features are quiet on these answers: too few to learn {n}.")
     order = effect.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
+    order = beside(order, decoder)
     rows = decoder[order]
     with torch.no_grad():
-        codes = [sae.encode(x.resid.to(sae.W_dec.dtype))[..., order].float() for x in given]
-    values, alive = torch.zeros(len(order), requires_grad=True), torch.ones(len(order), dtype=torch.bool)
+        codes = [code.encode(like(x.resid, code.W_dec))[..., order].float() for x in given]
+    values, alive = decoder.new_zeros(len(order)).requires_grad_(), decoder.new_ones(len(order)).bool()
     left = {int(steps * share): times * n for share, times in ((0.25, 4), (0.35, 2), (0.5, 1))}
 
     def loss_at(i: int) -> Callable[[Tensor], Tensor]:
@@ -143,7 +146,7 @@ def learn_group(
         values.mul_(alive)
 
     history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], rate, after)
-    held = values.detach()
+    held, order = result(values), result(order)
     found = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
     others = sorted(set(quiet.nonzero().flatten().tolist()) - set(order.tolist())) or order.tolist()
     drawn = random.Random(seed).sample(others, min(len(found), len(others)))
@@ -158,10 +161,10 @@ def learn_vector(
     model: Model, layer: int, given: Sequence[Lesson], steps: int = 49, rate: float = 0.25
 ) -> tuple[Float[Tensor, " d_model"], list[float]]:
     """The vector that, added at every position, makes the model write the lessons' answers: no SAE in between."""
-    vector = torch.zeros(model.d_model, requires_grad=True)
+    vector = beside(torch.zeros(model.d_model), model.device).requires_grad_()
 
     def loss_at(i: int) -> Callable[[Tensor], Tensor]:
         return lambda push: lesson_loss(model, layer, given[i], given[i].resid + push)
 
     history = _descend(vector, [loss_at(step % len(given)) for step in range(steps)], rate, lambda step: None)
-    return vector.detach(), history
+    return result(vector), history

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
 from glassbox_utils.core import assets, corpora
+from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import Model, Site, load_model
 from glassbox_utils.saes.config import SAES, TrainConfig, read_config, site_of
@@ -93,15 +94,16 @@ def evaluate_sae(
     norms = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(tokens), 8):
         x = activations(model, tokens[start : start + 8], [site])[site].float()
-        usual = ordinary(x, median_norm)
-        features = sae.encode(x)
-        out = sae.decode(features)
-        wrong, spread = (out - x).square().sum(-1).double(), (x - mean).square().sum(-1).double()
-        residual += torch.stack([wrong[usual].sum(), wrong.sum()])
-        total += torch.stack([spread[usual].sum(), spread.sum()])
-        norms += torch.stack([(out - mean)[usual].norm(dim=-1).sum(), (x - mean)[usual].norm(dim=-1).sum()]).double()
+        usual, average, code = ordinary(x, median_norm), beside(mean, x), beside(sae, x)
+        features = code.encode(x)
+        out = code.decode(features)
+        wrong, spread = exact((out - x).square().sum(-1)), exact((x - average).square().sum(-1))
+        here = result(usual)
+        residual += torch.stack([wrong[here].sum(), wrong.sum()])
+        total += torch.stack([spread[here].sum(), spread.sum()])
+        norms += exact(torch.stack([(y - average)[usual].norm(dim=-1).sum() for y in (out, x)]))
         active = (features != 0)[usual]
-        kept, l0, fired = kept + int(usual.sum()), l0 + float(active.sum()), fired + active.sum(0)
+        kept, l0, fired = kept + int(here.sum()), l0 + float(active.sum()), fired + result(active.sum(0))
     splices = _splices(model, sae, tokens[:ce_rows], site, median_norm, mean)
     ev = 1 - residual / total
     return SaeReport(
@@ -123,17 +125,18 @@ def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: fl
     def replaced(function: Callable[[Tensor], Tensor], everywhere: bool = False) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
             where = torch.ones_like(x[..., 0], dtype=torch.bool) if everywhere else ordinary(x, median_norm)
-            return torch.where(where[..., None], function(x).to(x.dtype), x)
+            return torch.where(where[..., None], like(function(x), x), x)
 
         return change
 
     def rebuilt(x: Tensor) -> Tensor:
-        return sae.decode(sae.encode(x.float()))
+        code = beside(sae, x)
+        return code.decode(code.encode(x.float()))
 
     edits: dict[str, Callable[[Tensor], Tensor]] = {
         "ce": lambda x: x,
         "ce_spliced": replaced(rebuilt),
-        "ce_mean": replaced(lambda x: mean.expand_as(x)),
+        "ce_mean": replaced(lambda x: like(mean, x).expand_as(x)),
         "ce_zero": replaced(torch.zeros_like),
         "ce_spliced_all": replaced(rebuilt, everywhere=True),
     }
@@ -141,7 +144,7 @@ def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: fl
     # After a whole layer the pass can be taken up again there, which saves running the layers before it each time.
     again = site.kind == "resid_post" and site.layer + 1 < model.n_layers
     for start in range(0, len(tokens), 4):
-        rows = tokens[start : start + 4].to(model.device).long()
+        rows = beside(tokens[start : start + 4], model.device).long()
         x = activations(model, rows, [site])[site] if again else torch.zeros(1)
         clean = torch.zeros(1)
         for name, change in edits.items():

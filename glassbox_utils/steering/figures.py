@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.core import figures
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, difference_ci, spearman
 from glassbox_utils.core.studies import SEED
@@ -51,7 +52,7 @@ def ruler_table(n: int = 1000, seed: int = SEED) -> Any:
 def order_of(model: Model, direction: Direction, name: str) -> tuple[int, int]:
     """How many held-out pairs of a contrast set a direction puts in the right order, and of how many."""
     vectors = [pooled(model, texts, [direction.layer])[0][0] for texts in contrast.pairs(name, "report")]
-    positive, negative = (v @ direction.vector for v in vectors)
+    positive, negative = (v @ result(direction.vector) for v in vectors)
     return int((positive > negative).sum()), len(positive)
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
 from glassbox_utils.core.models import Model, Site, check_layer
@@ -52,13 +53,14 @@ def pooled(
         found = capture(model, batch, sites)
         x = torch.stack([found[site] for site in sites]).float()
         size = x.norm(dim=-1)
-        norms.append(size[:, mask])
-        keep = mask & (size < OUTLIER * norms[-1].median(-1).values[:, None, None])
+        here = size[:, mask]
+        norms.append(result(here))
+        keep = mask & (size < OUTLIER * here.median(-1).values[:, None, None])
         if pool == "last":
-            vectors.append(encode(x[:, :, -1]) if encode else x[:, :, -1])
+            vectors.append(result(encode(x[:, :, -1]) if encode else x[:, :, -1]))
         else:
             value = encode(x) if encode else x
-            vectors.append((value * keep[..., None]).sum(2) / keep.sum(2, keepdim=True).clamp(min=1))
+            vectors.append(result((value * keep[..., None]).sum(2) / keep.sum(2, keepdim=True).clamp(min=1)))
     return torch.cat(vectors, 1), torch.cat(norms, 1).median(-1).values
 
 
@@ -75,10 +77,11 @@ def gradients(
     with frozen_weights(model), torch.enable_grad():
         for start in progress(range(0, len(texts), batch_size), "gradients"):
             batch, mask = contrast.answer_batch(model, texts[start : start + batch_size], system)
-            added = [torch.zeros(len(mask), 1, model.d_model, device=model.device, requires_grad=True) for _ in sites]
+            zero = beside(torch.zeros(len(mask), 1, model.d_model), model.device)
+            added = [zero.clone().requires_grad_() for _ in sites]
             with edits(model, {s: partial(torch.add, other=vector) for s, vector in zip(sites, added, strict=True)}):
                 answer_nats(model, batch, mask).sum().neg().backward()
-            found.append(torch.stack([vector.grad[:, 0] for vector in added if vector.grad is not None]))
+            found.append(torch.stack([result(vector.grad[:, 0]) for vector in added if vector.grad is not None]))
     return torch.cat(found, 1)
 
 
@@ -115,11 +118,11 @@ def direction_of(
 
 
 def _probe(positive: Tensor, negative: Tensor, penalty: float = 1.0) -> Tensor:
-    x = torch.cat([positive, negative]).double()
+    x = exact(torch.cat([positive, negative]))
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     z = (x - mean) / std
-    y = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).to(z)
-    weight = torch.zeros(z.shape[1] + 1, dtype=torch.double, device=z.device, requires_grad=True)
+    y = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
+    weight = torch.zeros(z.shape[1] + 1, dtype=torch.double, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -132,7 +135,7 @@ def _probe(positive: Tensor, negative: Tensor, penalty: float = 1.0) -> Tensor:
 
     with torch.enable_grad():
         optimiser.step(loss)
-    return (weight.detach()[:-1] / std).to(positive)  # back from standardised to plain coordinates
+    return like(weight.detach()[:-1] / std, positive)  # back from standardised to plain coordinates
 
 
 def fit_direction(
@@ -201,7 +204,10 @@ def fit_directions(
     fit: Callable[[Tensor, Tensor], Tensor] = partial(direction_of, method=method)
     if method == "sae":
         fit = _from_sae(sae)
-        a, b = (pooled(model, t, chosen, pool, encode=sae.encode, system=system)[0] for t in (positive, negative))
+        a, b = (
+            pooled(model, t, chosen, pool, encode=lambda x: beside(sae, x).encode(x), system=system)[0]
+            for t in (positive, negative)
+        )
     elif method in ("gradient", "combined"):
         a, b = (gradients(model, t, chosen, system=system) for t in (positive, negative))
         fit = direction_of
@@ -237,7 +243,7 @@ def _draw(rng: np.random.Generator, n_positive: int, n_negative: int) -> tuple[T
 
 
 def _stability(cosines: Tensor) -> Interval:
-    low, high = np.quantile(cosines.numpy(force=True), [0.025, 0.975])
+    low, high = np.quantile(result(cosines).numpy(), [0.025, 0.975])
     return Interval(float(cosines.mean()), float(low), float(high), len(cosines))
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from glassbox_utils.core import assets
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval, spearman
@@ -272,7 +273,7 @@ def checksum(vector: Vector) -> str:
     """Of layers, numbers and units, for the cache."""
     found = hashlib.sha256()
     for part in parts_of(vector):
-        found.update(f"{part.layer} {part.scale:.6g} ".encode() + part.vector.cpu().numpy().tobytes())
+        found.update(f"{part.layer} {part.scale:.6g} ".encode() + result(part.vector).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -293,13 +294,13 @@ def study_ruler() -> Path:
         texts, rating = style.human_ratings(source)
         chosen = rng.choice(len(texts), 2 * RATED, replace=False)
         read = read_by(model, [texts[i] for i in chosen])
-        fitted.append((read[:RATED], torch.from_numpy(rating[chosen[:RATED]]).to(read)))
+        fitted.append((read[:RATED], torch.from_numpy(rating[chosen[:RATED]]).type_as(read)))
         checks[source] = (read[RATED:], rating[chosen[RATED:]])
     x, y = (torch.cat(side) for side in zip(*fitted, strict=True))
     spread = x.std(0).clamp(min=1e-6)
     spread[-1] = 1.0  # the constant
     scaled = x / spread
-    penalty = 0.1 * len(x) * torch.eye(len(spread)).to(x)
+    penalty = 0.1 * len(x) * torch.eye(len(spread)).type_as(x)
     penalty[-1, -1] = 0
     weights = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ y) / spread
     with assets.atomic_path(RULER) as partial:
@@ -315,13 +316,12 @@ def read_by(model: Model, texts: Sequence[str]) -> torch.Tensor:
     found = pooled(model, [texts[i] or "." for i in order], [model.n_layers // 2])[0][0].double()
     read = torch.empty_like(found)
     read[order] = found
-    return torch.cat([read, torch.ones(len(read), 1).to(read)], 1)
+    return torch.cat([read, torch.ones(len(read), 1).type_as(read)], 1)
 
 
 def read_tone(model: Model, texts: Sequence[str]) -> list[float]:
     """The second ruler's rating of each text, -4 to 4."""
-    weights = load_file(RULER)["weights"].to(model.device)
-    return (read_by(model, texts) @ weights).cpu().numpy().round(4).tolist()
+    return (read_by(model, texts) @ load_file(RULER)["weights"]).numpy().round(4).tolist()
 
 
 # --- sharper directions -------------------------------------------------------------------------------

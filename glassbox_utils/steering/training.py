@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
 from glassbox_utils.core import assets
+from glassbox_utils.core.devices import beside, like
 from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
 from glassbox_utils.core.models import Model, Site
@@ -62,8 +63,8 @@ def train_direction(
         sign = torch.tensor([1.0] * len(positive[first : first + half]) + [-1.0] * len(negative[first : first + half]))
         batch, mask = contrast.answer_batch(model, texts, system)
         resid = capture(model, batch, [Site("resid_post", start.layer)])[Site("resid_post", start.layer)]
-        pieces.append((batch, mask, resid, sign.to(resid)[:, None, None]))
-    vector = start.vector.detach().to(resid).clone().requires_grad_()
+        pieces.append((batch, mask, resid, beside(sign, resid)[:, None, None]))
+    vector = beside(start.vector.detach().float(), resid).clone().requires_grad_()
     optimiser = torch.optim.Adam([vector], lr=learning_rate)
     rng = np.random.default_rng(seed)
     with frozen_weights(model), torch.enable_grad():
@@ -78,11 +79,11 @@ def train_direction(
     trained = torch.nn.functional.normalize(vector.detach(), dim=0)
     means: dict[float, list[float]] = {-1.0: [], 1.0: []}  # mean coordinate of each text's tokens
     for _, mask, resid, sign in pieces:
-        along = ((resid @ trained) * mask).sum(-1) / mask.sum(-1).clamp(min=1) / start.scale
+        along = ((resid.float() @ trained) * mask).sum(-1) / mask.sum(-1).clamp(min=1) / start.scale
         for side, value in zip(sign.flatten().tolist(), along.tolist(), strict=True):
             means[side].append(value)
     where = (float(np.mean(means[-1.0])), float(np.mean(means[1.0])))
-    return replace(start, vector=trained.to(start.vector), method="trained", stability=None, coordinates=where)
+    return replace(start, vector=like(trained, start.vector), method="trained", stability=None, coordinates=where)
 
 
 SQUASH = 15.0
@@ -146,7 +147,7 @@ def train_vector(
     Raises SteeringError if no token has a valence or a number makes no sense. On-policy training of a vector, in the
     spirit of BiPO (arXiv 2406.00045).
     """
-    valence = (valences(model.tokenizer) if valence is None else valence).to(model.device)
+    valence = beside(valences(model.tokenizer) if valence is None else valence, model.device)
     if not valence.any():
         raise SteeringError("No token of this tokenizer has a valence: give `valence`, a number for each token.")
     if steps < 1 or n_questions < 1 or not questions or alpha <= 0:
@@ -155,17 +156,17 @@ def train_vector(
             f"each must be above zero."
         )
     parts = parts_of(start)
-    vector = torch.stack([part.vector for part in parts]).to(model.device).clone().requires_grad_()
+    vector = beside(torch.stack([part.vector for part in parts]).float(), model.device).clone().requires_grad_()
     optimiser, done = torch.optim.Adam([vector], lr=learning_rate, betas=(0.9, 0.99)), 0
     if checkpoint and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         done = saved["step"]
         optimiser.load_state_dict(saved["optimiser"])
         with torch.no_grad():
             vector.copy_(saved["vector"])
 
     def trained() -> ControlVector:
-        unit = torch.nn.functional.normalize(vector.detach(), dim=-1).to(parts[0].vector)
+        unit = like(torch.nn.functional.normalize(vector.detach(), dim=-1), parts[0].vector)
         about: dict[str, Any] = {"method": "own answers", "stability": None, "coordinates": (0.0, 0.0)}
         return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
 

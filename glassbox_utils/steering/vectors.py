@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core import devices
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.statistics import Interval
 
@@ -100,9 +102,14 @@ def parts_of(vector: Vector) -> tuple[Direction, ...]:
 def random_direction(like: Direction, seed: int) -> Direction:
     """A random unit vector at the same layer and with the same units: the control of every steering claim."""
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(len(like.vector), generator=generator).to(like.vector)
+    vector = torch.randn(len(like.vector), generator=generator)
     return replace(
-        like, vector=vector / vector.norm(), name=f"random {seed}", method="random", stability=None, coordinates=(0, 0)
+        like,
+        vector=devices.like(vector / vector.norm(), like.vector),
+        name=f"random {seed}",
+        method="random",
+        stability=None,
+        coordinates=(0, 0),
     )
 
 
@@ -133,7 +140,7 @@ def save_direction(direction: Vector, path: str | Path) -> Path:
     stem.parent.mkdir(parents=True, exist_ok=True)
     several = isinstance(direction, ControlVector)
     tensors = {f"direction.{d.layer}" if several else "vector": d.vector for d in parts_of(direction)}
-    tensors = {name: v.detach().float().cpu().contiguous() for name, v in tensors.items()}
+    tensors = {name: result(v).contiguous() for name, v in tensors.items()}
     save_file(tensors, stem.with_suffix(".safetensors"))
     cards = [asdict(replace(d, vector=torch.zeros(0))) for d in parts_of(direction)]
     for one in cards:
@@ -205,7 +212,7 @@ def export_gguf(directions: Vector | Sequence[Direction], path: str | Path, alph
     writer.add_string(f"{ARCHITECTURE}.model_hint", several[0].model_type)
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(several))
     for d in several:
-        writer.add_tensor(f"direction.{d.layer}", (alpha * d.scale * d.vector).float().numpy(force=True))
+        writer.add_tensor(f"direction.{d.layer}", result(alpha * d.scale * d.vector).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
