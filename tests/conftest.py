@@ -1,6 +1,8 @@
 """Fixtures, and ``--device``: the whole suite on a GPU (``cuda``, ``mps``), or on the simulated one of ``far.py``."""
 
+import ast
 import sys
+from pathlib import Path
 
 import far
 import pytest
@@ -17,16 +19,57 @@ from worded import build
 from glassbox_utils.core import devices, models
 from glassbox_utils.core.models import Model, load_model
 
+PACKAGE = Path(models.__file__).resolve().parents[1]
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--device", default="cpu", help="where models live: cpu, cuda, mps, or far (simulated, see far.py)"
     )
+    parser.addoption("--every-function", action="store_true", help="fail if a function that takes a model was not run")
+
+
+def takers_of_a_model():
+    """(file, name) -> lines of the body, of every public function with a parameter annotated as ``Model``."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.stem.endswith("study") or (path.stem == "figures" and path.parent.name != "core"):
+            continue  # long runs: their parts are functions of the techniques
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                takes = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation]
+                if any("Model" in ast.unparse(a.annotation).split(" | ") for a in takes):
+                    body = node.body[1:] if ast.get_docstring(node) else node.body
+                    found[str(path), node.name] = {
+                        n.lineno for stmt in body for n in ast.walk(stmt) if hasattr(n, "lineno")
+                    }
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    measured = getattr(session.config, "glassbox_coverage", None)
+    if measured is None:
+        return
+    measured.stop()
+    data = measured.get_data()
+    ran = {path: set(data.lines(path) or ()) for path in {path for path, _ in takers_of_a_model()}}
+    idle = [f"{Path(path).relative_to(PACKAGE)}: {name}" for (path, name), lines in takers_of_a_model().items()
+            if not lines & ran[path]]  # fmt: skip
+    print(f"\n{len(takers_of_a_model())} public functions take a model; {len(idle)} of them were not run")
+    if idle:
+        print("\n".join(idle))
+        session.exitstatus = 1
 
 
 def pytest_configure(config):
     """Every model of the tests, also one wrapped by hand, goes to the device that was asked for."""
     device, wrap = config.getoption("--device"), models.wrap_model
+    if config.getoption("--every-function"):
+        import coverage
+
+        config.glassbox_coverage = coverage.Coverage(include=[f"{PACKAGE}/*"], data_file=None)
+        config.glassbox_coverage.start()
     if device == "far":
         context = far.far()
         context.__enter__()

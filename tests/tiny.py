@@ -42,7 +42,7 @@ def network(
     torch.manual_seed(0)
     common = {"vocab_size": words, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     common |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": positions}
-    common |= {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": eos}
+    common |= {"bos_token_id": 0, "eos_token_id": eos} | ({} if eos is None else {"pad_token_id": eos})
     if kind == "gpt2":
         shape = {"n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": heads}
         hf = GPT2LMHeadModel(GPT2Config(vocab_size=words, **shape, bos_token_id=0, eos_token_id=eos))

@@ -195,7 +195,7 @@ def test_logits_are_bit_identical_afterwards(model, sae):
 
 
 def test_learning_finds_features_that_make_the_answers_likelier(model, monkeypatch):
-    monkeypatch.setattr(clamping, "QUIET", 0.5)  # a random SAE has few rare features
+    monkeypatch.setattr(learning, "QUIET", 0.5)  # a random SAE has few rare features
     sae, before = make_sae(model), logits(model)
     wants_gradient = [p.requires_grad for p in model.hf.parameters()]
     given = learning.lessons(model, 1, ["w1 w2", "w3", "w4 w5 w6"], [" w7 w8 w9"] * 3, batch_size=2)
