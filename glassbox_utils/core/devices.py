@@ -7,6 +7,7 @@
 """
 
 import copy
+import os
 import weakref
 from typing import Any
 
@@ -36,9 +37,8 @@ def available() -> list[str]:
 
 
 def choose(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the fastest one; DeviceError if it is not there."""
-    if device is None:
-        return torch.device(available()[0])
+    """The device asked for, as an argument or in GLASSBOX_DEVICE, or else the fastest; DeviceError if it is not there."""
+    device = device or os.environ.get("GLASSBOX_DEVICE") or available()[0]
     try:
         chosen = torch.device(device)
     except RuntimeError:

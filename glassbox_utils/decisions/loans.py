@@ -363,13 +363,13 @@ def outside_training(applicant: Applicant) -> list[str]:
 # --- the model's decisions ----------------------------------------------------------------------------
 
 
-def load_loan_model(name: str = "deployed") -> Model:
+def load_loan_model(name: str = "deployed", device: str | torch.device | None = None) -> Model:
     """The embedded model with one of the shipped loan adapters merged; LoanError names those there are."""
     if not (LOANS / name / "adapter_config.json").exists():
         raise LoanError(f"There is no loan model {name!r}. Allowed: {', '.join(loan_models()) or 'none yet'}.")
     with warnings.catch_warnings():  # peft asks transformers for an attribute under its old name
         warnings.simplefilter("ignore", FutureWarning)
-        return replace(load_model(adapter=LOANS / name), name=f"loan officer ({name})")
+        return replace(load_model(adapter=LOANS / name, device=device), name=f"loan officer ({name})")
 
 
 def loan_models() -> list[str]:

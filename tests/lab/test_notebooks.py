@@ -40,7 +40,7 @@ def test_it_is_a_lesson(path):
     prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     source = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     assert "**Claim.**" in notebook.cells[0].source and "**Time and memory.**" in prose
-    assert {"MODEL", "SEED"} <= set(notebooks.parameters_of(notebook))
+    assert {"MODEL", "DEVICE", "SEED"} <= set(notebooks.parameters_of(notebook))
     assert prose.count("falsify") >= 2 and "<summary>Solution</summary>" in prose and "arXiv" in prose
     sections = [int(n) for n in re.findall(r"^## (\d+)", prose, re.M)]
     assert sections == list(range(1, len(sections) + 1)) and sections, "a section's heading is lost or out of order"
