@@ -37,7 +37,7 @@ def available() -> list[str]:
 
 
 def choose(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, as an argument or in GLASSBOX_DEVICE, or else the fastest; DeviceError if it is not there."""
+    """The device asked for, as an argument or in GLASSBOX_DEVICE, else the fastest. DeviceError if it is not here."""
     device = device or os.environ.get("GLASSBOX_DEVICE") or available()[0]
     try:
         chosen = torch.device(device)
