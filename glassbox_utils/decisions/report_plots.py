@@ -1,13 +1,26 @@
-"""The figures of the regulator's page: plain SVG drawn from an ``explain.Explanation``, every text escaped."""
+"""The figures of the regulator's page: matplotlib from an ``explain.Explanation``, as SVG that stands in the page.
 
-import html
+Text stays text, whoever wrote it: nothing is read as markup or as a formula. No date and no random name is in them, and
+what a notebook has set matplotlib to makes no difference: the same explanation gives the same figure.
+"""
+
+import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.dom import minidom
+
+from matplotlib import rc_context, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scour import scour  # type: ignore[import-untyped]
 
 from glassbox_utils.core.figures import BLUE, GREEN, GREY, RED
 from glassbox_utils.decisions.explain import Explanation, Group
 
-INK, FAINT, LINE = "#1d2733", "#5c6670", "#d5dae0"
+INK, FAINT, LINE, UNSURE = "#1d2733", "#5c6670", "#d5dae0", "#b9c0c7"
 NAMES = {
     "name": "first name",
     "age": "age",
@@ -22,8 +35,34 @@ NAMES = {
 }
 UNITS = {"income": " thousand a year", "debt": " % of income", "amount": " thousand", "age": " years"}
 
-
-e = html.escape
+WIDTH = 720
+LOOK: list[str | Path | dict[str, Any]] = [
+    "default",
+    {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "text.color": INK,
+        "font.size": 10,
+        "font.sans-serif": ["DejaVu Sans"],
+        "xtick.bottom": False,
+        "xtick.labelsize": 10,
+        "xtick.labelcolor": FAINT,
+        "ytick.left": False,
+        "ytick.labelsize": 10,
+        "ytick.labelcolor": FAINT,
+        "lines.markersize": 9,
+        "lines.markeredgewidth": 0,
+    },
+]
+SMALL = scour.sanitizeOptions(
+    SimpleNamespace(
+        **dict.fromkeys(("strip_ids", "strip_comments", "remove_metadata", "strip_xml_prolog", "quiet"), True),
+        indent_type="none",
+        newlines=False,
+        digits=4,
+    )
+)
+_FAMILY = re.compile("font-family:[^;]*;?")
 
 
 def number(value: float, digits: int = 2, sign: bool = True) -> str:
@@ -37,237 +76,215 @@ def with_unit(field: str, value: Any) -> str:
     return f"{value}{UNITS.get(field, '')}"
 
 
-def _text(
-    x: float, y: float, words: str, anchor: str = "start", size: float = 11, fill: str = INK, weight: int = 400
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{fill}" '
-        f'font-weight="{weight}">{e(words)}</text>'
-    )
+# --- matplotlib, in pixels ----------------------------------------------------------------------------
 
 
-def _rect(x: float, y: float, width: float, height: float, fill: str, opacity: float = 1) -> str:
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{max(height, 0):.1f}" fill="{fill}" '
-        f'fill-opacity="{opacity}"/>'
-    )
+def _figure(height: float) -> Figure:
+    """A unit of the SVG is a point of matplotlib, which is a pixel where the page is as wide as the figure."""
+    return Figure(figsize=(WIDTH / 72, height / 72), frameon=False)
 
 
-def _dot(x: float, y: float, fill: str, stroke: str = "none") -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{stroke}" stroke-width="2"/>'
+def _axes(figure: Figure, left: float, top: float, width: float, height: float, **options: Any) -> Axes:
+    """Axes at pixels from the upper left corner."""
+    full = figure.get_figheight() * 72
+    box = (left / WIDTH, 1 - (top + height) / full, width / WIDTH, height / full)
+    return figure.add_axes(box, frameon=False, **options)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str = LINE, width: float = 1, dash: str = "") -> str:
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
-        f'stroke-width="{width}"{dashed}/>'
-    )
+def _note(figure: Figure, x: float, y: float, words: str, align: str = "left", **options: Any) -> None:
+    """Words on a base line at pixels from the upper left corner."""
+    figure.text(x / WIDTH, 1 - y / (figure.get_figheight() * 72), words, ha=align, va="baseline", **options)
 
 
-def _svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(title)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )
+def _inline(figure: Figure, alternative: str) -> str:
+    """The figure as a small ``<svg>`` that takes the width and the font of the page around it."""
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # all is inside; a clip costs more letters than what it clips
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": alternative}):  # ids are those of this figure, whatever else is on the page
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg: Any = minidom.parseString(file.getvalue()).documentElement
+    for text in svg.getElementsByTagName("text"):
+        text.removeAttribute("transform")  # a turn by nothing
+        text.setAttribute("style", _FAMILY.sub("", text.getAttribute("style")))
+        for side in ("x", "y"):
+            text.setAttribute(side, f"{float(text.getAttribute(side)):.1f}")
+    for rule in svg.getElementsByTagName("style"):
+        rule.parentNode.removeChild(rule)  # it would hold for the whole page
+    for name in ("width", "height"):
+        svg.removeAttribute(name)
+    for name, value in (("role", "img"), ("aria-label", alternative)):
+        svg.setAttribute(name, value)
+    return scour.scourString(svg.toxml(), SMALL)
 
 
+# --- the five figures ---------------------------------------------------------------------------------
+
+
+@style.context(LOOK)
 def figure_fields(found: Explanation) -> str:
     """Causal effect of each field with its interval, and beside it how much it was looked at."""
     rows = sorted(found.effects, key=lambda f: f.effect.value)
-    top, step, left, middle, width = 40, 24, 250, 430, 720
+    places, step, top = range(len(rows)), 24, 40
     reach = max(0.5, *(max(abs(f.effect.low), abs(f.effect.high)) for f in rows))
-    scale, height = 165 / reach, top + step * len(rows) + 26
-    looked_left, looked_scale = 625, 66 / max(f.attention for f in rows)
-    parts = [
-        _text(middle, 16, "what it did to the decision (causal)", "middle", 11, BLUE, 600),
-        _text(middle - 14, 30, "← towards rejection", "end", 10, FAINT),
-        _text(middle + 14, 30, "towards approval →", "start", 10, FAINT),
-        _text(looked_left, 16, "looked at", "start", 11, FAINT, 600),
-        _text(looked_left, 30, "(observed)", "start", 11, FAINT, 600),
-        _line(middle, top - 4, middle, height - 22, FAINT),
-    ]
-    for i, f in enumerate(rows):
-        y, x = top + step * i + 12, middle + f.effect.value * scale
-        sure = f.effect.excludes(0)
-        colour = (GREEN if f.effect.value > 0 else RED) if sure else "#b9c0c7"
-        parts += [
-            _text(left - 8, y + 4, f"{NAMES[f.field]}: {with_unit(f.field, f.value)}", "end", 11.5),
-            _rect(min(x, middle), y - 7, abs(x - middle), 14, colour),
-            _line(middle + f.effect.low * scale, y, middle + f.effect.high * scale, y, INK, 1.2),
-            _rect(looked_left, y - 5, f.attention * looked_scale, 10, GREY, 0.55),
-            _text(looked_left + f.attention * looked_scale + 4, y + 4, f"{f.attention:.0%}", "start", 10, FAINT),
-        ]
-    parts += [
-        _text(middle + v * scale, height - 6, number(v, 1), "middle", 10, FAINT) for v in (-reach * 0.8, 0, reach * 0.8)
-    ]
-    return _svg(width, height, parts, "Effect of each field on the decision, and attention to it")
+    figure = _figure(top + step * len(rows) + 26)
+    causal = _axes(figure, 265, top, 330, step * len(rows), xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
+    sure = [(GREEN if f.effect.value > 0 else RED) if f.effect.excludes(0) else UNSURE for f in rows]
+    causal.axvline(0, color=FAINT, lw=1)
+    causal.barh(places, [f.effect.value for f in rows], 14 / step, color=sure)
+    causal.hlines(places, [f.effect.low for f in rows], [f.effect.high for f in rows], color=INK, lw=1.2)
+    named = [f"{NAMES[f.field]}: {with_unit(f.field, f.value)}" for f in rows]
+    causal.set_yticks(places, named, fontsize=11.5, color=INK)
+    ticks = (-0.8 * reach, 0, 0.8 * reach)
+    causal.set_xticks(ticks, [number(x, 1) for x in ticks])
+    looked = _axes(figure, 625, top, 66, step * len(rows), sharey=causal, xlim=(0, max(f.attention for f in rows)))
+    bars = looked.barh(places, [f.attention for f in rows], 10 / step, color=GREY, alpha=0.55)
+    looked.bar_label(bars, [f"{f.attention:.0%}" for f in rows], padding=4, color=FAINT)
+    looked.tick_params(labelleft=False, labelbottom=False)
+    _note(figure, 430, 16, "what it did to the decision (causal)", "center", color=BLUE, size=11, weight=700)
+    _note(figure, 416, 30, "← towards rejection", "right", color=FAINT)
+    _note(figure, 444, 30, "towards approval →", color=FAINT)
+    _note(figure, 625, 16, "looked at", color=FAINT, size=11, weight=700)
+    _note(figure, 625, 30, "(observed)", color=FAINT, size=11, weight=700)
+    return _inline(figure, "Effect of each field on the decision, and attention to it")
 
 
+@style.context(LOOK)
 def figure_curves(found: Explanation) -> str:
     """Score against income, credit score and debt, all else as it is; the border of approval is at 0."""
-    width, height, gap = 720, 190, 24
-    each = (width - 2 * gap - 34) / 3
     every = [x for curve in found.curves.values() for _, x in curve] + [found.logit, 0.0]
-    low, high = min(every), max(every)
-    pad = 0.08 * (high - low or 1)
-    low, high = low - pad, high + pad
-
-    def y(x: float) -> float:
-        return 150 - (x - low) / (high - low) * 126
-
-    parts = []
+    low, high, pad = _padded(every, 0.08)
+    left, gap = 34, 24
+    width = (WIDTH - left) / len(found.curves) - gap * (1 - 1 / len(found.curves))
+    figure = _figure(190)
     for i, (field, curve) in enumerate(found.curves.items()):
-        x0 = 34 + i * (each + gap)
-        first, last = curve[0][0], curve[-1][0]
-
-        def x(v: float, x0: float = x0, first: float = first, last: float = last) -> float:
-            return x0 + (min(max(v, first), last) - first) / (last - first) * each
-
-        own = float(getattr(found.applicant, field))
-        points = " ".join(f"{x(v):.1f},{y(s):.1f}" for v, s in curve)
-        parts += [
-            _rect(x0, 24, each, y(0) - 24, GREEN, 0.07),
-            _rect(x0, y(0), each, 150 - y(0), RED, 0.07),
-            _line(x0, y(0), x0 + each, y(0), FAINT, 1, "4 3"),
-            f'<polyline points="{points}" fill="none" stroke="{BLUE}" stroke-width="2"/>',
-            _dot(x(own), y(found.logit), "white", INK),
-            _text(
-                x0,
-                14,
-                f"{NAMES[field]}{' (' + UNITS[field].strip() + ')' if field in UNITS else ''}",
-                size=11.5,
-                weight=600,
-            ),
-            _text(x(first), 165, f"{first:g}", "start", 10, FAINT),
-            _text(x(last), 165, f"{last:g}", "end", 10, FAINT),
-        ]
-        if i == 0:
-            parts += [
-                _text(x0 + 5, 36, "approved", size=10, fill=GREEN),
-                _text(x0 + 5, 145, "rejected", size=10, fill=RED),
-            ]
-            parts += [_text(x0 - 5, y(v) + 3.5, number(v, 0), "end", 10, FAINT) for v in (low + pad, 0.0, high - pad)]
-    parts.append(
-        _text(
-            34, 184, "circle: this application · dashed: the border between rejection and approval", size=10, fill=FAINT
-        )
-    )
-    return _svg(width, height, parts, "Score against income, credit score and debt")
+        at, (values, scores) = left + i * (width + gap), zip(*curve, strict=True)
+        axes = _axes(figure, at, 24, width, 126, xlim=(values[0], values[-1]), ylim=(low, high))
+        axes.axhspan(0, high, color=GREEN, alpha=0.07, lw=0)
+        axes.axhspan(low, 0, color=RED, alpha=0.07, lw=0)
+        axes.axhline(0, color=FAINT, lw=1, dashes=(4, 3))
+        axes.plot(values, scores, color=BLUE, lw=2)
+        own = min(max(float(getattr(found.applicant, field)), values[0]), values[-1])
+        axes.plot(own, found.logit, "o", color="white", mec=INK, mew=2)
+        axes.set_xticks((values[0], values[-1]), [f"{x:g}" for x in (values[0], values[-1])])
+        for label, align in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+            label.set(horizontalalignment=align)
+        ticks = [0.0, *(x for x in (low + pad, high - pad) if abs(x) > 0.1 * (high - low))]
+        axes.set_yticks(ticks if i == 0 else [], [number(x, 0) for x in ticks] if i == 0 else [])
+        unit = f" ({UNITS[field].strip()})" if field in UNITS else ""
+        _note(figure, at, 14, NAMES[field] + unit, size=11.5, weight=700)
+    room = 16 * (high - low) / 126
+    if high > room:
+        _note(figure, left + 5, 36, "approved", color=GREEN)
+    if low < -room:
+        _note(figure, left + width - 5, 145, "rejected", "right", color=RED)
+    words = "circle: this application · dashed: the border between rejection and approval"
+    _note(figure, left, 184, words, color=FAINT)
+    return _inline(figure, "Score against income, credit score and debt")
 
 
+@style.context(LOOK)
 def figure_groups(found: Explanation) -> str:
     """The same application in every group: one row of dots for each attribute."""
     kinds = list(dict.fromkeys(g.kind for g in found.groups))
-    width, left, right, step = 720, 150, 690, 54
-    every = [g.logit for g in found.groups] + [0.0, found.logit]
-    low, high = min(every), max(every)
-    pad = 0.1 * (high - low or 1)
-    low, high = low - pad, high + pad
-    height = 34 + step * len(kinds) + 20
-
-    def x(v: float) -> float:
-        return left + (v - low) / (high - low) * (right - left)
-
-    parts = [
-        _rect(left, 22, x(0) - left, height - 46, RED, 0.06),
-        _rect(x(0), 22, right - x(0), height - 46, GREEN, 0.06),
-        _line(x(0), 22, x(0), height - 24, FAINT, 1, "4 3"),
-        _line(x(found.logit), 22, x(found.logit), height - 24, INK, 1, "1 3"),
-        _text(left + 4, 16, "rejected", size=10, fill=RED),
-        _text(right - 4, 16, "approved", "end", 10, GREEN),
-    ]
-    for i, kind in enumerate(kinds):
-        y = 34 + step * i + 20
-        parts += [_text(left - 12, y + 4, kind, "end", 11.5), _line(left, y, right, y)]
-        clusters: list[list[Group]] = []
-        for g in sorted((g for g in found.groups if g.kind == kind), key=lambda g: g.logit):
-            if clusters and x(g.logit) - x(clusters[-1][0].logit) < 30:  # their labels would overlap
-                clusters[-1].append(g)
-            else:
-                clusters.append([g])
-        for j, cluster in enumerate(clusters):
-            parts += [_dot(x(g.logit), y, INK if g.own else BLUE) for g in cluster]
-            own = any(g.own for g in cluster)
-            label, at = ", ".join(g.group for g in cluster), sum(x(g.logit) for g in cluster) / len(cluster)
-            at = min(max(at, left + 2.6 * len(label)), right - 2.6 * len(label))
-            place = y - 9 if j % 2 == 0 else y + 17
-            parts.append(_text(at, place, label, "middle", 9.5, INK if own else BLUE, 600 if own else 400))
-    parts.append(
-        _text(
-            left,
-            height - 6,
-            "score; dotted: this application as it is · dark: the applicant’s own group",
-            size=10,
-            fill=FAINT,
-        )
-    )
-    return _svg(width, height, parts, "The same application with the name, district or age of another group")
+    low, high, _ = _padded([g.logit for g in found.groups] + [0.0, found.logit], 0.1)
+    left, top, width, step = 150, 22, 540, 54
+    pixel = (high - low) / width
+    rows, height = [32 + step * i for i in range(len(kinds))], 8 + step * len(kinds)
+    figure = _figure(height + 46)
+    axes = _axes(figure, left, top, width, height, xlim=(low, high), ylim=(height, 0))
+    axes.axvspan(low, 0, color=RED, alpha=0.06, lw=0)
+    axes.axvspan(0, high, color=GREEN, alpha=0.06, lw=0)
+    axes.axvline(0, color=FAINT, lw=1, dashes=(4, 3))
+    axes.axvline(found.logit, color=INK, lw=1, dashes=(1, 3))
+    axes.hlines(rows, low, high, color=LINE, lw=1)
+    for y, kind in zip(rows, kinds, strict=True):
+        free = dict.fromkeys((-9, 17, 28), low)  # lines of labels above and below the dots, and where each is free
+        for cluster in _clusters([g for g in found.groups if g.kind == kind], 30 * pixel):
+            for g in cluster:
+                axes.plot(g.logit, y, "o", color=INK if g.own else BLUE)
+            look: dict[str, Any] = {"color": INK, "weight": 700} if any(g.own for g in cluster) else {"color": BLUE}
+            words = ", ".join(g.group for g in cluster)
+            label = axes.text(0, 0, words, ha="center", va="baseline", size=9.5, **look)
+            half = label.get_window_extent().transformed(axes.transData.inverted()).width / 2
+            at = min(max(sum(g.logit for g in cluster) / len(cluster), low + half), high - half)
+            line = next((x for x in free if free[x] <= at - half), min(free, key=free.__getitem__))
+            label.set_position((at, y + line))
+            free[line] = at + half + 6 * pixel
+    axes.set_yticks(rows, kinds, fontsize=11.5, color=INK)
+    axes.set_xticks([])
+    _note(figure, left + 4, 16, "rejected", color=RED)
+    _note(figure, left + width - 4, 16, "approved", "right", color=GREEN)
+    words = "score; dotted: this application as it is · dark: the applicant’s own group"
+    _note(figure, left, height + 40, words, color=FAINT)
+    return _inline(figure, "The same application with the name, district or age of another group")
 
 
+@style.context(LOOK)
 def figure_gaps(found: Explanation) -> str:
     """Gaps over many applicants with their intervals: score on the left, approval rate on the right."""
     rows = [*found.gaps, found.control]
-    width, step, top = 720, 30, 34
-    height = top + step * len(rows) + 24
-    parts = []
-    for x0, x1, title, unit in (
-        (255, 470, "score (log-odds)", "logits"),
-        (500, 715, "approval rate (points)", "points"),
+    top, height, step = 22, 30 * len(rows) + 12, 30
+    figure = _figure(height + 46)
+    for left, title, unit, least, digits in (
+        (255, "score (log-odds)", "logits", 0.5, 2),
+        (500, "approval rate (points)", "points", 5, 0),
     ):
         intervals = [getattr(r, unit) for r in rows]
-        reach = 1.1 * max(0.5 if unit == "logits" else 5, *(max(abs(v.low), abs(v.high)) for v in intervals))
-        middle, scale = (x0 + x1) / 2, (x1 - x0) / 2 / reach
-        parts += [_text(middle, 14, title, "middle", 11, INK, 600), _line(middle, 22, middle, height - 22, FAINT)]
-        for i, v in enumerate(intervals):
-            y = top + step * i + 10
-            last = i == len(rows) - 1
-            colour = GREY if last or not v.excludes(0) else RED
-            parts += [
-                _line(middle + v.low * scale, y, middle + v.high * scale, y, colour, 2),
-                _dot(middle + v.value * scale, y, colour),
-                _text(
-                    middle + v.value * scale,
-                    y - 8,
-                    number(v.value, 2 if unit == "logits" else 0),
-                    "middle",
-                    9.5,
-                    colour,
-                ),
-            ]
-        for at in (-reach / 1.1, 0, reach / 1.1):
-            shown = number(at, 1 if unit == "logits" else 0) if at else "0"
-            parts.append(_text(middle + at * scale, height - 7, shown, "middle", 10, FAINT))
-    for i, r in enumerate(rows):
-        y = top + step * i + 14
-        words = f"control: {r.label}" if r.attribute == "control" else r.label
-        parts.append(_text(0, y, words, size=11, fill=FAINT if r.attribute == "control" else INK))
-    return _svg(width, height, parts, "Difference between groups over many applicants")
+        most = max(least, *(max(abs(v.low), abs(v.high)) for v in intervals))
+        axes = _axes(figure, left, top, 215, height, xlim=(-1.1 * most, 1.1 * most), ylim=(height, 0))
+        axes.axvline(0, color=FAINT, lw=1)
+        for i, (row, v) in enumerate(zip(rows, intervals, strict=True)):
+            colour, y = RED if row is not found.control and v.excludes(0) else GREY, 22 + step * i
+            axes.plot((v.low, v.high), (y, y), color=colour, lw=2)
+            axes.plot(v.value, y, "o", color=colour)
+            axes.text(v.value, y - 8, number(v.value, digits), ha="center", va="baseline", size=9.5, color=colour)
+        axes.set_xticks((-most, 0, most), [number(x, digits and 1) if x else "0" for x in (-most, 0, most)])
+        axes.set_yticks([])
+        _note(figure, left + 107.5, 14, title, "center", size=11, weight=700)
+    for i, row in enumerate(rows):
+        words = f"control: {row.label}" if row is found.control else row.label
+        _note(figure, 0, top + 26 + step * i, words, size=11, color=FAINT if row is found.control else INK)
+    return _inline(figure, "Difference between groups over many applicants")
 
 
+@style.context(LOOK)
 def figure_arrival(found: Explanation) -> str:
     """Share of the name's effect that has reached the decision position, layer by layer."""
-    width, height, left, right = 720, 150, 40, 560
-    layers = [row[0] for row in found.arrival]
-    values = [v for row in found.arrival for v in row[1:]]
+    layers, *shares = zip(*found.arrival, strict=True)
+    values = [v for share in shares for v in share]
     low, high = min(-0.1, *values), max(1.1, *values)
+    left, right, top, height = 40, 560, 12, 106
+    ends = [top + height * (high - share[-1]) / (high - low) for share in shares]
+    apart = 6 if abs(ends[0] - ends[1]) < 12 else 0  # two labels on one line can't be read
+    shifts = (-apart, apart) if ends[0] <= ends[1] else (apart, -apart)
+    figure = _figure(150)
+    axes = _axes(figure, left, top, right - left, height, xlim=(layers[0], layers[-1]), ylim=(low, high))
+    axes.axhline(0, color=LINE, lw=1)
+    axes.axhline(1, color=LINE, lw=1, dashes=(4, 3))
+    labels = ((BLUE, "name of the other gender"), (GREY, "control: own group"))
+    for share, end, shift, (colour, words) in zip(shares, ends, shifts, labels, strict=True):
+        axes.plot(layers, share, color=colour, lw=2)
+        _note(figure, right + 8, end + 4 + shift, words, color=colour)
+    axes.set_yticks((0, 1), ("0%", "100%"))
+    shown = layers[:: max(1, len(layers) // 8)]
+    axes.set_xticks(shown, map(str, shown))
+    _note(figure, (left + right) / 2, 147, "layer", "center", color=FAINT)
+    return _inline(figure, "Where the name reaches the decision")
 
-    def x(layer: float) -> float:
-        return left + (layer - layers[0]) / max(layers[-1] - layers[0], 1) * (right - left)
 
-    def y(v: float) -> float:
-        return 118 - (v - low) / (high - low) * 106
+def _padded(values: Sequence[float], share: float) -> tuple[float, float, float]:
+    """Lowest and highest of the values with room on both sides, and the room."""
+    pad = share * (max(values) - min(values) or 1)
+    return min(values) - pad, max(values) + pad, pad
 
-    parts = [_line(left, y(0), right, y(0)), _line(left, y(1), right, y(1), LINE, 1, "4 3")]
-    for index, colour, label in ((1, BLUE, "name of the other gender"), (2, GREY, "control: own group")):
-        points = " ".join(f"{x(row[0]):.1f},{y(row[index]):.1f}" for row in found.arrival)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        ends = [y(v) for v in found.arrival[-1][1:]]
-        apart = 6 if abs(ends[0] - ends[1]) < 12 else 0  # two labels on one line can't be read
-        above = ends[index - 1] <= ends[2 - index] if ends[0] != ends[1] else index == 1
-        place = ends[index - 1] + 4 + (-apart if above else apart)
-        parts.append(_text(right + 8, place, label, size=10, fill=colour))
-    parts += [_text(left - 6, y(v) + 4, f"{v:.0%}", "end", 10, FAINT) for v in (0.0, 1.0)]
-    parts += [_text(x(layer), 134, str(layer), "middle", 10, FAINT) for layer in layers[:: max(1, len(layers) // 8)]]
-    parts.append(_text((left + right) / 2, 147, "layer", "middle", 10, FAINT))
-    return _svg(width, height, parts, "Where the name reaches the decision")
+
+def _clusters(groups: Sequence[Group], near: float) -> list[list[Group]]:
+    """Groups whose labels would overlap, together."""
+    clusters: list[list[Group]] = []
+    for g in sorted(groups, key=lambda g: g.logit):
+        if clusters and g.logit - clusters[-1][0].logit < near:
+            clusters[-1].append(g)
+        else:
+            clusters.append([g])
+    return clusters

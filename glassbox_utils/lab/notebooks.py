@@ -1,7 +1,6 @@
 """Run the notebooks: with parameters into a web site, or in place into the form that is committed."""
 
 import hashlib
-import html
 import json
 import re
 import threading
@@ -21,7 +20,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 import glassbox_utils
-from glassbox_utils.core import assets, figures
+from glassbox_utils.core import assets, figures, pages
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
 
@@ -270,17 +269,4 @@ def _title(notebook: Any) -> str:
 
 
 def _index(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = "".join(
-        f'<tr><td><a href="{name}.html">{html.escape(run["title"] or name)}</a></td>'
-        f"<td>{run['seconds']:.0f} s</td><td>{run['peak_gib']:.1f} GiB</td>"
-        f"<td>{html.escape(', '.join(f'{k}={v}' for k, v in run['parameters'].items()) or 'defaults')}</td></tr>"
-        for name, run in sorted(runs.items())
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Glassbox</title>'
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:3rem auto;padding:0 1rem}"
-        "td,th{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top}</style>"
-        "<h1>Glassbox</h1><p>From black box to glass box: evidence about a language model, never proof. "
-        "Each page is a notebook that was run on this machine.</p>"
-        f"<table><tr><th>notebook</th><th>time</th><th>peak memory</th><th>parameters</th></tr>{rows}</table></html>"
-    )
+    return pages.render(Path(__file__).parent / "templates" / "index.html", runs=runs)

@@ -1,18 +1,20 @@
 """Live panels: ipywidgets that answer while the reader types. Each shows plain figures, so a saved page keeps them."""
 
 import asyncio
-import html
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from glassbox_utils.attention.patterns import attention
-from glassbox_utils.core import figures
+from glassbox_utils.core import figures, pages
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.text import chat, generate
 from glassbox_utils.saes import clamping
 from glassbox_utils.steering.apply import steer
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 MAX_TOKENS = 48
 """a figure with more tokens is unreadable, and its data grow with the square"""
@@ -47,21 +49,12 @@ def comparison_html(
     model: Model, what: clamping.What, prompt: str, answers: Sequence[str], titles: Sequence[str]
 ) -> str:
     """Answers side by side, each token shaded by the feature's activation when the unclamped model reads the answer."""
-    cells = []
+    shown = []
     for title, answer in zip(titles, answers, strict=True):
-        spans: list[str] = []
-        read = clamping.activations_in(model, what, answer) if answer.strip() else ([], torch.zeros(0))
-        for token, value in list(zip(read[0], read[1].tolist(), strict=True))[1:]:  # the first token is BOS
-            shade = f"background:rgba(0,114,178,{min(1.0, value) * 0.8:.2f})" if value > 0.01 else ""
-            spans.append(f'<span style="{shade}" title="{value:.2f}">{html.escape(token)}</span>')
-        cells.append(
-            f'<td style="width:50%;vertical-align:top;text-align:left;padding:6px 12px"><b>{html.escape(title)}</b>'
-            f'<div class="clamp-answer" style="white-space:pre-wrap">{"".join(spans)}</div></td>'
-        )
-    return (
-        f'<table class="clamp-comparison" style="width:100%;table-layout:fixed"><caption style="text-align:left">'
-        f"{html.escape(prompt)}</caption><tr>{''.join(cells)}</tr></table>"
-    )
+        tokens, values = clamping.activations_in(model, what, answer) if answer.strip() else ([], torch.zeros(0))
+        read = list(zip(tokens, values.tolist(), strict=True))[1:]  # the first token is BOS
+        shown.append({"title": title, "tokens": read})
+    return pages.render(TEMPLATES / "comparison.html", prompt=prompt, answers=shown)
 
 
 def clamp_panel(
@@ -94,8 +87,7 @@ def clamp_panel(
             asks = [chat(model, asked.value)] * 2
             for ids in clamping.stream(model, asks, [None, what], [None, amount], max_new_tokens):
                 texts = model.tokenizer.batch_decode(ids)
-                plain = [f"<td style='width:50%;vertical-align:top'>{html.escape(text)}</td>" for text in texts]
-                view.value = f"<table style='width:100%;table-layout:fixed'><tr>{''.join(plain)}</tr></table>"
+                view.value = pages.render(TEMPLATES / "writing.html", texts=texts)
                 state.value = f"writing, token {len(ids[1])}"
                 await asyncio.sleep(0.01)  # the kernel's other messages come first: a moved slider, a pressed button
                 if current["run"] != run:
@@ -149,11 +141,8 @@ def steering_panel(
         view.value = "thinking…"
         with steer(model, direction, values):
             texts = generate(model, [chat(model, asked.value)] * 3, max_new_tokens)
-        cells = "".join(
-            f"<tr><td style='padding:4px 12px'>{v:+.3f}</td><td style='padding:4px'>{html.escape(t.strip())}</td></tr>"
-            for v, t in zip(values, texts, strict=True)
-        )
-        view.value = f"<table class='steering-answers'>{cells}</table>"
+        answers = [(v, t.strip()) for v, t in zip(values, texts, strict=True)]
+        view.value = pages.render(TEMPLATES / "steering.html", answers=answers)
 
     for control in (asked, dial):
         control.observe(show, names="value")

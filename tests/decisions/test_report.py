@@ -1,18 +1,21 @@
 """The regulator's page: what it measures, what it says, and what it must never do."""
 
+import html
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import torch
 
 from glassbox_utils import cli
-from glassbox_utils.core import assets, evidence, models
-from glassbox_utils.decisions import cycle, explain, loans, report, study
+from glassbox_utils.core import assets, evidence, figures, models
+from glassbox_utils.decisions import cycle, explain, loans, report, report_plots, study
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICANT = ROOT / "data" / "examples" / "applicant.json"
@@ -74,17 +77,54 @@ def test_findings_carry_rungs_and_controls(found):
 
 
 def test_the_page_says_what_was_measured(found, page):
-    for words in ("rejected", "percentage points", "women&#x27;s", "Evidence, not proof", "glassbox explain"):
-        assert words in page, words
+    for words in ("rejected", "percentage points", "women's", "Evidence, not proof", "glassbox explain"):
+        assert words in html.unescape(page), words
     for rung in (1, 3, 4):
         assert f"{rung} {evidence.RUNGS[rung]}" in page
     assert f"{found.probability:.0%}" in page
 
 
 def test_the_page_needs_nothing_and_has_no_date(page):
-    outside = re.findall(r"(?:src|href)=|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
+    names = r"https?://(?!www\.w3\.org/(?:2000/svg|1999/xlink)\")"  # of SVG's vocabulary, not addresses
+    outside = re.findall(rf"(?:src|href)=(?!\"#)|url\(|{names}", page)
     assert outside == [] and "<script" not in page
     assert not re.search(r"20\d\d-\d\d-\d\d", page)
+
+
+DRAWN = [getattr(report_plots, name) for name in dir(report_plots) if name.startswith("figure_")]
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=lambda f: f.__name__)
+def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(draw, found):
+    with matplotlib.rc_context():
+        once = draw(found)
+        matplotlib.rcParams.update({"font.size": 30, "svg.fonttype": "path", "figure.constrained_layout.use": True})
+        before = dict(matplotlib.rcParams)
+        assert draw(found) == once and dict(matplotlib.rcParams) == before
+    svg = ElementTree.fromstring(once)
+    assert svg.get("role") == "img" and svg.get("aria-label") and svg.get("viewBox") and not svg.get("width")
+    assert not list(svg.iter("{http://www.w3.org/2000/svg}style"))  # a rule in it would hold for the whole page
+
+
+def test_no_two_parts_of_the_page_have_one_name(page):
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+
+
+def test_page_and_figures_have_the_same_colours(page):
+    for colour in (figures.BLUE, figures.ORANGE, figures.GREEN, figures.SKY, figures.RED, figures.GREY):
+        assert colour in page  # as the style sheet writes it; the figures write it in small letters
+    for colour in (report_plots.INK, report_plots.FAINT, report_plots.LINE):
+        assert f": {colour};" in page
+
+
+@pytest.mark.parametrize("words", ["a $x^2$ & $y_", "\"'<b>", "100 % of </text>"])
+def test_words_in_a_figure_are_words(words, found):
+    bad = replace(found, groups=[replace(g, group=words, kind=words) for g in found.groups])
+    bad = replace(bad, effects=[replace(f, value=words) for f in bad.effects])
+    bad = replace(bad, gaps=[replace(g, label=words) for g in bad.gaps])
+    for draw in (report_plots.figure_fields, report_plots.figure_groups, report_plots.figure_gaps):
+        assert words in "".join(ElementTree.fromstring(draw(bad)).itertext())
 
 
 def test_text_from_outside_is_escaped(smol, found):
@@ -177,6 +217,14 @@ def test_an_unknown_model_is_named(capsys):
     assert "nobody" in capsys.readouterr().err
 
 
+# pairs of texts of one figure whose boxes, made a little smaller, have something in common
+OVERLAPS = """() => [...document.querySelectorAll('svg')].flatMap(s => {
+    const boxes = [...s.querySelectorAll('text')].map(t => [t.textContent, t.getBBox()]);
+    return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
+        p.x + 1 < q.x + q.width && q.x + 1 < p.x + p.width && p.y + 3 < q.y + q.height && q.y + 3 < p.y + p.height
+    ).map(([b, q]) => a + ' / ' + b)); })"""
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)")
 def test_the_page_opens_offline_and_prints(page, tmp_path):
@@ -198,6 +246,9 @@ def test_the_page_opens_offline_and_prints(page, tmp_path):
             const b = t.getBBox(), v = s.viewBox.baseVal;
             return b.x > -2 && b.x + b.width < v.width + 2 && b.y + b.height < v.height + 2; }))"""
         assert tab.evaluate(boxes), "a label is cut off at the edge of its figure"
+        assert not tab.evaluate(OVERLAPS), "two labels of a figure lie on each other"
+        tab.set_viewport_size({"width": 390, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         pdf = tab.pdf(format="A4", prefer_css_page_size=True)
         chromium.close()
     pages = len(re.findall(rb"/Type\s*/Page[^s]", pdf))
