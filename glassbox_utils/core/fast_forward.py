@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from glassbox_utils.core import identity
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, wrap_model
 
@@ -25,8 +26,8 @@ BLOCK = 64
 
 
 @cache
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies it faster than float32 (measured once, 0.1 s), else float32.
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where this device multiplies it faster than float32 (measured once for each, 0.1 s), else float32.
 
     A CPU with bfloat16 units is two to three times as fast with it; one without them is a hundred times as slow. The
     environment variable GLASSBOX_DTYPE decides instead where runs on several machines must agree.
@@ -37,23 +38,29 @@ def fast_dtype() -> torch.dtype:
         return getattr(torch, chosen)
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(2048, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times[dtype] = min(_seconds(partial(torch.matmul, x, w)) for _ in range(5))
+        x, w = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((2048, 576), (576, 1536)))
+        times[dtype] = min(_seconds(partial(torch.matmul, x, w), x.device) for _ in range(5))
     return torch.bfloat16 if times[torch.bfloat16] < times[torch.float32] else torch.float32
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(function: Callable[[], Any], device: torch.device) -> float:
+    wait: Callable[[], Any] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, int)
+    wait()
     start = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - start
 
 
 def quick(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """The model in the type that this machine is fastest with (``fast_dtype``), or in the given one."""
-    dtype = dtype or fast_dtype()
+    """The model in the type that its device is fastest with (``fast_dtype``), or in the given one.
+
+    The peak of memory is the model and its copy: tensors are converted one by one while the modules are copied.
+    """
+    dtype = dtype or fast_dtype(model.device)
     if dtype == model.dtype:
         return model
-    hf = copy.deepcopy(model.hf).to(dtype)
+    hf = copy.deepcopy(model.hf, {id(t): _converted(t, dtype) for t in [*model.hf.parameters(), *model.hf.buffers()]})
     if dtype == torch.bfloat16 and hf.device.type == "cpu":
         if hf.config._attn_implementation == "sdpa":
             hf.set_attn_implementation(_NAME)
@@ -62,7 +69,13 @@ def quick(model: Model, dtype: torch.dtype | None = None) -> Model:
                 module.forward = partial(gated, module)
             elif isinstance(module, LlamaRMSNorm):  # others of this name add one to the weight
                 module.forward = partial(rms_norm, module)  # type: ignore[method-assign]
-    return wrap_model(hf, model.tokenizer, model.name)
+    return wrap_model(hf, model.tokenizer, model.name, identity.converted(model.hf, model.origin, hf))
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a parameter or buffer, in the type if it is a number with a fraction."""
+    copied = x.detach().to(dtype, copy=True) if x.is_floating_point() else x.detach().clone()
+    return nn.Parameter(copied, x.requires_grad) if isinstance(x, nn.Parameter) else copied
 
 
 def block_attention(

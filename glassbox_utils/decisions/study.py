@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from glassbox_utils.core import assets, corpora
 from glassbox_utils.core.devices import result
+from glassbox_utils.core.identity import difference
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, Site, check_layer, load_model
 from glassbox_utils.core.skills import choice_right, held_texts
@@ -197,9 +198,9 @@ def load_edit(model: Model) -> Edit:
 
     with safe_open(EDIT, "pt") as file:
         about = file.metadata()
-    if about["model_hash"] != model.hash:
+    if why := difference(about["model_hash"], model.hash):
         raise mitigation.MitigationError(
-            f"The edit was fitted on weights {about['model_hash']}, {model.name} has {model.hash}. Run "
+            f"The edit was fitted on weights {about['model_hash']}, {model.name} has {model.hash}: {why}. Run "
             "`glassbox study loans-mitigation` to fit it again."
         )
     tensors = load_file(EDIT)

@@ -2,14 +2,19 @@
 
 import copy
 import json
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from glassbox_utils.core import assets
+from glassbox_utils.core.devices import beside
+from glassbox_utils.core.identity import difference
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import first_token
 from glassbox_utils.saes.config import SAES, SaeError, TrainConfig
@@ -66,11 +71,71 @@ def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
     sae = SAE.load_from_disk(path, dtype="float32")
     sae.eval()
     trained_on = sae.cfg.metadata.get("model_hash")
-    if model is not None and trained_on is not None and trained_on != model.hash:
+    if model is not None and (why := difference(trained_on, model.hash)):
         raise SaeError(
             f"The SAE {path.name} was trained on {sae.cfg.metadata.model_name} with hash {trained_on}, this model is "
-            f"{model.name} with {model.hash}. Load the model that the card names, or train an SAE for this one."
+            f"{model.name} with {model.hash}: {why}. Load the model that the card names, or train an SAE for this one."
         )
     if model is not None and sae.cfg.d_in != model.d_model:
         raise SaeError(f"The SAE {path.name} reads {sae.cfg.d_in} dimensions, {model.name} has {model.d_model}.")
     return sae
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+class Checkpoint(NamedTuple):
+    """A training run at one moment: one safetensors file, whose metadata hold what is not a tensor as JSON."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    """``sae.NAME``, ``optimizer.NUMBER.NAME``, ``silent``, ``rng``, ``mean``"""
+    state: dict[str, Any]
+    """place in the data, history, seconds, the type that products are computed in, scaling"""
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.state["median_norm"], self.state["scale"], self.tensors["mean"])
+
+
+def checkpoint_path(folder: Path) -> Path:
+    return Path(folder) / "checkpoint.safetensors"
+
+
+def write_checkpoint(
+    folder: Path, config: TrainConfig, sae: Any, optimizer: Any, silent: Tensor, state: dict[str, Any], scaling: Scaling
+) -> None:
+    """Write a checkpoint beside the old one and rename it: after a kill at any moment one of the two is there."""
+    tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
+    tensors |= {"silent": silent, "rng": torch.get_rng_state(), "mean": scaling.mean}
+    near = {name: beside(tensor.detach(), torch.device("cpu")).contiguous() for name, tensor in tensors.items()}
+    words = {"config": asdict(config), "state": state | {"median_norm": scaling.median_norm, "scale": scaling.scale}}
+    path = checkpoint_path(folder)
+    with assets.explain_os_errors(path), assets.atomic_path(path) as partial:
+        save_file(near, partial, {name: json.dumps(value) for name, value in words.items()})
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in a folder, on the CPU; None if there is none."""
+    path = checkpoint_path(folder)
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        words = {name: json.loads(value) for name, value in file.metadata().items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Checkpoint(words["config"], tensors, words["state"])
+
+
+def restore(checkpoint: Checkpoint, sae: Any, optimizer: Any) -> None:
+    """Put weights and the optimiser's memory back in place, which keeps devices and the encoder's memory layout."""
+    with torch.no_grad():
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(checkpoint.tensors[f"sae.{name}"])
+        for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for name, tensor in checkpoint.tensors.items():
+                if name.startswith(f"optimizer.{number}."):
+                    same = tensor.shape == parameter.shape
+                    kept = torch.empty_like(parameter).copy_(tensor) if same else beside(tensor, parameter)
+                    optimizer.state[parameter][name.rsplit(".", 1)[1]] = kept

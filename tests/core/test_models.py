@@ -77,6 +77,15 @@ def test_raw_text_gets_one_bos_and_a_chat_prompt_no_second(smol):
     assert ids == smol.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
+def test_the_type_is_given_as_text_or_of_torch_and_shown_if_it_is_not_the_usual_one(tmp_path):
+    folder = tiny.save("llama", tmp_path)
+    half = load_model(folder, device="cpu", dtype="bfloat16")
+    assert half.dtype == load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(folder).dtype == load_model(folder, dtype="float32").dtype == torch.float32
+    assert repr(half).endswith("d_model 48, cpu, bfloat16)")
+    assert repr(load_model(folder, device="cpu")).endswith("heads, d_model 48)")
+
+
 def test_the_hash_names_the_weights(tiny_llama, tmp_path):
     folder = tiny.save("llama", tmp_path / "another-name")
     assert load_model(folder).hash == tiny_llama.hash
@@ -133,6 +142,8 @@ def test_words_are_found(smol):
         (lambda m: load_model("/nowhere/at/all"), ["/nowhere/at/all", "config.json"]),
         (lambda m: load_model(device="tpu"), ["tpu", "cpu"]),
         (lambda m: load_model(adapter="/nowhere"), ["/nowhere", "adapter_config.json"]),
+        (lambda m: load_model(dtype="float64"), ["float64", "float32, bfloat16, float16"]),
+        (lambda m: load_model(dtype=torch.int8), ["torch.int8", "float32, bfloat16, float16"]),
         (lambda m: check_layer(m, 3), ["3", "0 to 2"]),
         (lambda m: check_heads(m, [(1, 6)]), ["6", "0 to 5"]),
         (lambda m: check_site(m, Site("resid_past", 0)), ["resid_past", "resid_post"]),

