@@ -5,8 +5,10 @@ the bridge's twin at once, so that ``model.hf(...)``, ``generate(...)`` and ``mo
 Hooks are removed when the block ends, also after an exception or Ctrl-C; nested blocks apply in order.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -30,8 +32,12 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
 
     ``function`` gets the tensor [batch, pos, width] of each forward pass (with a key-value cache a
     generated token arrives alone: pos is 1) and returns one of the same shape; it must not change its
-    input in place. ``scope`` restricts the edit to prompt or to generated tokens. Raises ModelError for an
-    unknown site or scope.
+    input in place. What it returns is brought to the stream's device and type, so that a float32 vector or a constant
+    on the CPU can't change those. ``scope`` restricts the edit to prompt or to generated tokens. Raises ModelError for
+    an unknown site or scope, and in the pass for a result of another shape.
+
+    When ``text.generate`` writes on a GPU, only the tensor operations of ``function`` are repeated for every token, not
+    its Python code: see ``decoding``.
     """
     site = check_site(model, site)
     if scope not in ("all", "prompt", "generated"):
@@ -41,15 +47,18 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
             yield
         return
 
+    def changed(x: Tensor) -> Tensor:
+        return _fitting(function(x), x, site)
+
     def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
-            return (function(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+            return (changed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
 
     def after(module: Any, args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (function(output[0]), *output[1:])
-        return function(output)
+            return (changed(output[0]), *output[1:])
+        return changed(output)
 
     handles: list[Any] = []
     try:
@@ -62,6 +71,18 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _fitting(new: Any, x: Tensor, site: Site) -> Tensor:
+    """What an edit returned, with the device and type of the activation; ModelError for another shape."""
+    if not isinstance(new, Tensor) or new.shape != x.shape:
+        got = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"{new!r}"[:80]
+        raise ModelError(
+            f"The edit at {site.kind} of layer {site.layer} returned {got} for an activation of shape "
+            f"{tuple(x.shape)}. Its function must return a tensor of that shape: the activation itself where nothing "
+            "is to change, x.expand_as(activation) for one row that stands for all."
+        )
+    return new.to(x)
 
 
 @contextmanager
@@ -128,20 +149,29 @@ def paired(
 ) -> tuple[list[tuple[Any, float | None]], int | None]:
     """What is done to each row: (what, how much), and the number of rows, None if one pair holds for all of them.
 
-    ``what`` is one thing (``single``) or one for each row, ``amount`` one number or one for each row. Raises
-    ``error`` if there are unequally many.
+    ``what`` is one thing (``single``) or one for each row, ``amount`` one number or one for each row; None leaves a row
+    alone. Raises ``error`` if there are unequally many or none at all, or for a strength that is no finite number.
     """
-    amounts = amount.tolist() if isinstance(amount, Tensor) else amount
-    if single and not isinstance(amounts, Sequence):
+    amounts = amount.tolist() if hasattr(amount, "tolist") else amount
+    several = isinstance(amounts, Sequence) and not isinstance(amounts, str)
+    for one in amounts if several else [amounts]:
+        if one is not None and (isinstance(one, bool) or not isinstance(one, Real) or not math.isfinite(one)):
+            raise error(
+                f"The strength {one!r} is no finite number. Allowed: numbers such as 0.5 or -1, one for all rows or "
+                "one for each, and None for a row that is left alone."
+            )
+    if single and not several:
         return [(what, amounts)], None
-    n_rows = len(amounts) if isinstance(amounts, Sequence) else len(what)
+    n_rows = len(amounts) if several else len(what)
     things = [what] * n_rows if single else list(what)
-    numbers = list(amounts) if isinstance(amounts, Sequence) else [amounts] * n_rows
+    numbers = list(amounts) if several else [amounts] * n_rows
     if len(things) != len(numbers):
         raise error(
             f"There are {len(things)} {noun} and {len(numbers)} strengths: give one for all, or as many of each as the "
             "batch has rows."
         )
+    if not things:
+        raise error(f"There are no {noun}: the list is empty. Give one for all rows, or one for each row of the batch.")
     return list(zip(things, numbers, strict=True)), n_rows
 
 
@@ -169,7 +199,9 @@ def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tens
 
         return look
 
-    with edits(model, {site: reader(site) for site in (check_site(model, site) for site in sites)}):
+    from glassbox_utils.core.decoding import unrecorded  # imports transformers, which is there once a model is
+
+    with unrecorded(), edits(model, {site: reader(site) for site in (check_site(model, site) for site in sites)}):
         yield store
 
 

@@ -1,12 +1,15 @@
 """Text to tokens, tokens to text: tokenize, chat, find a word, generate. Conventions are those of ``models``."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from glassbox_utils.core import devices
 from glassbox_utils.core.models import Model, ModelError
 
 
@@ -48,7 +51,7 @@ def tokenize(model: Model, text: str | Sequence[str], bos: bool = True) -> Batch
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
-    return Batch(ids.to(model.device), mask.to(model.device))
+    return Batch(devices.beside(ids, model.device), devices.beside(mask, model.device))
 
 
 def first_token(model: Model) -> int | None:
@@ -72,7 +75,12 @@ def chat(model: Model, user: str | Sequence[dict[str, str]], system: str | None 
 
 def str_tokens(model: Model, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
     """Each token as text, for figures."""
-    return [model.tokenizer.decode([int(i)]) for i in ids]
+    return [model.tokenizer.decode([i]) for i in _listed(ids)]
+
+
+def _listed(ids: Int[Tensor, " pos"] | Sequence[int]) -> list[int]:
+    """The ids as numbers, with one trip to the device for all of them."""
+    return ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
 
 
 def find_token(model: Model, ids: Int[Tensor, " pos"], word: str, occurrence: int = 0) -> int:
@@ -80,7 +88,7 @@ def find_token(model: Model, ids: Int[Tensor, " pos"], word: str, occurrence: in
 
     Raises ModelError, with the tokens of the prompt, if the word is not there.
     """
-    row = [int(i) for i in ids]
+    row = _listed(ids)
     ends = set()
     for form in (word, " " + word):
         needle = model.tokenizer(form, add_special_tokens=False)["input_ids"]
@@ -105,24 +113,32 @@ def generate(
     temperature: float = 0.0,
     seed: int | None = None,
 ) -> list[str]:
-    """Continuations of a batch of prompts with plain transformers; temperature 0 is greedy.
+    """Continuations of a batch of prompts; temperature 0 is greedy, above 0 the whole distribution is sampled.
 
     Interventions that are active (``interventions.edit`` and all that is built on it) apply to the prompt
-    and to every generated token. ``seed`` makes sampling repeatable without touching the global state.
+    and to every generated token. ``seed`` makes sampling repeatable without touching the global state. Of the
+    checkpoint's generation config only the tokens that end a text count. On a GPU steps are recorded and replayed: see
+    ``decoding`` for what that means for a hook of your own. Raises ModelError for a number of tokens or a temperature
+    that is none, or more tokens than the context holds.
     """
+    from glassbox_utils.core import decoding  # imports transformers, which is there once a model is
+
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ModelError(f"max_new_tokens is {max_new_tokens!r}. Allowed: a whole number from 1 on; the default is 40.")
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise ModelError(
+            f"The temperature is {temperature!r}. Allowed: 0 (always the likeliest token) or a finite number above it "
+            "(1 samples from the model's own distribution)."
+        )
     batch = tokenize(model, prompts)
     if batch.input_ids.shape[1] + max_new_tokens > model.n_context:
         raise ModelError(
             f"The prompt ({batch.input_ids.shape[1]} tokens) and {max_new_tokens} new tokens exceed the context of "
             f"{model.name} ({model.n_context}). Shorten one of them."
         )
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": None, "top_k": 0}
-    with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
+    gpus = range(torch.cuda.device_count())  # manual_seed seeds all of them
+    with torch.random.fork_rng(gpus, enabled=seed is not None), torch.inference_mode():
         if seed is not None:
             torch.manual_seed(seed)
-        out = model.hf.generate(
-            **batch._asdict(), max_new_tokens=max_new_tokens, pad_token_id=model.tokenizer.pad_token_id, **options
-        )
-    return model.tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        new = decoding.write(model, *batch, int(max_new_tokens), float(temperature))
+    return model.tokenizer.batch_decode(new, skip_special_tokens=True)

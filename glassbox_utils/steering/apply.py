@@ -1,6 +1,7 @@
 """Steer: add a vector while the model reads and writes, per row of a batch, and leave no trace afterwards."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.devices import beside, like, result
+from glassbox_utils.core.identity import difference
 from glassbox_utils.core.interventions import Scope, by_row, edits, paired
 from glassbox_utils.core.models import Model, Site, check_layer, wrap_model
 from glassbox_utils.core.session import progress
@@ -16,6 +19,8 @@ from glassbox_utils.core.text import chat, generate
 from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, Vector, parts_of
 
 Mode = Literal["add", "project_out", "affine"]
+ROUNDING = 0.01
+"""a unit vector may be this much longer or shorter than 1 (half precision rounds)"""
 
 
 @contextmanager
@@ -37,7 +42,8 @@ def steer(
     * ``affine``: the coordinate is set to alpha (arXiv 2411.09003), wherever it was.
 
     ``scope``: all tokens, the prompt's only, or the generated ones only. Blocks nest: two vectors add up.
-    Raises SteeringError for a vector of another width, another model or an unknown mode.
+    Raises SteeringError, before anything runs, for a vector of another width or another model, one that is no unit
+    vector, a strength that is no finite number or too large for the model's type, an empty list, or an unknown mode.
     """
     if mode not in ("add", "project_out", "affine"):
         raise SteeringError(f"There is no mode {mode!r}. Allowed: add, project_out, affine.")
@@ -46,57 +52,115 @@ def steer(
         yield
 
 
-def functions_of(model: Model, direction: Any, alpha: Any, mode: Mode) -> tuple[dict[Site, Any], int | None]:
+def functions_of(
+    model: Model, direction: Any, alpha: Any, mode: Mode
+) -> tuple[dict[Site, Callable[[Tensor], Tensor]], int | None]:
     """Site -> function, all that can be computed before a run computed here; and the rows that they are for."""
-    rows, n_rows = paired(direction, alpha, isinstance(direction, Vector), "directions", SteeringError)
-    for part in {id(p): p for v, _ in rows if v is not None for p in parts_of(v)}.values():
-        check_direction(model, part)
+    single = direction is None or isinstance(direction, Vector)
+    if not single and (isinstance(direction, Tensor) or not isinstance(direction, Sequence)):
+        raise SteeringError(
+            f"{type(direction).__name__} is no direction. Give a Direction or a ControlVector, a list with one (or "
+            "None) for each row, or use generate_with_steering(..., layer=) for a bare tensor."
+        )
+    rows, n_rows = paired(direction, alpha, single, "directions", SteeringError)
+    parts = {id(p): p for v, _ in rows if v is not None for p in _parts(v)}
+    for part in parts.values():
+        _check_fit(model, part)
     at = [{} if v is None or a is None else {p.layer: p for p in parts_of(v)} for v, a in rows]
-    like = next(model.hf.parameters())
-    strength = by_row([a if a is not None and here else 0.0 for (_, a), here in zip(rows, at, strict=True)], like)
+    alphas = [float(a) if a is not None and here else 0.0 for (_, a), here in zip(rows, at, strict=True)]
+    _check_size(model, alphas, at, mode)
+    anchor = beside(torch.zeros((), dtype=torch.promote_types(model.dtype, torch.float32)), model.device)
+    strength = by_row(alphas, anchor)
     layers = sorted({layer for here in at for layer in here})
-    return {Site("resid_post", k): _edit([here.get(k) for here in at], strength, mode) for k in layers}, n_rows
+    return {Site("resid_post", k): _edit(model, [here.get(k) for here in at], strength, mode) for k in layers}, n_rows
 
 
-def _edit(parts: Sequence[Direction | None], strength: Tensor, mode: Mode) -> Any:
-    width = next(len(d.vector) for d in parts if d is not None)
-    unit = torch.stack([torch.zeros(width) if d is None else d.vector for d in parts]).to(strength)
-    scale = by_row([1.0 if d is None else d.scale for d in parts], strength)
-    unit = unit[:, None]  # [row, 1, d_model]; a row without steering has the zero vector
+def _parts(vector: Any) -> tuple[Direction, ...]:
+    if not isinstance(vector, Vector):
+        raise SteeringError(
+            f"{type(vector).__name__} is no direction. Allowed for a row: a Direction, a ControlVector, or None."
+        )
+    return parts_of(vector)
+
+
+def _edit(
+    model: Model, parts: Sequence[Direction | None], strength: Float[Tensor, "#row 1 1"], mode: Mode
+) -> Callable[[Tensor], Tensor]:
+    """What is done after one layer: one small product for all rows, however many vectors and strengths they have."""
+    unit = like(_units(parts), strength)[:, None]  # [row, 1, d_model]; a row without steering has the zero vector
+    scale = by_row([1.0 if d is None else float(d.scale) for d in parts], strength)
     if mode == "add":
-        delta = strength * scale * unit
+        delta = like(strength * scale * unit, next(model.hf.parameters()))
 
-        def function(x: Tensor) -> Tensor:
-            return x + delta
+        def function(x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+            return x + like(delta, x)
 
     elif mode == "project_out":
 
-        def function(x: Tensor) -> Tensor:
+        def function(x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
             return x - strength * (x * unit).sum(-1, keepdim=True) * unit
 
     else:
         target = strength * scale
 
-        def function(x: Tensor) -> Tensor:
+        def function(x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
             return x + (target - (x * unit).sum(-1, keepdim=True)) * unit
 
     return function
 
 
 def check_direction(model: Model, direction: Direction) -> None:
-    if len(direction.vector) != model.d_model:
+    """SteeringError unless the direction has this model's width, layers and weights, and is a unit vector."""
+    _check_fit(model, direction)
+    _units([direction])
+
+
+def _check_fit(model: Model, direction: Direction) -> None:
+    if direction.vector.shape != (model.d_model,):
         raise SteeringError(
-            f"The direction {direction.name!r} has {len(direction.vector)} numbers, but the residual stream of "
-            f"{model.name} has {model.d_model}: it was fitted on "
+            f"The direction {direction.name!r} has {' x '.join(map(str, direction.vector.shape))} numbers, but the "
+            f"residual stream of {model.name} has {model.d_model}: it was fitted on "
             f"{direction.model_name or 'another model'}. Fit it here."
         )
     check_layer(model, direction.layer)
-    if direction.model_hash and direction.model_hash != model.hash:
+    if why := difference(direction.model_hash, model.hash):
         raise SteeringError(
             f"The direction {direction.name!r} was fitted on {direction.model_name} ({direction.model_hash}), this is "
-            f"{model.name} ({model.hash}). Fit it here, or use dataclasses.replace(direction, model_hash='') to try "
-            "it all the same."
+            f"{model.name} ({model.hash}): {why}. Fit it here, or use dataclasses.replace(direction, model_hash='') to "
+            "try it all the same."
         )
+    if not 0 < direction.scale < math.inf:
+        raise SteeringError(
+            f"The scale of the direction {direction.name!r} is {direction.scale!r}. Allowed: a finite number above 0, "
+            f"the typical residual norm after layer {direction.layer}. To steer the other way give a negative alpha."
+        )
+
+
+def _units(parts: Sequence[Direction | None]) -> Float[Tensor, "part d_model"]:
+    """The vectors as rows, zeros for None. SteeringError for one that has not length 1 (so also for zeros, NaN)."""
+    width = next(len(d.vector) for d in parts if d is not None)
+    unit = torch.stack([torch.zeros(width) if d is None else result(d.vector) for d in parts])
+    length = unit.norm(dim=-1)
+    for part, size, wrong in zip(parts, length.tolist(), (~((length - 1).abs() < ROUNDING)).tolist(), strict=True):
+        if part is not None and wrong:
+            raise SteeringError(
+                f"The direction {part.name!r} has length {size:.3g}. It must be a unit vector: divide it by its "
+                "length, which belongs into scale; one that is zero or not a number points nowhere, so fit it again."
+            )
+    return unit
+
+
+def _check_size(model: Model, alphas: Sequence[float], at: Sequence[dict[int, Direction]], mode: Mode) -> None:
+    """SteeringError for a push that the model's numbers can't hold (or their squares, which norms are made of)."""
+    largest = min(torch.finfo(model.dtype).max, torch.finfo(torch.float32).max ** 0.5)
+    for alpha, here in zip(alphas, at, strict=True):
+        unit = max((part.scale for part in here.values()), default=0.0) if mode != "project_out" else 1.0
+        if abs(alpha) * unit > largest:
+            raise SteeringError(
+                f"The strength {alpha:g} makes a push of length {abs(alpha) * unit:.3g}, more than {model.name} can "
+                f"compute with in {str(model.dtype).removeprefix('torch.')}. Allowed here: up to {largest / unit:.3g}; "
+                "useful strengths are around 0.01 to 1."
+            )
 
 
 def generate_with_steering(
@@ -117,7 +181,8 @@ def generate_with_steering(
     ``steering_vector`` is a ``Direction`` or ``ControlVector`` (alpha in units of the typical residual norm; it
     knows its layers), or a bare tensor [d_model] with ``layer=`` (then alpha multiplies the tensor as it is). The
     prompt becomes a user's turn if the tokenizer has a chat template. Works with every decoder that
-    transformers builds; whether a vector was fitted on these weights is not checked here.
+    transformers builds; whether a vector was fitted on these weights is not checked here. Raises SteeringError for a
+    tensor of another width, or one that is zero or not finite, and as ``steer`` does.
     """
     wrapped = wrap_model(model, tokenizer, name=type(model).__name__)
     if isinstance(steering_vector, Vector):
@@ -127,9 +192,14 @@ def generate_with_steering(
     elif layer is None:
         raise SteeringError("A bare tensor does not say where it belongs. Give layer=, or a Direction that has one.")
     else:
-        length = float(steering_vector.norm())
-        unit = steering_vector.detach() / length
-        parts = (Direction(unit, check_layer(wrapped, layer), length, model_name="you"),)
+        bare = result(torch.as_tensor(steering_vector))
+        length = float(bare.norm())
+        if bare.shape != (wrapped.d_model,) or not 0 < length < math.inf:
+            raise SteeringError(
+                f"The steering vector has shape {tuple(bare.shape)} and length {length:.3g}. Needed: {wrapped.d_model} "
+                "finite numbers that are not all zero. To leave the model alone give alpha=0 or None."
+            )
+        parts = (Direction(bare / length, check_layer(wrapped, layer), length, model_name="you"),)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = [chat(wrapped, t) if t and tokenizer.chat_template else t for t in texts]
     with steer(wrapped, ControlVector(parts), alpha, scope=scope):
