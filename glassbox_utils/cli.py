@@ -1,6 +1,7 @@
 """The ``glassbox`` command. Each sub-command is a short function; the work is done in the modules."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,24 +59,33 @@ def _corpus(args: argparse.Namespace) -> int:
 
 
 def _harvest(args: argparse.Namespace) -> int:
+    from glassbox_utils.core import distributed
     from glassbox_utils.saes.config import read_config
     from glassbox_utils.saes.harvest import harvest, shards
+    from glassbox_utils.saes.training import model_of
 
-    folder = harvest(read_config(args.config).harvest)
-    print(f"{len(shards(folder))} shards in {folder}")
+    with distributed.ranks():
+        config = read_config(args.config)
+        folder = harvest(config.harvest, model_of(config))
+        if distributed.is_main():
+            print(f"{len(shards(folder))} shards in {folder}")
     return 0
 
 
 def _train_sae(args: argparse.Namespace) -> int:
+    from glassbox_utils.core import distributed
     from glassbox_utils.core.models import load_model
     from glassbox_utils.saes import detection
     from glassbox_utils.saes.config import read_config
     from glassbox_utils.saes.training import train_from_config
 
-    folder, config = train_from_config(args.config), read_config(args.config)
-    if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
-        detection.add_golden_gate(load_model(config.model), folder)
-    print((folder / "README.md").read_text())
+    with distributed.ranks():
+        folder, config = train_from_config(args.config), read_config(args.config)
+        if not distributed.is_main():
+            return 0
+        if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
+            detection.add_golden_gate(load_model(config.model), folder)
+        print((folder / "README.md").read_text())
     return 0
 
 
@@ -128,12 +138,19 @@ def _train_loans(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
+    from glassbox_utils.core import distributed
+
     known = studies()
     for name in args.name:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
-    for name in args.name:
-        print(known[name]())
+    with distributed.ranks():
+        mine = args.name[distributed.rank() :: distributed.world()]
+        if not mine:
+            print(f"rank {distributed.rank()}: {len(args.name)} studies for {distributed.world()} ranks, waiting")
+        for name in mine:  # each writes its own table
+            print(known[name]())
+        distributed.barrier()
     return 0
 
 
@@ -178,11 +195,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="SmolLM2-135M-Instruct", help="whose tokenizer counts them")
     p.set_defaults(function=_corpus)
 
-    p = commands.add_parser("harvest", help="write the activations that a training configuration asks for")
+    p = commands.add_parser("harvest", help="write the activations that a training configuration asks for (torchrun)")
     p.add_argument("config", help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_harvest)
 
-    p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE")
+    p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE (torchrun)")
     p.add_argument("config", help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
 
@@ -208,6 +225,8 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
     p.add_argument("name", nargs="+", help="which, in order; a wrong name lists all")
     p.set_defaults(function=_study)
+    for command in commands.choices.values():
+        command.add_argument("--device", default="", help="cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest")
     return top
 
 
@@ -215,6 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; errors that a user can mend are printed as one paragraph, exit code 2."""
     args = parser().parse_args(argv)
     try:
+        if args.device:
+            from glassbox_utils.core import devices
+
+            devices.choose(args.device)  # a wrong name fails here
+            os.environ["GLASSBOX_DEVICE"] = args.device  # notebooks run in processes of their own
         return args.function(args)
     except GlassboxError as error:
         print(f"glassbox: {error}", file=sys.stderr)

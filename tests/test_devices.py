@@ -11,6 +11,7 @@ import tiny
 import torch
 from far import far
 
+from glassbox_utils import cli
 from glassbox_utils.core import devices
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import Site, wrap_model
@@ -94,3 +95,10 @@ def test_nobody_moves_tensors_by_hand_outside_core():
             if isinstance(called, ast.Attribute) and called.attr in ("to", "cpu", "cuda", "mps"):
                 found.append(f"{path.relative_to(ROOMS)}:{node.lineno} .{called.attr}(")
     assert not found, "\n".join(found)
+
+
+def test_every_command_takes_a_device(capsys):
+    for name, command in cli.parser()._subparsers._group_actions[0].choices.items():
+        assert "--device" in command.format_help(), name
+    assert cli.main(["corpus", "--device", "tpu"]) == 2
+    assert "'tpu' is not on this machine" in capsys.readouterr().err

@@ -25,18 +25,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 import yaml
-from jaxtyping import Int
-from torch import Tensor
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, packing
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model
+from glassbox_utils.core.packing import START, Place, Rows, joined
 from glassbox_utils.core.session import progress
-from glassbox_utils.core.text import first_token
 
 Split = Literal["train", "held", "golden_gate"]
 SPLITS: tuple[Split, ...] = ("train", "held", "golden_gate")
@@ -312,6 +309,22 @@ def load_corpus(name: str = "mix", split: Split = "train", limit: int | None = N
     return list(_collect(CORPORA[name])[split][:limit])
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A data set on the hub (or in a folder whose name has a slash): read anew each time it is gone through."""
+
+    name: str
+    split: Split
+
+    def __iter__(self) -> Iterator[Document]:
+        return (d for s, d in _hub(self.name) if s == self.split)
+
+
+def open_corpus(name: str, split: Split = "train") -> Iterable[Document]:
+    """The documents of a corpus, to be gone through any number of times; of a data set without holding them."""
+    return Streamed(name, split) if "/" in name and split in SPLITS else load_corpus(name, split)
+
+
 @cache
 def _collect(sources: tuple[str, ...]) -> dict[Split, tuple[Document, ...]]:
     """All documents of some sources, by split, in the order of their hashes."""
@@ -382,14 +395,6 @@ def sentences(documents: Iterable[Document], pattern: str) -> list[Document]:
 # --- tokens -------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """Packed tokens: every row is full, nothing is padded."""
-
-    tokens: Int[Tensor, "row pos"]
-    documents: Int[Tensor, "row pos"]
-    """index of the document that each token comes from; -1 for the BOS in front of a row"""
-
-
 def as_text(model: Model, document: Document) -> str:
     """The document as the model should read it: raw, or as an answer inside the chat template."""
     if not (document.chat and document.question and model.tokenizer.chat_template):
@@ -398,39 +403,34 @@ def as_text(model: Model, document: Document) -> str:
     return model.tokenizer.apply_chat_template(turns, tokenize=False)
 
 
-def pack(model: Model, documents: Iterable[Document], context: int = 256) -> Iterator[Rows]:
-    """Documents -> full rows of ``context`` tokens, one row at a time.
+def packed(model: Model, documents: Iterable[Document], context: int = 256, start: Place = START) -> Iterator[Rows]:
+    """Documents -> full rows of ``context`` tokens, some at a time: [row, context]; see ``packing.packed``.
 
-    Documents follow one another, each led by the first token (BOS; a chat prompt brings its own), and are cut
-    where a row is full. Every row starts with BOS as well, so that position 0 is always the attention sink.
-    The unfinished last row is dropped. Shapes of each item: [1, context].
+    ``start``: where the first row begins, if not with the first document.
     """
-    bos = first_token(model)
-    lead = [] if bos is None else [bos]
-    ids: list[int] = []
-    owners: list[int] = []
-    width = context - len(lead)
-    indexed = enumerate(documents)
-    while batch := list(itertools.islice(indexed, 200)):
-        encoded = model.tokenizer([as_text(model, d) for _, d in batch], add_special_tokens=False)["input_ids"]
-        for (index, _), row in zip(batch, encoded, strict=True):
-            row = row if row[:1] == lead else [*lead, *row]
-            ids += row
-            owners += [index] * len(row)
-        while len(ids) >= width:
-            tokens = torch.tensor([lead + ids[:width]])
-            yield Rows(tokens, torch.tensor([[-1] * len(lead) + owners[:width]]))
-            del ids[:width], owners[:width]
+    texts = (as_text(model, d) for d in itertools.islice(documents, start.document, None))
+    yield from packing.packed(model, texts, context, start)
+
+
+def pack(model: Model, documents: Iterable[Document], context: int = 256) -> Iterator[Rows]:
+    """``packed``, one row at a time: shapes of each item [1, context]."""
+    for rows in packed(model, documents, context):
+        yield from map(Rows._make, zip(rows.tokens.split(1), rows.documents.split(1), strict=True))
 
 
 def token_rows(model: Model, documents: Iterable[Document], n_rows: int | None = None, context: int = 256) -> Rows:
     """The first ``n_rows`` packed rows at once (all if None): [row, context]."""
-    rows = list(itertools.islice(pack(model, documents, context), n_rows))
-    if not rows:
+    parts: list[Rows] = []
+    for rows in packed(model, documents, context):
+        parts.append(rows)
+        if n_rows is not None and sum(len(r.tokens) for r in parts) >= n_rows:
+            break
+    if not parts:
         raise CorpusError(
             f"The documents do not fill one row of {context} tokens. Give more text or a smaller context."
         )
-    return Rows(torch.cat([r.tokens for r in rows]), torch.cat([r.documents for r in rows]))
+    whole = joined(parts)
+    return Rows(whole.tokens[:n_rows], whole.documents[:n_rows])
 
 
 def print_corpus(name: str = "mix", model: Model | None = None) -> None:
@@ -455,5 +455,5 @@ def print_corpus(name: str = "mix", model: Model | None = None) -> None:
     print(f"{'total':12s} {total['train']:7,d} {total['held']:6,d} {total['gg']:4d} {total['words']:10,d}")
     print(f"hash of the training documents: {corpus_hash(parts['train'])}")
     if model is not None:
-        n = sum(r.tokens.numel() for r in progress(pack(model, parts["train"]), "tokenise"))
+        n = sum(r.tokens.numel() for r in progress(packed(model, parts["train"]), "tokenise"))
         print(f"{n:,d} tokens of {model.name} in rows of 256")

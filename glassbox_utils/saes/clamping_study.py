@@ -20,6 +20,7 @@ import torch
 from glassbox_utils.core import corpora
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import exact
+from glassbox_utils.core.identity import difference
 from glassbox_utils.core.losses import answer_losses
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
@@ -269,10 +270,10 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
     """What ``clamp-choose`` chose: the tools, and each method's selected setting."""
     table = read_table("clamp_choose")
     made_for = table["provenance"]["model_hash"]
-    if model.hash != made_for:
+    if why := difference(made_for, model.hash):
         raise clamping.ClampError(
             f"The features were chosen for {table['provenance']['model']} ({made_for}), this is {model.name} "
-            f"({model.hash}): another model needs its own SAE (notebook 03) and its own choice (glassbox study "
+            f"({model.hash}): {why}. Another model needs its own SAE (notebook 03) and its own choice (glassbox study "
             "clamp-choose). Steering by a direction (notebook 05) needs no SAE."
         )
     return make_tools(model, table["ranked"], table["best"], table["learned"]), table["selected"]

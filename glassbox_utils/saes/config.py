@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from glassbox_utils.core import assets, corpora
+from glassbox_utils.core import assets, corpora, distributed
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import EMBEDDED, KINDS, Site
+from glassbox_utils.core.models import EMBEDDED, KINDS, Model, Site, check_site
 
 SAES = assets.DATA / "saes"
 
@@ -53,6 +53,34 @@ class HarvestConfig:
     rows_per_shard: int = 256
     """65,536 tokens with the default context: 75 MB for each hook at d_model 576"""
     rows_per_batch: int = 16
+    """rows of a forward pass on a CPU; a GPU takes as many as its memory holds"""
+
+    @property
+    def n_shards(self) -> int:
+        return max(1, self.n_tokens // (self.context * self.rows_per_shard))
+
+
+def check_harvest(config: HarvestConfig, model: Model) -> None:
+    """SaeError for a harvest that can't be done with this model, ModelError for a layer that it has not."""
+    numbers = ("n_tokens", "context", "rows_per_shard", "rows_per_batch")
+    _check_positive({name: getattr(config, name) for name in numbers}, "harvest")
+    if not 2 <= config.context <= model.n_context:
+        raise SaeError(f"context is {config.context}. Allowed with {model.name}: 2 to {model.n_context} tokens.")
+    if not config.hooks:
+        raise SaeError(
+            f"hooks is empty. Give at least one, such as {hook_of(Site('resid_post', model.n_layers // 2))}."
+        )
+    for hook in config.hooks:
+        check_site(model, site_of(hook))
+
+
+def _check_positive(values: dict[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            hint = (
+                " Write it without quotes, dots or an exponent, such as 1000000." if not isinstance(value, int) else ""
+            )
+            raise SaeError(f"{name} is {value!r} in {where}. Allowed: a whole number from 1.{hint}")
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -100,6 +128,9 @@ class TrainConfig:
     learning the rows' norms as gains and clipping gradients, which learns faster in the first hundreds of steps"""
     shuffle_weights: bool = False
     """train on the same architecture with its weights permuted: a baseline (``shuffled_model``)"""
+    stream: bool = False
+    """read activations from the model while training, pass after pass in order, and write no shards: memory and disk
+    stay the same however many tokens there are"""
 
     @property
     def steps(self) -> int:
@@ -134,4 +165,32 @@ def read_config(path: str | Path) -> TrainConfig:
         raise SaeError(f"{path} is incomplete: {error}.") from error
     if config.architecture not in ARCHITECTURES:
         raise SaeError(f"There is no architecture {config.architecture!r}. Allowed: {', '.join(ARCHITECTURES)}.")
+    check_training(config)
     return config
+
+
+def check_training(config: TrainConfig) -> None:
+    """SaeError for a run that could not begin or would never end; it names the field, what is allowed, and the fix."""
+    where = f"the configuration {config.name!r}"
+    whole = ("d_sae", "samples", "tokens", "context", "rows_per_shard", "shards_mixed", "batch", "warmup")
+    _check_positive({k: getattr(config, k) for k in (*whole, "reseed_every", "checkpoint_every")}, where)
+    for name, low, high in (("lr", 0.0, 1.0), ("decay", 0.0, 1.0)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+            raise SaeError(f"{name} is {value!r} in {where}. Allowed: a number above {low:g}, at most {high:g}.")
+    site_of(config.hook)
+    block = config.shards_mixed * config.rows_per_shard * (config.context - 1)
+    if config.batch > block:
+        raise SaeError(
+            f"batch is {config.batch:,} in {where}, but {config.shards_mixed} shards that are shuffled together hold "
+            f"{block:,} positions. Allowed: at most that many, or mix more shards (shards_mixed)."
+        )
+    if config.batch > config.samples:
+        raise SaeError(f"samples is {config.samples:,} in {where}. Allowed: at least one batch ({config.batch:,}).")
+    world = distributed.world()
+    if config.batch % world:
+        raise SaeError(f"batch is {config.batch:,} in {where}. Allowed with {world} ranks: a multiple of {world}.")
+    if large := [size for size in config.growth if not 1 <= size <= config.n_shards]:
+        raise SaeError(f"growth has {large} in {where}. Allowed: 1 to {config.n_shards}, the shards of `tokens`.")
+    if config.stream and config.growth:
+        raise SaeError(f"growth is {list(config.growth)} in {where}. With stream, leave it out: no shards are written.")

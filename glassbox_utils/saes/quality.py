@@ -17,17 +17,16 @@ from glassbox_utils.core import assets, corpora
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import Model, Site, load_model
-from glassbox_utils.saes.config import SAES, TrainConfig, read_config, site_of
+from glassbox_utils.saes.config import SAES, SaeError, TrainConfig, read_config, site_of
 from glassbox_utils.saes.harvest import (
     OUTLIER,
     activations,
+    first_shard,
     measure_scaling,
     ordinary,
-    read_shard,
-    shard_path,
     stream_activations,
 )
-from glassbox_utils.saes.store import load_sae
+from glassbox_utils.saes.store import load_sae, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -239,8 +238,10 @@ def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[s
 
 def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> dict[str, Any]:
     """Evaluate a saved SAE and its baselines on held-out text, and write card.json and README.md beside it."""
-    state, site = torch.load(Path(work) / "checkpoint.pt", weights_only=False)["state"], site_of(config.hook)
-    sae, x = load_sae(folder, model), read_shard(shard_path(config.harvest.folder, 0), config.hook).x
+    saved, site = read_checkpoint(work), site_of(config.hook)
+    if saved is None:
+        raise SaeError(f"There is no checkpoint in {work}. Train first: `glassbox train-sae CONFIG`.")
+    state, sae, x = saved.state, load_sae(folder, model), first_shard(config, model)
     reports, measure = _reports(model, sae, config, x)
     # What notebook 03 computes again, on text that needs only one small package.
     wiki = corpora.token_rows(model, corpora.load_corpus("wiki", "held"), 24, config.context).tokens

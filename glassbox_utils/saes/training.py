@@ -1,81 +1,185 @@
 """Train sparse autoencoders on harvested shards, with sae_lens's classes and our own loop.
 
-The activation stream, the loop and the history are our own: exactly resumable, without a tracking service, and
-sparse where the arithmetic is sparse.
+The activation stream, the loop and the history are our own: exactly resumable, without a tracking service, sparse
+where the arithmetic is sparse, and without a step that waits for the device.
 """
 
 import csv
 import itertools
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import assets
-from glassbox_utils.core.fast_forward import fast_dtype
+from glassbox_utils.core import assets, devices, distributed
+from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.packing import START, Place, Rows, place_after
+from glassbox_utils.core.pipeline import ahead, download, upload
 from glassbox_utils.core.session import progress
-from glassbox_utils.saes.config import SaeError, TrainConfig, read_config
+from glassbox_utils.saes.config import SaeError, TrainConfig, check_training, read_config
+from glassbox_utils.saes.gradients import StepResult, library_gradients, topk_gradients
 from glassbox_utils.saes.harvest import (
     Scaling,
+    compute_type,
     harvest,
     measure_scaling,
     ordinary,
     read_shard,
     shard_path,
     shuffled_model,
+    streamed,
 )
 from glassbox_utils.saes.quality import write_card
-from glassbox_utils.saes.store import save_sae
+from glassbox_utils.saes.store import Checkpoint, read_checkpoint, restore, save_sae, write_checkpoint
+
+__all__ = ["StepResult", "library_gradients", "topk_gradients"]
+
+SILENT = 500_000
+"""samples without a single activation after which a feature counts as dead"""
+OVER_BATCH = ("batchtopk", "matryoshka_batchtopk")
+"""architectures that choose over the whole batch, which ranks therefore can't divide"""
+Read = Callable[[Sequence[int]], list[Float[Tensor, "row pos d_model"]]]
+"""the activations of some shards"""
 
 
 def reading_order(config: TrainConfig) -> Iterator[int]:
-    """Shard numbers without end: the first pass in order, each later one permuted anew."""
+    """Shard numbers without end: the first pass in order, each later one permuted anew (streaming: each in order)."""
     for number in itertools.count():
         size = config.growth[number] if number < len(config.growth) else config.n_shards
         generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
-        yield from torch.randperm(size, generator=generator).tolist() if number else range(size)
+        yield from torch.randperm(size, generator=generator).tolist() if number and not config.stream else range(size)
 
 
 def training_batches(
-    config: TrainConfig, scaling: Scaling, block: int = 0, offset: int = 0
+    config: TrainConfig,
+    scaling: Scaling,
+    block: int = 0,
+    offset: int = 0,
+    read: Read | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[Float[Tensor, "batch d_model"], int, int]]:
     """Scaled, shuffled batches, each with the (block, offset) to continue from after it.
 
     A block is ``shards_mixed`` shards whose ordinary positions are shuffled together; documents were shuffled before
     the harvest, and later passes combine other shards. Waits for shards that a running harvest has yet to write.
+    ``read``: where shards come from, if not from the folder. On CUDA the next block is read while this one is used.
     """
-    folder = config.harvest.folder
-    order = reading_order(config)
-    blocks = iter(lambda: [next(order) for _ in range(config.shards_mixed)], None)
-    for number, chosen in enumerate(itertools.islice(blocks, block, None), start=block):
-        parts = [read_shard(_wait(shard_path(folder, i)), config.hook).x for i in chosen]
-        x = torch.cat([part[ordinary(part, scaling.median_norm)] for part in parts])
-        generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
-        shuffled = torch.randperm(len(x), generator=generator)
+    device = device or torch.device("cpu")
+    blocks = _blocks(config, scaling, block, read or read_shards(config), device)
+    for number, x, shuffled in ahead(blocks, 1) if device.type == "cuda" else blocks:
         last = len(x) // config.batch
+        if not last:
+            raise SaeError(
+                f"batch is {config.batch:,}, but a block of {config.shards_mixed} shards holds {len(x):,} ordinary "
+                "positions. Allowed: at most that many; or mix more shards (shards_mixed)."
+            )
         for index in range(offset, last):
             rows = shuffled[index * config.batch : (index + 1) * config.batch]
             after = (number, index + 1) if index + 1 < last else (number + 1, 0)
             yield x[rows].float() * scaling.scale, *after
+        del x  # before the next block is made
         offset = 0
 
 
+def _blocks(
+    config: TrainConfig, scaling: Scaling, block: int, read: Read, device: torch.device
+) -> Iterator[tuple[int, Float[Tensor, "position d_model"], Tensor]]:
+    """Ordinary positions of ``shards_mixed`` shards on the device, and the order in which they are used."""
+    order = reading_order(config)
+    chosen = iter(lambda: [next(order) for _ in range(config.shards_mixed)], None)
+    for number, shards in enumerate(itertools.islice(chosen, block, None), start=block):
+        parts = [upload(part, device) for part in read(shards)]
+        x = torch.cat([part[ordinary(part, scaling.median_norm)] for part in parts])
+        del parts
+        generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
+        yield number, x, upload(torch.randperm(len(x), generator=generator), device)
+        del x
+
+
+def read_shards(config: TrainConfig) -> Read:
+    """Shards from the harvest's folder, waiting for those that a running harvest has yet to write."""
+    folder = config.harvest.folder
+    return lambda shards: [read_shard(_wait(shard_path(folder, i)), config.hook).x for i in shards]
+
+
+@contextmanager
+def streamed_shards(
+    config: TrainConfig, model: Model, compute: str, block: int, start: Place | None
+) -> Iterator[tuple[Read, dict[int, Place]]]:
+    """Shards from the model itself, in the order of ``reading_order``, and where each block begins in the text.
+
+    Ranks compute shards in turn and send them to each other.
+    """
+    first, n = block * config.shards_mixed, config.n_shards
+    places = {block: start} if start else {}
+    with streamed(config.harvest, model, compute, first, start) as found:
+        turns = itertools.count(first)
+
+        def read(shards: Sequence[int]) -> list[Tensor]:
+            numbers = list(itertools.islice(turns, len(shards)))
+            mine = {i: next(found) for i in numbers if i % distributed.world() == distributed.rank()}
+            parts, block = [], numbers[-1] // config.shards_mixed
+            place = places.pop(block, START if numbers[0] == 0 else None)
+            for i in numbers:
+                owners, x = _shared(config, model, i, mine.pop(i, None))
+                place = START if i % n == 0 else place
+                place = place and place_after(place, Rows(owners, owners))
+                parts.append(x)
+            if end := START if numbers[-1] % n == n - 1 else place:
+                places[block + 1] = end
+            return parts
+
+        yield read, places
+
+
+def _shared(
+    config: TrainConfig, model: Model, number: int, mine: tuple[Rows, dict[str, Tensor]] | None
+) -> tuple[Tensor, Tensor]:
+    """Owners and activations of one streamed shard, from the rank that computed it."""
+    if mine:
+        owners, x = mine[0].documents, mine[1][config.hook]
+    else:
+        owners = torch.empty(config.rows_per_shard, config.context, dtype=torch.int64)
+        empty = torch.empty(config.rows_per_shard, config.context, model.d_model, dtype=torch.bfloat16)
+        x = beside(empty, model.device)
+    distributed.broadcast([owners, x.view(torch.int16)], number % distributed.world())
+    return owners, x
+
+
 def _wait(path: Path, patience: float = 1800) -> Path:
-    """The path, as soon as the file is there; SaeError after ``patience`` seconds."""
+    """The path, as soon as the file is there; SaeError at once if no harvest is at work on it, or after a while."""
     start = time.monotonic()
     while not path.exists():
+        if not (_is_locked(path.with_name(".harvest.lock")) or path.exists()):
+            raise SaeError(
+                f"There is no {path}, and no harvest is running that would write it. Run `glassbox harvest CONFIG` "
+                "first or beside this one, and ask for no more tokens than the corpus has."
+            )
         if time.monotonic() - start > patience:
             raise SaeError(f"{path} did not appear within {patience / 60:.0f} minutes. Is the harvest still running?")
         time.sleep(2)
     return path
+
+
+def _is_locked(path: Path) -> bool:
+    """Does another process hold this lock?"""
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def build_sae(config: TrainConfig, scaling: Scaling) -> Any:
@@ -95,171 +199,149 @@ def build_sae(config: TrainConfig, scaling: Scaling) -> Any:
     return sae
 
 
-class StepResult(NamedTuple):
-    """What one step says about itself."""
-
-    error: float
-    """mean squared error summed over dimensions, in scaled units"""
-    fired: Float[Tensor, " d_sae"]
-    """how often each feature was active in the batch"""
-
-
-def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.dtype = torch.bfloat16) -> StepResult:
-    """Loss and gradients of sae_lens's TopK SAE, written into ``.grad``.
-
-    The same mathematics as sae_lens's TopK loss (mean over the batch of the squared error; decoder rows of any length,
-    which scale what the encoder sees and not what is decoded), but only the encoder's forward product is dense. With
-    k of d_sae features active, the reconstruction is a weighted bag of k decoder rows, and both weight gradients are
-    bags of batch rows, grouped by feature. The dense product runs in ``compute``; if that is not float32 it only
-    nominates half as many features again, whose values are then computed in float32 before the k are chosen.
-    """
-    k, batch = sae.cfg.k, len(x)
-    norm = sae.W_dec.norm(dim=-1)
-    unit = sae.W_dec / norm[:, None]
-    centred = x - sae.b_dec
-    rows = sae.W_enc.t()
-    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward  # the dot products of bags with their rows
-    hidden = F.linear(centred.to(compute), rows.to(compute), sae.b_enc.to(compute)) * norm.to(compute)
-    if compute == torch.float32:
-        values, chosen = hidden.topk(k, dim=-1, sorted=False)
-    else:
-        some = min(k + k // 2, sae.cfg.d_sae)
-        nominated = hidden.topk(some, dim=-1, sorted=False).indices
-        flat, owner = nominated.flatten(), torch.arange(batch).repeat_interleave(some)
-        exact = backward(centred, rows.contiguous(), flat, torch.arange(0, batch * some, some), owner, 0)
-        exact = ((exact + sae.b_enc[flat]) * norm[flat]).view(batch, some)
-        values, best = exact.topk(k, dim=-1, sorted=False)
-        chosen = nominated.gather(1, best)
-    values = values.relu()
-    flat = chosen.flatten()
-    offsets = torch.arange(0, batch * k, k)
-    error = F.embedding_bag(flat, unit, offsets, mode="sum", per_sample_weights=values.flatten())
-    error += sae.b_dec - x
-    loss = float(error.square().sum(-1).mean())
-
-    error *= 2 / batch
-    owner = torch.arange(batch).repeat_interleave(k)
-    to_value = backward(error, unit, flat, offsets, owner, 0) * (values.flatten() > 0)
-    # A stable radix sort of small integers is ten times faster in numpy than in torch.
-    small = flat.numpy().astype(np.uint16 if sae.cfg.d_sae < 2**16 else np.uint32)
-    order = torch.from_numpy(np.argsort(small, kind="stable"))
-    counts = torch.bincount(flat, minlength=sae.cfg.d_sae)
-    starts, grouped = counts.cumsum(0) - counts, owner[order]
-
-    def gather(source: Tensor, weights: Tensor) -> Tensor:
-        return F.embedding_bag(grouped, source, starts, mode="sum", per_sample_weights=weights[order])
-
-    # A row's direction is what is decoded, its length a gain on the value: the gradient has a part for each.
-    turn = gather(error, values.flatten())
-    gain = torch.zeros_like(norm).index_add_(0, flat, to_value * values.flatten())
-    turn -= (turn * unit).sum(-1, keepdim=True) * unit
-    sae.W_dec.grad = (turn + gain[:, None] * unit) / norm[:, None]
-    to_hidden = to_value * norm[flat]
-    sae.W_enc.grad = gather(centred, to_hidden).t()
-    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, flat, to_hidden)
-    sae.b_dec.grad = error.sum(0) - sae.W_enc @ sae.b_enc.grad
-    active = torch.zeros(sae.cfg.d_sae).index_add_(0, flat, (values.flatten() > 0).float())
-    return StepResult(loss, active)
-
-
-def library_gradients(
-    sae: Any, x: Float[Tensor, "batch d_model"], step: int, dead: Tensor, compute: torch.dtype = torch.bfloat16
-) -> StepResult:
-    """Loss and gradients of any sae_lens architecture: its own forward pass, with autocast if ``compute`` is half."""
-    from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
-
-    coefficients = {}
-    for name, value in sae.get_coefficients().items():
-        full, warm = (value.value, value.warm_up_steps) if isinstance(value, TrainCoefficientConfig) else (value, 0)
-        coefficients[name] = full * min(1.0, (step + 1) / warm) if warm else full
-    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
-        out = sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
-    out.loss.backward()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-    error = float((out.sae_out.float() - x).square().sum(-1).mean())
-    return StepResult(error, (out.feature_acts > 0).sum(0).float())
-
-
 @torch.no_grad()
-def train(config: TrainConfig, folder: Path, stop_after: int | None = None) -> Any:
-    """Train one SAE on harvested shards; returns the sae_lens training SAE in scaled units.
+def train(
+    config: TrainConfig,
+    folder: Path,
+    stop_after: int | None = None,
+    device: str | torch.device | None = None,
+    model: Model | None = None,
+) -> Any:
+    """Train one SAE on harvested shards; returns the sae_lens training SAE in scaled units, on ``device``.
 
-    ``folder`` gets ``checkpoint.pt`` (weights, optimiser, place in the data, random state, history), from which the
-    same call continues to the same bits, and ``history.csv``. Only ``samples`` and ``decay`` may differ from the
-    checkpoint's configuration. ``stop_after``: steps after which to stop early, for tests.
+    ``folder`` gets ``checkpoint.safetensors`` (weights, optimiser, place in the data, random state, history), from
+    which the same call continues to the same bits, and ``history.csv``. Only ``samples`` and ``decay`` may differ from
+    the checkpoint's configuration. ``device``: the fastest one if None. ``model``: what a streaming run
+    (``config.stream``) reads its activations from; loaded if None. ``stop_after``: steps after which to stop early,
+    for tests. Under torchrun every rank takes its part of each batch and rank 0 writes.
     """
-    first = read_shard(_wait(shard_path(config.harvest.folder, 0)), config.hook).x
-    scaling = measure_scaling(first)
-    variance = float((first[ordinary(first, scaling.median_norm)].float() - scaling.mean).square().sum(-1).mean())
-    variance *= scaling.scale**2
-    sae = build_sae(config, scaling)
-    fast = config.architecture == "topk"
+    check_training(config)
+    place, saved = devices.choose(device), read_checkpoint(folder)
+    if saved:
+        _same_run(config, saved.config, Path(folder))
+    state: dict[str, Any] = {"step": 0, "block": 0, "offset": 0, "seconds": 0.0, "history": [], "place": None}
+    state |= saved.state if saved else {"compute": compute_type(place)}  # a continued run keeps the type it began with
+    if not config.stream:
+        return _train(config, Path(folder), stop_after, place, state, saved, read_shards(config), {})
+    model = model or model_of(config)
+    start = Place(*state["place"]) if state["place"] else None
+    with streamed_shards(config, model, state["compute"], state["block"], start) as (read, places):
+        return _train(config, Path(folder), stop_after, place, state, saved, read, places)
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    stop_after: int | None,
+    device: torch.device,
+    state: dict[str, Any],
+    saved: Checkpoint | None,
+    read: Read,
+    places: dict[int, Place],
+) -> Any:
+    scaling = saved.scaling if saved else None
+    if scaling is None:
+        first = list(range(config.shards_mixed if config.stream else 1))
+        shards = read(first)
+        scaling, state["variance"] = _measure(download(shards[0])())
+        if config.stream:  # what was computed is used: the first block is handed out again
+            read = _with_first(shards, read)
+        del shards
+    sae = beside(build_sae(config, scaling), device)
+    fast, compute = config.architecture == "topk", getattr(torch, state["compute"])
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
-    state: dict[str, Any] = {"step": 0, "block": 0, "offset": 0, "seconds": 0.0, "history": []}
-    state["compute"] = fast_dtype()  # a continued run keeps the type that it began with
-    silent = torch.zeros(config.d_sae)
-    checkpoint = Path(folder) / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
-        _same_run(config, saved["config"], checkpoint)
-        for name, tensor in saved["sae"].items():  # in place: keeps the encoder's memory layout
-            sae.state_dict()[name].copy_(tensor)
-        optimizer.load_state_dict(saved["optimizer"])
-        silent, state = saved["silent"], {"compute": torch.bfloat16} | saved["state"]
-        torch.set_rng_state(saved["rng"])
-    data = training_batches(config, scaling, state["block"], state["offset"])
+    silent = torch.zeros(config.d_sae, device=device)
+    if saved:
+        restore(saved, sae, optimizer)
+        silent.copy_(saved.tensors["silent"])
+        torch.set_rng_state(saved.tensors["rng"])
+    data = training_batches(config, scaling, state["block"], state["offset"], read, device)
     end = min(config.steps, stop_after or config.steps)
-    started, done = time.perf_counter(), state["seconds"]
-    window: list[tuple[float, float]] = []
+    started, done, written, cost = time.perf_counter(), state["seconds"], time.perf_counter(), 0.0
+    window: list[StepResult] = []
     for step in progress(range(state["step"], end), f"train {config.name}"):
         x, state["block"], state["offset"] = next(data)
         rate = _learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if fast:
-            result = topk_gradients(sae, x, state["compute"])
-        else:
-            result = library_gradients(sae, x, step, silent > 500_000, state["compute"])
+        mine = _my_part(config, x)
+        result = (
+            topk_gradients(sae, mine, compute) if fast else library_gradients(sae, mine, step, silent > SILENT, compute)
+        )
+        if len(mine) < len(x):
+            distributed.all_reduce_mean(p.grad for p in sae.parameters() if p.grad is not None)
+            distributed.all_reduce_sum([result.fired])
         if fast and config.unit_rows:
             sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
-        elif fast:
+        else:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if fast and config.unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         silent += config.batch
-        silent[result.fired > 0] = 0
+        silent.masked_fill_(result.fired > 0, 0)
         if fast and (step + 1) % config.reseed_every == 0 and step < 0.6 * config.steps:
             _reseed(sae, optimizer, x, silent, seed=config.seed + step)
-        window.append((result.error, float(result.fired.sum()) / config.batch))
+        window.append(StepResult(result.error, result.fired.sum()))
         state["step"], state["seconds"] = step + 1, done + time.perf_counter() - started
         if (step + 1) % 20 == 0 or step + 1 == end:
-            error, l0 = (sum(v) / len(window) for v in zip(*window, strict=True))
+            error, l0 = _read_window(config, window)
             window.clear()
-            row = {"step": step + 1, "samples": (step + 1) * config.batch, "explained_variance": 1 - error / variance}
-            row |= {"l0": l0, "dead": int((silent > 500_000).sum()), "lr": rate, "seconds": state["seconds"]}
+            row = {"step": step + 1, "samples": (step + 1) * config.batch}
+            row |= {"explained_variance": 1 - error / state["variance"], "l0": l0}
+            row |= {"dead": int((silent > SILENT).sum()), "lr": rate, "seconds": state["seconds"]}
             state["history"].append(row)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == end:
-            parts = {"config": asdict(config), "sae": sae.state_dict(), "optimizer": optimizer.state_dict()}
-            parts |= {"silent": silent, "state": state, "rng": torch.get_rng_state(), "scaling": scaling._asdict()}
-            with assets.explain_os_errors(checkpoint), assets.atomic_path(checkpoint) as partial:
-                torch.save(parts, partial)
-            _write_history(Path(folder) / "history.csv", state["history"])
+        due = (step + 1) % config.checkpoint_every == 0 and (
+            device.type == "cpu" or time.perf_counter() - written > 20 * cost  # steps may be quicker than the disk
+        )
+        if (due or step + 1 == end) and distributed.is_main():
+            begun = time.perf_counter()
+            state["place"] = places.get(state["block"])
+            write_checkpoint(folder, config, sae, optimizer, silent, state, scaling)
+            _write_history(folder / "history.csv", state["history"])
+            written = time.perf_counter()
+            cost = written - begun
+    distributed.barrier()
     return sae
+
+
+def _measure(first: Float[Tensor, "row pos d_model"]) -> tuple[Scaling, float]:
+    """Scaling of a run, and the variance of its scaled ordinary activations."""
+    scaling = measure_scaling(first)
+    variance = float((first[ordinary(first, scaling.median_norm)].float() - scaling.mean).square().sum(-1).mean())
+    return scaling, variance * scaling.scale**2
+
+
+def _with_first(shards: list[Tensor], read: Read) -> Read:
+    """The reader with its first answer put back."""
+    waiting = [shards]
+    return lambda numbers: waiting.pop() if waiting else read(numbers)
+
+
+def _my_part(config: TrainConfig, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "part d_model"]:
+    """This rank's rows of a batch; the whole batch where the architecture chooses over all of it."""
+    if distributed.world() == 1 or config.architecture in OVER_BATCH:
+        return x
+    return x.chunk(distributed.world())[distributed.rank()]
+
+
+def _read_window(config: TrainConfig, window: list[StepResult]) -> tuple[float, float]:
+    """Mean error and number of active features of the last steps: the only moment at which the device is waited for."""
+    errors, fired = (torch.stack(list(parts)) for parts in zip(*window, strict=True))
+    distributed.all_reduce_mean([errors])
+    counts = [count / config.batch for count in fired.tolist()]
+    return sum(errors.tolist()) / len(window), sum(counts) / len(window)
 
 
 def _same_run(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
     free = {"samples", "decay", "checkpoint_every"}
     default = {f.name: f.default for f in fields(TrainConfig)}  # a setting that an older checkpoint did not know yet
-    saved = default | saved
-    different = [
-        f"{k}: {saved[k]!r} there, {v!r} asked for"
-        for k, v in asdict(config).items()
-        if saved[k] != v and k not in free
-    ]
-    if different:
-        raise SaeError(f"{path} belongs to another run ({'; '.join(different)}). Delete it or choose another folder.")
+    there, here = default | saved, json.loads(json.dumps(asdict(config)))
+    changed = [k for k, v in here.items() if there[k] != v and k not in free]
+    if changed:
+        what = "; ".join(f"{k}: {there[k]!r} there, {here[k]!r} asked for" for k in changed)
+        raise SaeError(f"The checkpoint in {path} belongs to another run ({what}). Delete it or choose another folder.")
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
@@ -269,14 +351,17 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> None:
-    """Point dead features at badly reconstructed samples of this batch (after Bricken et al. 2023)."""
-    dead = torch.where(silent > 500_000)[0][: len(x)]
+    """Point dead features at badly reconstructed samples of this batch (after Bricken et al. 2023).
+
+    The draw is made on the CPU, so that the same samples are chosen on every device.
+    """
+    dead = torch.where(silent > SILENT)[0][: len(x)]
     if not len(dead):
         return
     errors = x - sae.decode(sae.encode(x))
-    chance = errors.square().sum(-1)
+    chance = devices.result(errors.square().sum(-1))
     chosen = torch.multinomial(chance, len(dead), generator=torch.Generator().manual_seed(seed))
-    directions = F.normalize(errors[chosen], dim=-1)
+    directions = F.normalize(errors[beside(chosen, x)], dim=-1)
     sae.W_dec[dead] = directions
     sae.W_enc.t()[dead] = directions
     sae.b_enc[dead] = 0
@@ -296,31 +381,39 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
 # --- one command --------------------------------------------------------------------------------------
 
 
+def model_of(config: TrainConfig) -> Model:
+    """The model that a run is about, with its weights shuffled if that is what it is about."""
+    model = load_model(config.model)
+    return shuffled_model(model, config.seed) if config.shuffle_weights else model
+
+
 def train_from_config(path: str | Path, evaluate: bool = True) -> Path:
     """Harvest, train, save, evaluate, write the card: all that ``glassbox train-sae CONFIG`` does.
 
     ``path``: a config.yaml or its folder, into which the result goes. Shards and checkpoints stay in the cache, and
-    every step continues where an earlier call was stopped.
+    every step continues where an earlier call was stopped. Under torchrun ranks share harvest and training.
     """
     config, path = read_config(path), Path(path)
     folder = path if path.is_dir() else path.parent
-    model = load_model(config.model)
-    if config.shuffle_weights:
-        model = shuffled_model(model, config.seed)
-    harvest(config.harvest, model)
+    model = model_of(config)
+    if not config.stream:
+        harvest(config.harvest, model)
     work = assets.cache_dir() / "training" / config.name
-    train(config, work)
-    export(config, work, folder, model)
-    if evaluate:
-        write_card(config, work, folder, model)
+    train(config, work, device=model.device, model=model)
+    if distributed.is_main():
+        export(config, work, folder, model)
+        if evaluate:
+            write_card(config, work, folder, model)
+    distributed.barrier()
     return folder
 
 
 def export(config: TrainConfig, work: Path, folder: Path, model: Model) -> None:
     """Save the newest checkpoint of a (running or finished) training as a shippable folder."""
-    saved = torch.load(Path(work) / "checkpoint.pt", weights_only=False)
-    scaling = Scaling(**saved["scaling"])
-    sae = build_sae(config, scaling)
-    sae.load_state_dict(saved["sae"])
-    save_sae(config, sae, scaling, folder, model)
-    _write_history(Path(folder) / "history.csv", saved["state"]["history"])
+    saved = read_checkpoint(work)
+    if saved is None:
+        raise SaeError(f"There is no checkpoint in {work}. Train first: `glassbox train-sae CONFIG`.")
+    sae = build_sae(config, saved.scaling)
+    sae.load_state_dict({k.removeprefix("sae."): v for k, v in saved.tensors.items() if k.startswith("sae.")})
+    save_sae(config, sae, saved.scaling, folder, model)
+    _write_history(Path(folder) / "history.csv", saved.state["history"])
