@@ -144,6 +144,12 @@ def by_row(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
     return column if column.ndim == 0 else column[:, None, None]
 
 
+def largest_push(model: Model) -> float:
+    """The longest vector that can be added to the stream: the model's numbers must hold it, and float32 its square,
+    which norms are made of."""
+    return min(torch.finfo(model.dtype).max, torch.finfo(torch.float32).max ** 0.5)
+
+
 def paired(
     what: Any, amount: Any, single: bool, noun: str, error: type[Exception]
 ) -> tuple[list[tuple[Any, float | None]], int | None]:

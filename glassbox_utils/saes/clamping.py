@@ -23,7 +23,7 @@ from torch import Tensor
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.identity import difference
-from glassbox_utils.core.interventions import Scope, edits, paired
+from glassbox_utils.core.interventions import Scope, edits, largest_push, paired
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.saes import detection
@@ -302,7 +302,7 @@ def _edits(
 ) -> tuple[dict[Site, Callable[[Tensor], Tensor]], int | None]:
     """Site -> function, all that can be computed before a run computed here; and the rows that they are for."""
     single = what is None or isinstance(what, Feature | Group)
-    if not single and not isinstance(what, Sequence):
+    if not single and (isinstance(what, str) or not isinstance(what, Sequence)):
         raise ClampError(f"{what!r} is no feature. {_ALLOWED}")
     rows, n_rows = paired(what, strength, single, "features", ClampError)
     settings = [_row(one, value) for one, value in rows]
@@ -348,10 +348,10 @@ def _edit(
     indices = sorted({index for row in here for index in row})
     features = handle(sae, indices, mode, model.device)
     amounts = torch.tensor([[row.get(index, 0.0) for index in indices] for row in here], dtype=features.write.dtype)
-    if not (amounts.abs() <= torch.finfo(model.dtype).max).all():
+    if not (amounts.abs() <= largest_push(model)).all():
         raise ClampError(
             f"A strength times its feature's unit is {float(amounts.abs().max()):.3g}, more than {model.name} can hold "
-            f"(up to {torch.finfo(model.dtype).max:.3g}). Useful strengths are around 1 to 10 of a feature's unit."
+            f"(up to {largest_push(model):.3g}). Useful strengths are around 1 to 10 of a feature's unit."
         )
     amount = beside(amounts, model.device)[:, None]
     on = beside(torch.tensor([[index in row for index in indices] for row in here]), model.device)[:, None]

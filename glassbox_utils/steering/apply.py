@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.identity import difference
-from glassbox_utils.core.interventions import Scope, by_row, edits, paired
+from glassbox_utils.core.interventions import Scope, by_row, edits, largest_push, paired
 from glassbox_utils.core.models import Model, Site, check_layer, wrap_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import chat, generate
@@ -57,7 +57,7 @@ def functions_of(
 ) -> tuple[dict[Site, Callable[[Tensor], Tensor]], int | None]:
     """Site -> function, all that can be computed before a run computed here; and the rows that they are for."""
     single = direction is None or isinstance(direction, Vector)
-    if not single and (isinstance(direction, Tensor) or not isinstance(direction, Sequence)):
+    if not single and (isinstance(direction, Tensor | str) or not isinstance(direction, Sequence)):
         raise SteeringError(
             f"{type(direction).__name__} is no direction. Give a Direction or a ControlVector, a list with one (or "
             "None) for each row, or use generate_with_steering(..., layer=) for a bare tensor."
@@ -151,8 +151,8 @@ def _units(parts: Sequence[Direction | None]) -> Float[Tensor, "part d_model"]:
 
 
 def _check_size(model: Model, alphas: Sequence[float], at: Sequence[dict[int, Direction]], mode: Mode) -> None:
-    """SteeringError for a push that the model's numbers can't hold (or their squares, which norms are made of)."""
-    largest = min(torch.finfo(model.dtype).max, torch.finfo(torch.float32).max ** 0.5)
+    """SteeringError for a push that the model can't compute with."""
+    largest = largest_push(model)
     for alpha, here in zip(alphas, at, strict=True):
         unit = max((part.scale for part in here.values()), default=0.0) if mode != "project_out" else 1.0
         if abs(alpha) * unit > largest:

@@ -1,11 +1,12 @@
 """Interventions do what they say, nest, and leave nothing behind."""
 
 import pytest
+import tiny
 import torch
 
 from glassbox_utils.attention.ablation import ablate_heads, head_means
 from glassbox_utils.core.interventions import capture, edit, patch
-from glassbox_utils.core.models import ModelError, Site
+from glassbox_utils.core.models import ModelError, Site, load_model
 from glassbox_utils.core.text import Batch, generate, tokenize
 
 A, B = "The doctor asked the nurse to help him.", "The doctor asked the nurse to help her."
@@ -140,3 +141,38 @@ def test_a_mistake_is_explained(tiny_llama, mistake, words):
     with pytest.raises(ModelError) as error, mistake(tiny_llama):
         logits(tiny_llama)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda x: None, ["returned None"]),
+        (lambda x: x[0], ["shape (10, 48)"]),
+        (lambda x: x[:, -1:], ["shape (1, 1, 48)"]),
+        (lambda x: x.mean(), ["shape ()"]),
+        (lambda x: 2.0, ["returned 2.0"]),
+    ],
+)
+def test_an_edit_that_returns_another_shape_is_explained(tiny_llama, function, words):
+    plain = logits(tiny_llama)
+    for kind in ("resid_post", "z"):
+        with pytest.raises(ModelError) as error, edit(tiny_llama, Site(kind, 1), function):
+            logits(tiny_llama)
+        wanted = [f"{kind} of layer 1", f"(1, {tokenize(tiny_llama, A).input_ids.shape[1]}, 48)", "must return"]
+        assert all(word in str(error.value) for word in [*wanted, *(w for w in words if "10" not in w)])
+    assert torch.equal(logits(tiny_llama), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_cannot_change_the_type_of_the_stream(dtype, tmp_path):
+    model = load_model(tiny.save("llama", tmp_path), dtype=dtype)
+    types = []
+
+    def look(x):
+        types.append(x.dtype)
+        return x
+
+    for kind in ("resid_pre", "z", "mlp_out", "resid_post"):
+        with edit(model, Site(kind, 1), lambda x: x.float() * 1.5), edit(model, Site("resid_pre", 2), look):
+            assert logits(model).dtype == dtype
+    assert types == [dtype] * 4

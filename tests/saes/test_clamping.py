@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import taped
 import torch
 from worded import LAYERS, PROMPTS, WIDTH, fails_at, logits, record, untouched
 
@@ -112,6 +113,71 @@ def test_groups_over_layers_and_features(model, sae):
     ):
         nested = logits(model)
     torch.testing.assert_close(both, nested, atol=1e-4, rtol=1e-4)
+
+
+def make_elementwise(model, kind, layer=1):
+    """A random SAE whose features do not compete."""
+    import sae_lens
+
+    torch.manual_seed(4)
+    make, config = getattr(sae_lens, f"{kind}SAE"), getattr(sae_lens, f"{kind}SAEConfig")
+    sae = make(config(d_in=WIDTH, d_sae=D_SAE, normalize_activations="layer_norm"))
+    donor = make_sae(model, layer)
+    with torch.no_grad():
+        for name in ("W_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(getattr(donor, name))
+        sae.b_enc.copy_(0.1 * torch.randn(D_SAE))
+        if kind == "JumpReLU":
+            sae.threshold.copy_(torch.rand(D_SAE))
+    sae.cfg.metadata = donor.cfg.metadata
+    return sae.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["Standard", "JumpReLU"])
+@pytest.mark.parametrize("mode", clamping.MODES)
+def test_only_the_chosen_features_are_encoded_where_they_do_not_compete(llama, kind, mode, monkeypatch):
+    sae = make_elementwise(llama, kind)
+    x, chosen = 3 * torch.randn(4, 7, WIDTH), [60, 3, 17]
+    code = sae.encode(x)[..., chosen]
+    assert 0 < float((code > 0).float().mean()) < 1
+    on, amount = torch.rand(4, 1, 3) > 0.3, torch.rand(4, 1, 3)
+    want = x + torch.where(on, clamping.changed(code, mode, amount), 0.0) @ sae.W_dec[chosen]
+    monkeypatch.setattr(sae, "encode", None)  # all features at once
+    after = clamping.apply(x, sae, chosen, mode, amount, on)
+    torch.testing.assert_close(after, torch.where(on.any(-1, keepdim=True), want, x), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_held_is_held_in_recorded_steps(model, sae, monkeypatch, request):
+    if request.config.getoption("--device") != "cpu":
+        pytest.skip("of the tape")
+    here, other = feature(model, sae), make_elementwise(model, "JumpReLU", 0)
+    group = Group((here, feature(model, sae, 9), feature(model, other, 5, 1.0)))
+    for mode in clamping.MODES:
+        for scope in ("all", "prompt", "generated"):
+            with clamping.clamp(model, [here, None, group, here], [20.0, None, 10.0, -5.0], mode, scope):
+                want = generate(model, PROMPTS, 10)
+                with monkeypatch.context() as patch:
+                    made = taped.taped(patch)
+                    assert generate(model, PROMPTS, 10) == want
+                    assert len(made) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_take_a_float32_sae(dtype):
+    from worded import build
+
+    model = build("llama")
+    sae, other = make_sae(model), make_elementwise(model, "Standard", 0)
+    model.hf.to(dtype)
+    plain, one = logits(model), Feature(sae, 3, 2.0)
+    for what in (one, Group((one, Feature(other, 5, 1.0)))):
+        for mode in clamping.MODES:
+            with clamping.clamp(model, [what, None, what, None], [2.0, None, -1.0, None], mode):
+                seen = record(model, 1, lambda: generate(model, PROMPTS, 3))
+                mixed = logits(model)
+            assert {x.dtype for x in seen} == {dtype} and mixed.dtype == dtype
+            assert torch.equal(mixed[[1, 3]], plain[[1, 3]])
+            assert mode in ("scale", "ablate") or not torch.equal(mixed, plain)  # these need a feature that fires
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -234,6 +300,15 @@ def test_mistakes_name_value_allowed_and_fix(llama):
             pass
     with pytest.raises(ClampError, match=r"no mode 'hold'\. Allowed: clamp, add, scale, ablate"):
         clamping.clamp(llama, one, 1.0, mode="hold").__enter__()
+    for wrong in (float("nan"), float("inf"), True, "2", [1.0, "2", None, None]):
+        with pytest.raises(ClampError, match=r"is no finite number"), clamping.clamp(llama, one, wrong):
+            pass
+    with pytest.raises(ClampError, match=r"is 2e\+38, more than llama can hold.*Useful"):
+        clamping.clamp(llama, Feature(sae, 3, 2e19), 1e19).__enter__()
+    for what, words in (([], "list is empty"), (Group(()), "holds no feature"), ("bridge", "'bridge' is no feature"),
+                        ([one, 3], "3 is no feature.*gb.feature")):  # fmt: skip
+        with pytest.raises(ClampError, match=words), clamping.clamp(llama, what, 1.0):
+            pass
     for index in (-1, D_SAE, "bridge"):
         with pytest.raises(ClampError, match=rf"no feature {index!r}.*0 to {D_SAE - 1}"):
             feature(llama, sae, index)

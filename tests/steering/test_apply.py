@@ -1,16 +1,31 @@
 """Steering on tiny random models of three architectures: what is steered, what is not, and what is left afterwards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from worded import PROMPTS, direction, fails_at, logits, record, several, untouched
+from torch.utils._python_dispatch import TorchDispatchMode
+from worded import PROMPTS, WIDTH, build, direction, fails_at, logits, record, several, untouched
 
+from glassbox_utils.core.devices import like, result
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import ModelError, Site, load_model
 from glassbox_utils.core.text import generate, tokenize
-from glassbox_utils.steering.apply import generate_with_steering, steer
-from glassbox_utils.steering.vectors import (
-    Direction,
-)
+from glassbox_utils.steering.apply import functions_of, generate_with_steering, steer
+from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError
+
+
+class Operations(TorchDispatchMode):
+    """The names of the tensor operations inside the block."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.names = []
+        return self.names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_adds_in_units_of_the_typical_norm_to_prompt_and_generated_tokens(model):
@@ -188,3 +203,90 @@ def test_generate_with_steering_on_plain_models(model):
     layered = generate_with_steering(model.hf, *asked, several(model), 1.0, max_new_tokens=8)
     with steer(model, several(model), 1.0):
         assert layered == generate(model, PROMPTS[0], 8)[0]
+
+
+# --- many rows, half precision --------------------------------------------------------------------------------
+
+
+def test_different_vectors_and_strengths_for_every_row_are_one_addition(llama):
+    n = 64
+    vectors = [direction(llama, 1, seed) for seed in range(n)]
+    alphas = [0.1 * i for i in range(n)]
+    functions, rows = functions_of(llama, vectors, alphas, "add")
+    x = like(torch.randn(n, 1, WIDTH), next(llama.hf.parameters()))
+    (function,) = functions.values()
+    with Operations() as seen:
+        y = function(x)
+    assert seen == ["aten.add.Tensor"] and rows == n
+    wanted = torch.stack([a * d.scale * d.vector for a, d in zip(alphas, vectors, strict=True)])
+    torch.testing.assert_close(result(y - x)[:, 0], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_half_precision(dtype):
+    model = build("llama")
+    model.hf.to(dtype)
+    vectors = [direction(model), None, several(model), direction(model, 2, 5)]
+    plain, seen = logits(model), []
+    for mode in ("add", "project_out", "affine"):
+        with steer(model, vectors, [1.5, None, 0.7, None], mode):
+            with edit(model, Site("resid_post", 1), lambda x: (seen.append(x.dtype), x)[1]):
+                mixed = logits(model)
+            assert len(generate(model, PROMPTS, 3)) == 4
+        assert mixed.dtype == dtype and torch.equal(mixed[[1, 3]], plain[[1, 3]])
+        assert not torch.allclose(mixed[0], plain[0]) and not torch.allclose(mixed[2], plain[2])
+    assert set(seen) == {dtype}
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("-inf"), True, "0.5", [1.0, None, "2", 1.0], [[1.0] * 4]])
+def test_a_strength_that_is_no_number_is_refused_before_anything_runs(llama, alpha):
+    with (
+        pytest.raises(SteeringError, match=r"is no finite number\. Allowed: .*None"),
+        steer(llama, direction(llama), alpha),
+    ):
+        raise AssertionError("this must not run")
+
+
+@pytest.mark.parametrize("mode", ["add", "project_out", "affine"])
+def test_a_strength_that_the_model_cannot_hold_is_refused(llama, mode):
+    with pytest.raises(SteeringError, match=r"strength 1e\+38 .*float32.*Allowed here: up to"):
+        steer(llama, [direction(llama)] * 4, [0.1, 1e38, None, 0.2], mode).__enter__()
+    half = build("llama")
+    half.hf.to(torch.float16)
+    with pytest.raises(SteeringError, match=r"strength 1e\+06 .*float16"):
+        steer(half, direction(half), 1e6, mode).__enter__()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"vector": torch.full((WIDTH,), float("nan"))}, "length nan.*unit vector.*fit it again"),
+        ({"vector": torch.zeros(WIDTH)}, "length 0.*unit vector"),
+        ({"vector": torch.ones(WIDTH)}, "length 5.66.*divide it by its length"),
+        ({"vector": torch.ones(1, WIDTH)}, f"1 x {WIDTH} numbers"),
+        ({"scale": float("nan")}, r"scale .* nan\. Allowed: a finite number above 0"),
+        ({"scale": -2.0}, r"scale .* -2.0\. Allowed.*negative alpha"),
+        ({"scale": float("inf")}, "scale .* inf"),
+    ],
+)
+def test_a_direction_that_is_none_is_refused(llama, change, words):
+    good, bad = direction(llama), replace(direction(llama), name="bad", **change)
+    for vectors in (bad, [good, None, bad, good], ControlVector((direction(llama, 0), bad))):
+        with pytest.raises(SteeringError, match=words), steer(llama, vectors, 0.5):
+            raise AssertionError("this must not run")
+
+
+def test_what_is_no_direction_is_refused(llama):
+    d = direction(llama)
+    for vectors, alpha in (([], 1.0), (d, []), ([], [])):
+        with pytest.raises(SteeringError, match="list is empty"):
+            steer(llama, vectors, alpha).__enter__()
+    for vectors in (d.vector, [d.vector] * 4, ["tone"], "tone", {"tone": d}):
+        with pytest.raises(SteeringError, match=r"is no direction\. .*Direction"):
+            steer(llama, vectors, 1.0).__enter__()
+    for bare in (torch.zeros(WIDTH), torch.full((WIDTH,), float("nan")), torch.ones(WIDTH + 1), torch.ones(2, WIDTH)):
+        with pytest.raises(SteeringError, match=rf"Needed: {WIDTH} finite numbers"):
+            generate_with_steering(llama.hf, llama.tokenizer, "w1", bare, 1.0, layer=1, max_new_tokens=2)
