@@ -61,12 +61,15 @@ PROBES = (
 
 
 class Origin(NamedTuple):
-    """Where a model's weights came from, as long as they are still those."""
+    """Where a model's weights came from, as long as neither they nor the files are changed."""
 
     weights: Callable[[], str]
     """their digest, computed when it is asked for"""
     marks: list[Any]
     """what ``marks`` saw right after loading"""
+    files: tuple[Path, ...] = ()
+    stamps: tuple[Any, ...] = ()
+    """path, size and time of the files right after loading"""
 
 
 def of_model(hf: Any, tokenizer: Any, origin: Origin | None = None) -> str:
@@ -99,22 +102,28 @@ def origin_of(hf: Any, name_or_path: str, adapter: Path | None = None) -> Origin
     ``name_or_path``: a folder, or a name in the hub's cache.
     """
     folder = _folder(name_or_path)
-    if folder is None or not weight_files(folder) or getattr(hf, "is_quantized", False):
+    if folder is None or not (files := weight_files(folder)) or getattr(hf, "is_quantized", False):
         return None
-    return Origin(partial(of_files, folder, adapter, *_naming(hf)), marks(hf))
+    if adapter is not None:
+        files = [*files, *weight_files(adapter, "adapter_model", "adapter_model"), adapter / "adapter_config.json"]
+    return Origin(partial(of_files, folder, adapter, *_naming(hf)), marks(hf), tuple(files), stamps(files))
 
 
 def of_files(folder: Path, adapter: Path | None, prefix: str, tied: str | None) -> str:
     """sha256 of the weights stored in a folder, and of an adapter's; kept in the cache by path, size and time."""
     files = weight_files(folder)
-    stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    base = _kept([stamps, prefix, tied], lambda: _digest(_stored(files), prefix, tied))
+    base = _kept([stamps(files), prefix, tied], lambda: _digest(_stored(files), prefix, tied))
     if adapter is None:
         return base
     settings = json.loads((adapter / "adapter_config.json").read_text())
     scale = {name: settings[name] for name in SCALES if settings.get(name)}
     added = _digest(_stored(weight_files(adapter, "adapter_model", "adapter_model")), "", None)
     return _sha256(base, added, json.dumps(scale, sort_keys=True))
+
+
+def stamps(files: Iterable[Path]) -> tuple[Any, ...]:
+    """Path, size and time of change of each file; None for one that is gone."""
+    return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else None for f in files)
 
 
 def of_memory(hf: Any) -> str:
@@ -146,14 +155,15 @@ def marks(hf: Any) -> list[Any]:
 
 
 def unchanged(hf: Any, origin: Origin | None) -> Origin | None:
-    """The origin, if the weights are still what was loaded from it."""
-    return origin if origin and origin.marks == marks(hf) else None
+    """The origin, if the weights are still what was loaded from it, and it is still there."""
+    same = origin and origin.marks == marks(hf) and origin.stamps == stamps(origin.files)
+    return origin if same else None
 
 
 def converted(source: Any, origin: Origin | None, copy: Any) -> Origin | None:
     """The origin of a copy in another type: that of its source, or the digits that the source has in memory now."""
     if known := unchanged(source, origin):
-        return Origin(known.weights, marks(copy))
+        return known._replace(marks=marks(copy))
     if next(copy.parameters()).dtype == torch.bfloat16:
         return None  # hashed as it is, it has the digits of its source
     return Origin(partial(str, of_memory(source)), marks(copy))

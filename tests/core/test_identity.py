@@ -45,9 +45,10 @@ def add_lora(folder, scale=4, seed=0):
 
 
 def rewrite(folder, change):
-    """Store the folder's weights again, changed."""
+    """Store the folder's weights again, changed; under a new inode, since models map the file into memory."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(change(tensors), folder / "new", metadata={"format": "pt"})
+    (folder / "new").replace(folder / "model.safetensors")
     return folder
 
 
@@ -179,6 +180,15 @@ def test_the_second_process_reads_no_weights(tmp_path, cache, monkeypatch):
     assert load_model(folder).hash == expected
     rewrite(folder, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
     assert load_model(folder).hash[:8] != expected[:8]
+
+
+def test_a_folder_that_is_gone_or_overwritten_does_not_speak_for_the_model(tmp_path):
+    one, other = tiny.save("llama", tmp_path / "one"), tiny.save("llama", tmp_path / "other")
+    expected = load_model(one).hash
+    models = [load_model(folder) for folder in (one, other)]
+    shutil.rmtree(one)
+    rewrite(other, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    assert [model.hash for model in models] == [expected, expected] != [load_model(other).hash] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, cache):
