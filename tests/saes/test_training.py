@@ -333,6 +333,7 @@ with distributed.ranks():
 """
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -365,6 +366,7 @@ def test_two_ranks_have_the_loss_curve_of_one_process(shards, saved, tmp_path, m
             assert float(a["l0"]) == pytest.approx(float(b["l0"]), rel=1e-3)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_batch_that_ranks_cannot_divide_is_refused(shards, saved, tmp_path):
     path = written(train_config(shards, saved, batch=63), tmp_path / "config")
