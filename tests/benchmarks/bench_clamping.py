@@ -1,7 +1,7 @@
 """Clamped against plain generation. Run with ``make bench``."""
 
 import pytest
-from turns import per_token
+from turns import noted, per_token
 
 from glassbox_utils.core.models import load_model
 from glassbox_utils.core.text import chat
@@ -23,5 +23,5 @@ def test_clamped_generation_costs_at_most_fifteen_percent(model, rows):
     one, strength = tools.found[shown], selected[shown]["strength"]
     prompts = [chat(model, p, "") for p in clamping_study.prompts()["selection"][:rows]]
     a, b = per_token(model, prompts, lambda: clamping.clamp(model, one, [strength] * rows), NEW_TOKENS, ROUNDS)
-    print(f"\nbatch {rows}: plain {a:.1f} ms/token, clamped {b:.1f}, {b / a:.3f} x")
-    assert b / a <= 1.15
+    values = {"clamped": b, "plain": a}
+    assert noted(f"clamped generation, batch {rows}", "ms/token", values, b / a, "at most 1.15 x") <= 1.15

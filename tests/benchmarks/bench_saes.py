@@ -6,16 +6,22 @@ measured; what is asserted is what the project promises.
 On a CPU without bfloat16 units autocast is tens of times slower than float32: it is then timed on less work.
 """
 
+import itertools
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
-from turns import best_times
+from safetensors.torch import save_file
+from turns import best_times, noted
 
 from glassbox_utils.core import corpora
+from glassbox_utils.core.devices import beside
 from glassbox_utils.core.fast_forward import fast_dtype, quick
 from glassbox_utils.core.models import Site, load_model
-from glassbox_utils.saes.config import TrainConfig, hook_of
-from glassbox_utils.saes.harvest import activations, measure_scaling, ordinary
+from glassbox_utils.core.text import first_token
+from glassbox_utils.saes.config import HarvestConfig, TrainConfig, hook_of
+from glassbox_utils.saes.harvest import activations, harvest, measure_scaling, ordinary, shards
 from glassbox_utils.saes.training import build_sae, topk_gradients
 
 ROUNDS, ROWS, CONTEXT = 5, 16, 256
@@ -32,8 +38,8 @@ def tokens(model):
     return corpora.token_rows(model, corpora.load_corpus("wiki")[:200], ROWS, CONTEXT).tokens
 
 
-def has_bfloat16():
-    return fast_dtype() == torch.bfloat16
+def has_bfloat16(place="cpu"):
+    return fast_dtype(place) == torch.bfloat16
 
 
 def alternating(functions, rounds=ROUNDS):
@@ -41,12 +47,12 @@ def alternating(functions, rounds=ROUNDS):
     return dict(zip(functions, best_times(*functions.values(), rounds=rounds), strict=True))
 
 
-def test_harvest(model, tokens):
+def test_passes_of_a_harvest(model, tokens):
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
 
     layer = model.n_layers // 2 - 1
-    site, small = Site("resid_post", layer), quick(model)
+    site, small = Site("resid_post", layer), quick(model, fast_dtype(model.device))
     names = [name for name, module in model.hf.named_modules() if module is model.sites[site][0]]
 
     def store(autocast):
@@ -55,7 +61,7 @@ def test_harvest(model, tokens):
             dataset=Dataset.from_list([{"tokens": row.tolist()} for row in tokens]), streaming=False,
             hook_name=names[0], hook_head_index=None, context_size=CONTEXT, d_in=model.d_model, n_batches_in_buffer=2,
             total_training_tokens=tokens.numel(), store_batch_size_prompts=ROWS, train_batch_size_tokens=BATCH,
-            prepend_bos=True, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
+            prepend_bos=True, normalize_activations="none", device=model.device, dtype="float32",
             autocast_lm=autocast,
         )  # fmt: skip
 
@@ -65,14 +71,17 @@ def test_harvest(model, tokens):
         with torch.no_grad():
             which.get_activations(rows)
 
-    some = tokens if has_bfloat16() else tokens[:1, :64]
+    some = tokens if has_bfloat16(model.device) else tokens[:1, :64]
     work = {
         "glassbox": (tokens, lambda: activations(small, tokens, [site])),
         "sae_lens": (tokens, lambda: rival(plain, tokens)),
         "sae_lens, autocast": (some, lambda: rival(fast, some)),
     }
-    x = torch.randn(tokens.numel(), model.d_model).to(fast_dtype())
-    w = torch.randn(model.d_model, model.config.intermediate_size).to(fast_dtype())
+    kind = {"dtype": fast_dtype(model.device), "device": model.device}
+    x, w = (
+        torch.randn(tokens.numel(), model.d_model, **kind),
+        torch.randn(model.d_model, model.config.intermediate_size, **kind),
+    )
     out, products = x @ w, 60  # about as long as a pass
 
     def multiply():
@@ -86,13 +95,18 @@ def test_harvest(model, tokens):
     # Scores and mixing: a position sees half of the context on average (what causal attention needs, no more).
     flops = 2 * weights + (layer + 1) * 2 * (CONTEXT + 1) * model.n_heads * model.d_head
     share = rate["glassbox"] * flops / matmul
-    print("\nharvest, tokens/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
-    print(f"computed in {fast_dtype()}, {share:.0%} of this machine's matmul rate in it, {matmul / 1e9:.0f} GFLOP/s")
-    # sae_lens's default is float32: 1.7 times that needs a CPU that multiplies bfloat16 faster. Without one both do the
+    print(f"computed in {kind['dtype']}, {share:.0%} of this machine's matmul rate in it, {matmul / 1e9:.0f} GFLOP/s")
+    # sae_lens's default is float32: 1.7 times that needs units that multiply bfloat16 faster. Without them both do the
     # same products, and all that can be asked for is the same speed.
-    assert rate["glassbox"] >= (1.7 if has_bfloat16() else 1.0) * rate["sae_lens"]
+    need = 1.7 if has_bfloat16(model.device) else 1.0
+    values = rate | {"share_of_matmul": share}
+    assert (
+        noted("passes to mid depth", "tokens/s", values, rate["glassbox"] / rate["sae_lens"], f"at least {need}")
+        >= need
+    )
     assert rate["glassbox"] >= rate["sae_lens, autocast"]
-    assert share >= 0.85
+    if model.device.type == "cpu":  # 16 rows do not fill a GPU
+        assert share >= 0.85
 
 
 def _below(name, layer):
@@ -101,12 +115,89 @@ def _below(name, layer):
     return bool(numbers) and numbers[0] <= layer
 
 
+def serial_harvest(config, model, site):
+    """Harvest as it was before packing ran ahead: everything one after the other, 16 rows in each pass."""
+    small, bos = quick(model, fast_dtype(model.device)), first_token(model)
+    lead, ids, owners = [bos], [], []
+    config.folder.mkdir(parents=True)
+
+    def rows():
+        indexed = enumerate(corpora.load_corpus(config.corpus, config.split))
+        while batch := list(itertools.islice(indexed, 200)):
+            encoded = model.tokenizer([corpora.as_text(model, d) for _, d in batch], add_special_tokens=False)
+            for (index, _), row in zip(batch, encoded["input_ids"], strict=True):
+                row = row if row[:1] == lead else [*lead, *row]
+                ids.extend(row)
+                owners.extend([index] * len(row))
+            while len(ids) >= CONTEXT - 1:
+                yield torch.tensor([lead + ids[: CONTEXT - 1]]), torch.tensor([[-1, *owners[: CONTEXT - 1]]])
+                del ids[: CONTEXT - 1], owners[: CONTEXT - 1]
+
+    packed = rows()
+    for index in range(config.n_shards):
+        mine, parts = list(itertools.islice(packed, config.rows_per_shard)), []
+        for start in range(0, len(mine), 16):
+            x = activations(small, torch.cat([t for t, _ in mine[start : start + 16]]), [site])[site]
+            parts.append(x.bfloat16().cpu())
+        tensors = {config.hooks[0]: torch.cat(parts)}
+        for name, which in (("tokens", 0), ("documents", 1)):
+            tensors[name] = torch.cat([row[which] for row in mine]).int()
+        save_file(tensors, config.folder / f"shard-{index:05d}.safetensors")
+
+
+def test_harvest_end_to_end(model, tmp_path):
+    """Text to shards on the disk, beside the same work one after the other; the same bits on a CPU."""
+    site = Site("resid_post", model.n_layers // 2 - 1)
+    size, n = (32, 2) if model.device.type == "cpu" else (256, 12)
+    config = HarvestConfig(tmp_path / "ours", (hook_of(site),), n * size * CONTEXT, "wiki", "train", "", CONTEXT, size)
+    other = HarvestConfig(tmp_path / "serial", *list(vars(config).values())[1:])
+    corpora.load_corpus("wiki"), model.hash  # both are kept once they are known
+
+    def ours():
+        shutil.rmtree(config.folder, ignore_errors=True)
+        harvest(config, model)
+
+    def serial():
+        shutil.rmtree(other.folder, ignore_errors=True)
+        serial_harvest(other, model, site)
+
+    times = alternating({"glassbox": ours, "one after the other": serial}, 2)
+    if model.device.type == "cpu":
+        for a, b in zip(shards(config.folder), shards(other.folder), strict=True):
+            assert a.read_bytes() == b.read_bytes()
+    rate = {name: config.n_tokens / seconds for name, seconds in times.items()}
+    ratio = rate["glassbox"] / rate["one after the other"]
+    assert noted("harvest end to end", "tokens/s", rate, ratio, "at least 1.3 x") >= 1.3
+
+
+def test_packing(model):
+    """Tokens of one thread of Python, beside the list-by-list packing that it replaced."""
+    documents = corpora.load_corpus("wiki")[:2000]
+
+    def lists():
+        ids, done = [], 0
+        for start in range(0, len(documents), 200):
+            texts = [corpora.as_text(model, d) for d in documents[start : start + 200]]
+            for row in model.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                ids += [0, *row]
+            while len(ids) >= CONTEXT - 1:
+                torch.tensor([ids[: CONTEXT - 1]]), torch.tensor([ids[: CONTEXT - 1]])
+                del ids[: CONTEXT - 1]
+                done += CONTEXT
+        return done
+
+    n = lists()
+    functions = {"glassbox": lambda: list(corpora.packed(model, documents, CONTEXT)), "lists": lists}
+    rate = {name: n / seconds for name, seconds in alternating(functions, 3).items()}
+    assert noted("packing", "tokens/s", rate, rate["glassbox"] / rate["lists"], "at least 1.1 x") >= 1.1
+
+
 def test_training(model, tokens, tmp_path):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     site = Site("resid_post", model.n_layers // 2 - 1)
-    x = activations(quick(model), tokens, [site])[site].float()
+    x = activations(quick(model, fast_dtype(model.device)), tokens, [site])[site].float().cpu()
     scaling = measure_scaling(x)
     flat = x[ordinary(x, scaling.median_norm)] * scaling.scale
     config = TrainConfig("bench", hook_of(site), "topk", D_SAE, BATCH * STEPS, 1, {"k": K}, batch=BATCH, lr=1e-3)
@@ -143,9 +234,55 @@ def test_training(model, tokens, tmp_path):
     }
     best = alternating({name: function for name, (_, function) in work.items()}, 2)
     rate = {name: sum(map(len, work[name][0])) / seconds for name, seconds in best.items()}
-    print(f"\ntraining (TopK, d_sae {D_SAE}, k {K}, batch {BATCH}), samples/s, set-up included: ", end="")
-    print(", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
     print(f"loss after {STEPS} steps: {losses}")
-    assert rate["glassbox"] >= 1.5 * rate["sae_lens"]
+    name, ratio = f"training, TopK {D_SAE}, with set-up", rate["glassbox"] / rate["sae_lens"]
+    assert noted(name, "samples/s", rate, ratio, "at least 1.5 x") >= 1.5
     assert rate["glassbox"] >= rate["sae_lens, autocast"]
     assert losses["glassbox"] <= losses["sae_lens"] * (1 + 1e-6)  # the same mathematics: only the order of sums differs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes for a GPU")
+@pytest.mark.parametrize(("d_sae", "need"), [(8192, 1.5), (32768, 3.0)])
+def test_training_on_a_gpu(model, tokens, d_sae, need):
+    """Steady state at batch 4,096, beside sae_lens with autocast; the loss must be as low."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    batch, steps, site = 4096, 200, Site("resid_post", model.n_layers // 2 - 1)
+    x = activations(quick(model, torch.bfloat16), tokens, [site])[site].float().cpu()
+    scaling = measure_scaling(x)
+    flat = beside(x[ordinary(x, scaling.median_norm)] * scaling.scale, model.device)
+    config = TrainConfig("bench", hook_of(site), "topk", d_sae, batch * steps, 1, {"k": 50}, batch=batch, lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    orders = [beside(torch.randint(len(flat), (batch,), generator=generator), flat) for _ in range(steps)]
+    losses = {}
+
+    def stream():
+        return (flat[rows] for rows in orders)
+
+    def loss(sae):
+        return float((sae(flat[orders[0]]) - flat[orders[0]]).square().sum(-1).mean())
+
+    @torch.no_grad()
+    def ours():
+        sae = beside(build_sae(config, scaling), model.device)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        for some in stream():
+            topk_gradients(sae, some, torch.bfloat16)
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+            optimizer.step()
+        losses["glassbox"] = loss(sae)
+
+    def theirs():
+        sae = beside(build_sae(config, scaling), model.device)
+        settings = SAETrainerConfig(batch * steps, batch, lr=config.lr, lr_end=config.lr, autocast=True, device="cuda")
+        SAETrainer(settings, sae, stream()).fit()
+        with torch.no_grad():
+            losses["sae_lens, autocast"] = loss(sae)
+
+    times = alternating({"glassbox": ours, "sae_lens, autocast": theirs}, 2)
+    rate = {name: batch * steps / seconds for name, seconds in times.items()}
+    ratio = rate["glassbox"] / rate["sae_lens, autocast"]
+    print(f"loss after {steps} steps: {losses}")
+    assert noted(f"training, TopK {d_sae}", "samples/s", rate, ratio, f"at least {need} x") >= need
+    assert losses["glassbox"] <= losses["sae_lens, autocast"] * 1.02

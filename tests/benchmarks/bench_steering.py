@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from turns import best_times, per_token
+from turns import best_times, noted, per_token
 
 from glassbox_utils.core.interventions import edits
 from glassbox_utils.core.models import hook_name, load_model
@@ -31,8 +31,8 @@ def tone():
 def test_steered_generation_costs_at_most_five_percent(model, tone, rows):
     prompts = [chat(model, p) for p in contrast.prompts("selection")[:rows]]
     a, b = per_token(model, prompts, lambda: steer(model, tone, [ALPHA] * rows), NEW_TOKENS, ROUNDS)
-    print(f"\nbatch {rows}: plain {a:.1f} ms/token, steered {b:.1f}, {b / a:.3f} x")
-    assert b / a <= 1.05
+    values = {"steered": b, "plain": a}
+    assert noted(f"steered generation, batch {rows}", "ms/token", values, b / a, "at most 1.05 x") <= 1.05
 
 
 def test_faster_than_the_bridge_with_the_same_hook(model, tone):
@@ -54,8 +54,8 @@ def test_faster_than_the_bridge_with_the_same_hook(model, tone):
 
     ours(), bridge()
     a, b = best_times(ours, bridge, rounds=ROUNDS)
-    print(f"\nours {1e3 * a / NEW_TOKENS:.1f} ms/token, bridge {1e3 * b / NEW_TOKENS:.1f}, {b / a:.2f} x")
-    assert a < b
+    values = {"glassbox": 1e3 * a / NEW_TOKENS, "bridge": 1e3 * b / NEW_TOKENS}
+    assert noted("steered generation against the bridge", "ms/token", values, a / b, "below 1 x") < 1
 
 
 def test_the_hook_itself_is_small_change(model, tone):
@@ -78,5 +78,5 @@ def test_the_hook_itself_is_small_change(model, tone):
     with edits(model, {site: timed(function) for site, function in functions.items()}):
         generate(model, prompts, NEW_TOKENS)
     share = spent / (time.perf_counter() - start)
-    print(f"\nthe {len(tone.parts)} hooks take {100 * share:.2f} % of generation")
-    assert share < 0.02
+    values = {"share": share, "hooks": len(tone.parts)}
+    assert noted("inside the hooks of steering", "of a token's time", values, share, "below 0.02") < 0.02
