@@ -152,7 +152,7 @@ def _shared(
         owners = torch.empty(config.rows_per_shard, config.context, dtype=torch.int64)
         empty = torch.empty(config.rows_per_shard, config.context, model.d_model, dtype=torch.bfloat16)
         x = beside(empty, model.device)
-    distributed.broadcast([owners, x.view(torch.int16)], number % distributed.world())
+    distributed.broadcast([owners, x.view(torch.uint8)], number % distributed.world())
     return owners, x
 
 
