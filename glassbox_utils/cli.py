@@ -1,20 +1,30 @@
-"""The ``glassbox`` command. Each sub-command is a short function; the work is done in the modules."""
+"""The ``glassbox`` command. Each sub-command is a short function; the work is done in the modules.
+
+A command checks all that was typed before it loads a model, and what it will write before it computes. Exit codes: 0;
+1 for damage that was found or an unexpected error; 2 for what the user can mend; 130 after Ctrl-C.
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from glassbox_utils.core.errors import GlassboxError
 
+LARGEST_SEED = 2**32 - 1
+"""numpy's global generator takes no larger one"""
+
 
 def _assets(args: argparse.Namespace) -> int:
-    from glassbox_utils.core import assets
+    from glassbox_utils.core import assets, files
+    from glassbox_utils.core.embedded import embedded_folder, embedded_path, mended
 
     if args.fetch:
-        from glassbox_utils.core.models import embedded_folder
-
+        for path in mended():
+            print(f"made again: {path}")
         print(f"embedded model: {embedded_folder()}")
     rows = assets.states(verify=args.verify)
     print(f"cache: {assets.cache_dir()}  (set {assets.CACHE_VARIABLE} to move it)")
@@ -22,15 +32,29 @@ def _assets(args: argparse.Namespace) -> int:
         p = row.package
         state = {None: "cached" if row.cached else "not fetched", True: "intact", False: "DAMAGED"}[row.intact]
         print(f"{state:12} {p.size / 1e6:7.1f} MB  {p.name}=={p.version} ({p.registry})  {p.licence}  {p.holds}")
-    damaged = [row.package for row in rows if row.intact is False]
-    for p in damaged:
-        print(f"{p.filename} is damaged: delete {assets.cache_dir() / 'packages' / p.filename} and run again.")
+    damaged = [f"{row.package.filename}: another sha256 than the pinned one" for row in rows if row.intact is False]
+    for path in [*assets.extracted(), embedded_path()]:
+        if not path.exists():
+            continue
+        wrong = files.damage(path, full=True) if args.verify else []
+        known = files.is_recorded(path)
+        state = "DAMAGED" if wrong and known else "not checked" if not known else "intact" if args.verify else "made"
+        size = sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
+        print(f"{state:12} {size / 1e6:7.1f} MB  {path.relative_to(assets.cache_dir())}, made of a package above")
+        damaged += [f"{path}: {'; '.join(wrong)}"] if wrong and known else []
+    for line in damaged:
+        print(line)
+    if damaged:
+        print("Damaged pieces are refused when they are used. `glassbox assets --fetch` makes them again.")
     return 1 if damaged else 0
 
 
 def _run(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import check_output
     from glassbox_utils.lab import notebooks
 
+    notebooks.find(args.notebook)
+    notebooks.runs_of(check_output(args.site, "--site", folder=True))
     model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
     if model:
         from glassbox_utils.core.models import load_model
@@ -42,9 +66,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _execute(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import check_output
     from glassbox_utils.lab import notebooks
 
-    for path in notebooks.find(args.notebook):
+    for path in [check_output(p, "the notebook") for p in notebooks.find(args.notebook)]:
         seconds, peak = notebooks.execute_in_place(path)
         print(f"{path.name}: {seconds:.0f} s, {peak:.1f} GiB")
     return 0
@@ -52,20 +77,25 @@ def _execute(args: argparse.Namespace) -> int:
 
 def _corpus(args: argparse.Namespace) -> int:
     from glassbox_utils.core import corpora
-    from glassbox_utils.core.models import load_model
+    from glassbox_utils.core.models import EMBEDDED, load_model
 
-    corpora.print_corpus(args.name, load_model(args.model) if args.tokens else None)
+    if args.model and not args.tokens:
+        raise GlassboxError(f"--model is {args.model!r}, but tokens are not counted. Add --tokens, or leave it out.")
+    corpora.check_corpus(args.name)  # before a model is loaded
+    corpora.print_corpus(args.name, load_model(args.model or EMBEDDED) if args.tokens else None)
     return 0
 
 
 def _harvest(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed
+    from glassbox_utils.core.files import check_output
     from glassbox_utils.saes.config import read_config
     from glassbox_utils.saes.harvest import harvest, shards
     from glassbox_utils.saes.training import model_of
 
     with distributed.ranks():
         config = read_config(args.config)
+        check_output(config.harvest.folder, "the folder of the shards", folder=True)
         folder = harvest(config.harvest, model_of(config))
         if distributed.is_main():
             print(f"{len(shards(folder))} shards in {folder}")
@@ -73,27 +103,36 @@ def _harvest(args: argparse.Namespace) -> int:
 
 
 def _train_sae(args: argparse.Namespace) -> int:
-    from glassbox_utils.core import distributed
+    from glassbox_utils.core import assets, distributed
+    from glassbox_utils.core.files import check_output
     from glassbox_utils.core.models import load_model
     from glassbox_utils.saes import detection
     from glassbox_utils.saes.config import read_config
     from glassbox_utils.saes.training import train_from_config
 
     with distributed.ranks():
-        folder, config = train_from_config(args.config), read_config(args.config)
+        config, target = read_config(args.config), Path(args.config)
+        check_output(target if target.is_dir() else target.parent, "the folder of the SAE", folder=True)
+        check_output(assets.cache_dir(), "the cache", folder=True)
+        if not config.stream:
+            check_output(config.harvest.folder, "the folder of the shards", folder=True)
+        folder = train_from_config(args.config)
         if not distributed.is_main():
             return 0
         if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
             detection.add_golden_gate(load_model(config.model), folder)
-        print((folder / "README.md").read_text())
+        print((folder / "README.md").read_text(encoding="utf-8"))
     return 0
 
 
 def _evaluate_sae(args: argparse.Namespace) -> int:
     from glassbox_utils.saes.quality import evaluate_again
+    from glassbox_utils.saes.store import load_sae
 
-    worst = 0.0
     for name in args.name:
+        load_sae(name)  # all names before the first measurement
+    worst = 0.0
+    for name in dict.fromkeys(args.name):
         for kind, metrics in evaluate_again(name).items():
             print(f"{name}: {kind}")
             for metric, (card, now) in metrics.items():
@@ -107,18 +146,30 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     import warnings
 
+    from glassbox_utils.core.files import check_output
+
+    check_output(args.out, "--out")
+    from glassbox_utils.core import schema
     from glassbox_utils.core.models import load_model
     from glassbox_utils.decisions import loans, report, study
 
     applicant = loans.parse_applicant(args.applicant)  # before the model is loaded: wrong input fails at once
     loans.as_text(applicant, args.layout)
     warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves: nothing a regulator should read
-    folder = Path(args.model)
+    folder, adapter = Path(args.model), None
     if (folder / "config.json").exists():
-        model, adapter = load_model(folder), None
+        model = load_model(folder)
+    elif (folder / "adapter_config.json").exists():
+        schema.read_mapping(folder / "adapter_config.json", loans.LoanError, "an adapter's folder as peft writes it")
+        model, adapter = load_model(adapter=folder), folder
+    elif args.model in loans.loan_models():
+        model, adapter = loans.load_loan_model(args.model), loans.LOANS / args.model
     else:
-        adapter = folder if (folder / "adapter_config.json").exists() else loans.LOANS / args.model
-        model = load_model(adapter=adapter) if adapter == folder else loans.load_loan_model(args.model)
+        there = "holds neither config.json nor adapter_config.json" if folder.is_dir() else "is no such folder or name"
+        raise loans.LoanError(
+            f"--model is {args.model!r}, which {there}. Allowed: {', '.join(loans.loan_models())}, the folder of an "
+            "adapter (as peft writes it) or of a model (as save_pretrained writes it)."
+        )
     options = {"layout": args.layout, "seed": args.seed, "adapter": adapter, "model_argument": folder.name}
     options["mitigated"] = study.shipped_mitigation(model)
     path = report.write_report(model, applicant, args.out, applicant_file=Path(args.applicant).name, **options)
@@ -127,27 +178,50 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _train_loans(args: argparse.Namespace) -> int:
-    from glassbox_utils.decisions import training
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.decisions import loans, training
 
-    for name in args.name:
-        if args.bias:
-            print(training.train(args.bias, args.folder or f"build/loans/{name}", args.seed))
-        else:
-            print(training.train_named(name))
+    names = list(dict.fromkeys(args.name))
+    if not args.bias:
+        for option, value in (("--seed", args.seed), ("--folder", args.folder)):
+            if value is not None:
+                raise GlassboxError(
+                    f"{option} is {value!r}, but a shipped model is trained again as it was, in its own folder. Leave "
+                    f"{option} out, or give --bias to train a new model."
+                )
+        known = training.recipes()
+        if unknown := [name for name in names if name not in known]:
+            raise loans.LoanError(f"There is no loan model {unknown[0]!r}. Allowed: {', '.join(known)}.")
+        targets = {name: loans.LOANS / name for name in names}
+    else:
+        if args.bias not in loans.BIASES:
+            raise loans.LoanError(f"There is no bias {args.bias!r}. Allowed: {', '.join(loans.BIASES)}.")
+        if args.folder and len(names) > 1:
+            raise GlassboxError(f"--folder is {args.folder!r} for {len(names)} models. Give one name, or leave it out.")
+        if wrong := [name for name in names if Path(name).name != name or name.startswith(".")]:
+            raise loans.LoanError(f"The name {wrong[0]!r} is no plain name. Use --folder for another place.")
+        targets = {name: Path(args.folder or f"build/loans/{name}") for name in names}
+    for target in targets.values():
+        check_output(target, "the adapter's folder", folder=True)
+    for name, target in targets.items():
+        print(training.train(args.bias, target, args.seed or 0) if args.bias else training.train_named(name))
     return 0
 
 
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.core.studies import STUDIES
 
-    known = studies()
-    for name in args.name:
+    known, names = studies(), list(dict.fromkeys(args.name))
+    for name in names:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
+    check_output(STUDIES, "the folder of the tables", folder=True)
     with distributed.ranks():
-        mine = args.name[distributed.rank() :: distributed.world()]
+        mine = names[distributed.rank() :: distributed.world()]
         if not mine:
-            print(f"rank {distributed.rank()}: {len(args.name)} studies for {distributed.world()} ranks, waiting")
+            print(f"rank {distributed.rank()}: {len(names)} studies for {distributed.world()} ranks, waiting")
         for name in mine:  # each writes its own table
             print(known[name]())
         distributed.barrier()
@@ -175,74 +249,148 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("assets", help="list the pinned downloads, their size, licence and source")
-    p.add_argument("--verify", action="store_true", help="hash every cached file again")
-    p.add_argument("--fetch", action="store_true", help="fetch and prepare the embedded model")
+    p.add_argument("--verify", action="store_true", help="hash all that was fetched and made of it again")
+    p.add_argument("--fetch", action="store_true", help="fetch the embedded model, make damaged pieces again")
     p.set_defaults(function=_assets)
 
     p = commands.add_parser("run", help="execute notebooks into web pages")
-    p.add_argument("notebook", nargs="*", help="numbers or names; all without")
-    p.add_argument("--model", default="", help="a model's name or folder instead of the embedded one")
-    p.add_argument("--site", default="build/site", help="folder of the pages")
+    p.add_argument("notebook", type=_text, nargs="*", help="numbers or names; all without")
+    p.add_argument("--model", type=_text, help="a model's name or folder instead of the embedded one")
+    p.add_argument("--site", type=_text, default="build/site", help="folder of the pages")
     p.set_defaults(function=_run)
 
     p = commands.add_parser("execute", help="execute notebooks in place, in the form that is committed")
-    p.add_argument("notebook", nargs="*", help="numbers or names; all without")
+    p.add_argument("notebook", type=_text, nargs="*", help="numbers or names; all without")
     p.set_defaults(function=_execute)
 
     p = commands.add_parser("corpus", help="print what is in a corpus: documents, licences, splits")
-    p.add_argument("name", nargs="?", default="mix", help="a registered corpus, or a data set on the hub")
+    p.add_argument("name", type=_text, nargs="?", default="mix", help="a registered corpus, or a data set on the hub")
     p.add_argument("--tokens", action="store_true", help="count tokens too")
-    p.add_argument("--model", default="SmolLM2-135M-Instruct", help="whose tokenizer counts them")
+    p.add_argument("--model", type=_text, help="whose tokenizer counts them; without: the embedded model's")
     p.set_defaults(function=_corpus)
 
     p = commands.add_parser("harvest", help="write the activations that a training configuration asks for (torchrun)")
-    p.add_argument("config", help="a config.yaml in data/saes, or its folder")
+    p.add_argument("config", type=_text, help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_harvest)
 
     p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE (torchrun)")
-    p.add_argument("config", help="a config.yaml in data/saes, or its folder")
+    p.add_argument("config", type=_text, help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
 
     p = commands.add_parser("evaluate-sae", help="measure a shipped SAE and its baselines again, beside its card")
-    p.add_argument("name", nargs="+", help="a folder in data/saes")
+    p.add_argument("name", type=_text, nargs="+", help="a folder in data/saes")
     p.set_defaults(function=_evaluate_sae)
 
     p = commands.add_parser("explain", help="why was this application rejected? A page for a regulator, to print")
-    p.add_argument("--applicant", required=True, help="a JSON file such as data/examples/applicant.json")
-    p.add_argument("--model", default="deployed", help="a shipped loan model, an adapter's folder or a model's folder")
-    p.add_argument("--out", default="report.html", help="the page to write")
-    p.add_argument("--layout", default="line", help="how the application is written for the model")
-    p.add_argument("--seed", type=int, default=0, help="draws the other applicants")
+    p.add_argument("--applicant", type=_text, required=True, help="a JSON file such as data/examples/applicant.json")
+    p.add_argument(
+        "--model", type=_text, default="deployed", help="a shipped loan model, an adapter's folder or a model's folder"
+    )
+    p.add_argument("--out", type=_text, default="report.html", help="the page to write")
+    p.add_argument("--layout", type=_text, default="line", help="how the application is written for the model")
+    p.add_argument("--seed", type=_seed, default=0, help="draws the other applicants")
     p.set_defaults(function=_explain)
 
     p = commands.add_parser("train-loans", help="train a shipped loan model again, or one with a bias of your choice")
-    p.add_argument("name", nargs="+", help="a folder in data/loans, or with --bias a new name")
-    p.add_argument("--bias", default="", help="gender, age, nationality, district or none; without: as in the key")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--folder", default="", help="with --bias: where the adapter goes (build/loans/NAME)")
+    p.add_argument("name", type=_text, nargs="+", help="a folder in data/loans, or with --bias a new name")
+    p.add_argument("--bias", type=_text, help="gender, age, nationality, district or none; without: as in the key")
+    p.add_argument("--seed", type=_seed, help="with --bias: draws the applications; without: 0")
+    p.add_argument("--folder", type=_text, help="with --bias: where the adapter goes (build/loans/NAME)")
     p.set_defaults(function=_train_loans)
 
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
-    p.add_argument("name", nargs="+", help="which, in order; a wrong name lists all")
+    p.add_argument("name", type=_text, nargs="+", help="which, in order; a wrong name lists all")
     p.set_defaults(function=_study)
     for command in commands.choices.values():
-        command.add_argument("--device", default="", help="cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest")
+        device = "cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest"
+        number = (
+            "float32, bfloat16 or float16, the type models are loaded in; without: GLASSBOX_MODEL_DTYPE, or float32"
+        )
+        command.add_argument("--device", type=_text, help=device)
+        command.add_argument("--dtype", type=_text, help=number)
+        command.add_argument("--debug", action="store_true", help="show where in the code an error arose")
     return top
 
 
+def _text(value: str) -> str:
+    """An argument that says something."""
+    if not value.strip() or "\0" in value:
+        raise argparse.ArgumentTypeError(f"{value!r} is empty or no text; leave it out, or give a value")
+    return value
+
+
+def _seed(value: str) -> int:
+    try:
+        seed = int(value)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{value!r} is no seed; allowed: a whole number from 0 to {LARGEST_SEED}")
+    return seed
+
+
+@contextmanager
+def _chosen(args: argparse.Namespace) -> Iterator[None]:
+    """Device and number type in the environment, where ``load_model`` finds them, here and in notebooks' kernels."""
+    wanted = {"GLASSBOX_DEVICE": args.device, "GLASSBOX_MODEL_DTYPE": args.dtype}
+    before = {name: os.environ.get(name) for name in wanted}
+    if args.device:
+        from glassbox_utils.core import devices
+
+        devices.choose(args.device)  # a wrong name fails here
+    if args.dtype:
+        from glassbox_utils.core.models import dtype_of
+
+        dtype_of(args.dtype)
+    try:
+        os.environ.update({name: value for name, value in wanted.items() if value})
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; errors that a user can mend are printed as one paragraph, exit code 2."""
+    """Entry point. What went wrong is one paragraph on stderr; ``--debug`` adds the traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has not all letters ends no command
     args = parser().parse_args(argv)
     try:
-        if args.device:
-            from glassbox_utils.core import devices
-
-            devices.choose(args.device)  # a wrong name fails here
-            os.environ["GLASSBOX_DEVICE"] = args.device  # notebooks run in processes of their own
-        return args.function(args)
+        with _chosen(args):
+            code = args.function(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _failed("stopped. Nothing half-written was left; the same command goes on or begins again.", 130, args)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except GlassboxError as error:
-        print(f"glassbox: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2, args)
+    except OSError as error:
+        from glassbox_utils.core.files import CANNOT
+
+        if error.errno in CANNOT and error.filename:
+            name = str(error.filename)
+            name = name if len(name) <= 200 else f"{name[:197]}..."
+            return _failed(f"{name} can't be read or written ({error.strerror}). Give another path.", 2, args)
+        return _unexpected(error, args)
+    except Exception as error:
+        return _unexpected(error, args)
+
+
+def _unexpected(error: Exception, args: argparse.Namespace) -> int:
+    words = " ".join(str(error).split())[:500]
+    advice = "This was not foreseen" + ("" if args.debug else "; run again with --debug to see where it arose")
+    return _failed(f"{type(error).__name__}{': ' if words else ''}{words.rstrip('.')}. {advice}.", 1, args)
+
+
+def _failed(message: str, code: int, args: argparse.Namespace) -> int:
+    if args.debug:
+        traceback.print_exc()
+    print(f"glassbox: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

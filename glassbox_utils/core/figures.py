@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.core import session
+from glassbox_utils.core.arguments import number
+from glassbox_utils.core.errors import GlassboxError
 
 NDIGITS = 3
 LOADER_MARK = "__glassboxLoading"
@@ -65,6 +67,10 @@ _LOADER = """<script>(() => {
 })();</script>"""
 
 
+class FigureError(GlassboxError, ValueError):
+    """Tokens and numbers that do not fit each other; the message says what fits."""
+
+
 # --- circuitsvis, offline -----------------------------------------------------------------------------
 
 
@@ -100,7 +106,7 @@ def spec(figure: Any) -> dict[str, Any]:
     """The element and the rounded numbers of a circuitsvis figure: what a test compares."""
     found = _CALL.search(figure.cdn_src)
     if found is None:
-        raise ValueError("This is not a circuitsvis figure, or circuitsvis changed how it renders (1.43.3 is known).")
+        raise FigureError("This is not a circuitsvis figure, or circuitsvis changed how it renders (1.43.3 is known).")
     return {"element": found["name"], "props": _rounded(json.loads(found["props"]))}
 
 
@@ -117,7 +123,7 @@ def _rounded(x: Any) -> Any:
 def figure_html(figure: Any) -> str:
     """A circuitsvis figure as deterministic HTML: its data, its static picture, and a call to the loader.
 
-    Raises ValueError where circuitsvis would silently draw nothing (a batch dimension, a wrong length).
+    Raises FigureError where circuitsvis would silently draw nothing (a batch dimension, a wrong length).
     """
     content = spec(figure)
     element, props = content["element"], content["props"]
@@ -147,12 +153,12 @@ def _check(element: str, props: Mapping[str, Any]) -> None:
         n = len(props["tokens"])
         for head in props["attention"]:
             if np.shape(head) != (n, n):
-                raise ValueError(
+                raise FigureError(
                     f"attention has shape {np.shape(props['attention'])}, but {n} tokens need [heads, {n}, {n}]: "
                     "remove the batch dimension (attention[0]) or pass the tokens of the same prompt."
                 )
     if element == "ColoredTokens" and len(props["tokens"]) != len(props["values"]):
-        raise ValueError(f"{len(props['tokens'])} tokens but {len(props['values'])} values: give one value per token.")
+        raise FigureError(f"{len(props['tokens'])} tokens but {len(props['values'])} values: give one value per token.")
 
 
 def _picture(element: str, props: Mapping[str, Any]) -> str:
@@ -197,15 +203,39 @@ def _heat_png(rows: Sequence[Sequence[float | None]]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _fits(tokens: Sequence[str], pattern: Tensor, before: str, names: Sequence[str] | None = None) -> list[str]:
+    """The tokens as a list; FigureError if the pattern is not [before, token, token], or has not a name for each head.
+
+    ``before``: the dimensions in front, in words.
+    """
+    listed = [] if isinstance(tokens, str) else list(tokens)
+    if not listed or not all(isinstance(token, str) for token in listed):
+        raise FigureError(
+            f"tokens is {tokens!r:.80}. Allowed: a list of at least one text, such as gb.attention gives."
+        )
+    shape, n, dims = tuple(getattr(pattern, "shape", ())), len(listed), len(before.split(", "))
+    if len(shape) != dims + 2 or shape[-2:] != (n, n) or 0 in shape:
+        raise FigureError(
+            f"The pattern has shape {list(shape)}, but {n} tokens need [{before}, {n}, {n}]: remove a batch dimension "
+            "(pattern[0]), choose one layer, or pass the tokens of the same prompt."
+        )
+    if names is not None and len(names) != shape[0]:
+        raise FigureError(f"There are {len(names)} names for {shape[0]} heads. Give one for each.")
+    return listed
+
+
 def attention_heads(
     tokens: Sequence[str], pattern: Float[Tensor, "head dst src"], names: Sequence[str] | None = None
 ) -> Any:
-    """circuitsvis' view of several heads: hover to zoom, click to lock. Scale 0 to 1."""
+    """circuitsvis' view of several heads: hover to zoom, click to lock. Scale 0 to 1.
+
+    Raises FigureError if tokens, pattern and names do not fit.
+    """
     from circuitsvis.attention import attention_heads as draw
 
     return draw(
+        tokens=_fits(tokens, pattern, "heads", names),
         attention=pattern.detach().float().cpu(),
-        tokens=list(tokens),
         attention_head_names=list(names) if names is not None else None,
         min_value=0.0,
         max_value=1.0,
@@ -213,16 +243,24 @@ def attention_heads(
 
 
 def all_heads(tokens: Sequence[str], pattern: Float[Tensor, "layer head dst src"]) -> Any:
-    """Every head of the model in one circuitsvis figure, named layer.head."""
+    """Every head of the model in one circuitsvis figure, named layer.head. FigureError if the tokens do not fit."""
+    _fits(tokens, pattern, "layers, heads")
     layers, heads = pattern.shape[:2]
     names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
     return attention_heads(tokens, pattern.flatten(0, 1), names)
 
 
 def colored_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"], maximum: float | None = None) -> Any:
-    """One value per token as background colour (blue positive, red negative)."""
+    """One value per token as background colour (blue positive, red negative).
+
+    ``maximum``: the value of full colour; the largest without. FigureError if there is not a value for each token.
+    """
     from circuitsvis.tokens import colored_tokens as draw
 
+    if tuple(values.shape) != (len(tokens),) or len(tokens) == 0:
+        raise FigureError(f"{len(tokens)} tokens but values of shape {list(values.shape)}: give one value per token.")
+    if maximum is not None:
+        number("maximum", maximum, FigureError, above=0)
     return draw(tokens=list(tokens), values=values.detach().float().cpu(), max_value=maximum)
 
 
@@ -258,9 +296,13 @@ def style() -> None:
 def pattern_grid(
     tokens: Sequence[str], pattern: Float[Tensor, "head dst src"], names: Sequence[str], title: str, columns: int = 3
 ) -> Any:
-    """Static twin of ``attention_heads``: one labelled heat map a head (query down, key across)."""
+    """Static twin of ``attention_heads``: one labelled heat map a head (query down, key across).
+
+    Raises FigureError if tokens, pattern and names do not fit.
+    """
     import matplotlib.pyplot as plt
 
+    tokens = _fits(tokens, pattern, "heads", names)
     columns = min(columns, len(pattern))
     rows = -(-len(pattern) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.0 * rows), squeeze=False)
@@ -268,7 +310,7 @@ def pattern_grid(
     labels = [t.strip() or repr(t)[1:-1] for t in tokens]
     for axis in axes.flat[len(pattern) :]:
         axis.axis("off")
-    for axis, head, name in zip(axes.flat, pattern.detach().float().cpu(), names, strict=False):
+    for axis, head, name in zip(axes.flat, pattern.detach().float().cpu(), names, strict=False):  # axes are left over
         axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
         axis.set_xticks(ticks, labels, rotation=90, fontsize=6)
         axis.set_yticks(ticks, labels, fontsize=6)
@@ -301,6 +343,9 @@ def mosaic(values: Mapping[str, Float[Tensor, "layer head"]], title: str, label:
     """Layer x head heat maps side by side, one for each named score: an atlas of the model's heads."""
     import matplotlib.pyplot as plt
 
+    if not values or any(scores.ndim != 2 or 0 in scores.shape for scores in values.values()):
+        shapes = {name: list(scores.shape) for name, scores in values.items()}
+        raise FigureError(f"There are scores of shape {shapes}. Allowed: at least one table [layers, heads].")
     figure, axes = plt.subplots(1, len(values), figsize=(1.0 + 1.75 * len(values), 4.8), squeeze=False, sharey=True)
     for axis, (name, scores) in zip(axes.flat, values.items(), strict=True):
         array = scores.detach().float().cpu().numpy()

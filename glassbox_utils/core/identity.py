@@ -22,6 +22,7 @@ The padding token counts as the end of text where there is none, since every ``M
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def of_files(folder: Path, adapter: Path | None, prefix: str, tied: str | None) 
     base = _kept([stamps(files), prefix, tied], lambda: _digest(_stored(files), prefix, tied))
     if adapter is None:
         return base
-    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     scale = {name: settings[name] for name in SCALES if settings.get(name)}
     added = _digest(_stored(weight_files(adapter, "adapter_model", "adapter_model")), "", None)
     return _sha256(base, added, json.dumps(scale, sort_keys=True))
@@ -137,7 +138,8 @@ def weight_files(folder: Path, safe: str = "model", other: str = "pytorch_model"
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return [folder / f for f in sorted(set(parts.values()))]
     return []
 
 
@@ -230,13 +232,15 @@ def _sha256(*lines: str) -> str:
 def _kept(key: Any, work: Callable[[], str]) -> str:
     """``work()``, from a small file in the cache folder if it was done before (no file if the folder is read-only)."""
     path = assets.cache_dir() / "identity" / f"{_sha256(json.dumps([RULE, key]))[:24]}.json"
-    with suppress(OSError, ValueError):
-        return str(json.loads(path.read_text())["digest"])
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] == json.loads(json.dumps(key)) and re.fullmatch("[0-9a-f]{64}", kept["digest"]):
+            return kept["digest"]
     start = time.perf_counter()
     digest = work()
     if time.perf_counter() - start > KEPT_FROM:
         with suppress(OSError), assets.atomic_path(path) as unfinished:
-            unfinished.write_text(json.dumps({"digest": digest, "of": key}))
+            unfinished.write_text(json.dumps({"digest": digest, "of": key}), encoding="utf-8")
     return digest
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +18,12 @@ import nbformat
 import papermill
 import psutil
 from jupyter_core.utils import run_sync
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 import glassbox_utils
-from glassbox_utils.core import assets, figures, pages
+from glassbox_utils.core import assets, figures, pages, schema
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
 
@@ -63,10 +66,16 @@ class _Client(PapermillNotebookClient):
 class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-        return _Client(nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT).execute()
+        client = _Client(nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT)
+        return client.execute(stderr=subprocess.DEVNULL)  # its cells' stderr is output; the rest is its own last words
 
 
 papermill_engines.register("glassbox", _Engine)
+
+
+RUNS = "runs.json"
+"""in the folder of the pages: what each was made from"""
+RUN: dict[str, Any] = {"stamp": str, "seconds": int | float, "peak_gib": int | float, "parameters": dict, "title": str}
 
 
 @dataclass(frozen=True)
@@ -80,19 +89,27 @@ class Run:
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
-    """Notebooks whose file name starts with one of ``names`` (all without names), in order."""
+    """Notebooks by number (``5``), beginning of the file name (``05_st``) or path, each once; all without names.
+
+    Raises NotebookError for a name that fits none, and for a path that is not one of the project's notebooks.
+    """
     known = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    if not names:
-        return known
-    chosen = []
-    for name in names:
-        matches = [p for p in known if p.name.startswith(Path(name).name.removesuffix(".ipynb"))]
-        if not matches:
-            raise NotebookError(
-                f"There is no notebook {name!r}. Allowed: {', '.join(p.stem for p in known)}, or just the number."
-            )
-        chosen += matches
-    return chosen
+    chosen = [path for name in names for path in _named(name, known)] if names else known
+    return list(dict.fromkeys(chosen))
+
+
+def _named(name: str, known: Sequence[Path]) -> list[Path]:
+    if Path(name).name != name:
+        matches = [p for p in known if p.resolve() == Path(name).absolute().resolve()]
+    elif name.isascii() and name.isdigit():
+        matches = [p for p in known if int(p.name[:2]) == int(name[:9])]
+    else:
+        matches = [p for p in known if re.match(r"\d\d", name) and p.stem.startswith(name.removesuffix(".ipynb"))]
+    if not matches:
+        raise NotebookError(
+            f"There is no notebook {name!r}. Allowed: {', '.join(p.stem for p in known)}, or just the number."
+        )
+    return matches
 
 
 def parameters_of(notebook: Any) -> list[str]:
@@ -125,6 +142,13 @@ def execute(path: Path, output: Path | None, parameters: Mapping[str, Any] | Non
             )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that is given up
+        raise
+    except CellTimeoutError as error:
+        raise NotebookError(f"{path.name}: a cell took more than {CELL_TIMEOUT} s and was stopped.") from error
+    except DeadKernelError as error:
+        raise NotebookError(f"{path.name}: its process was killed, perhaps for want of memory. Free some.") from error
     return notebook, time.perf_counter() - start, peak[0]
 
 
@@ -213,16 +237,30 @@ def to_html(notebook: Any) -> str:
     return body.replace("</body>", figures.loader_html() + "</body>")
 
 
+def runs_of(target: Path) -> dict[str, dict[str, Any]]:
+    """What a folder of pages says about its runs, by notebook; empty if it has none. NotebookError if it is broken."""
+    path = target / RUNS
+    if not path.exists():
+        return {}
+    runs = schema.read_mapping(path, NotebookError, "the file that an earlier run wrote, or delete it")
+    for name, run in runs.items():
+        if not isinstance(run, dict) or run.keys() != RUN.keys() or any(not isinstance(run[k], RUN[k]) for k in RUN):
+            raise NotebookError(
+                f"{path} is damaged: the entry {name!r} does not hold {', '.join(RUN)} of one run. Delete the file and "
+                "run again; the pages are made anew."
+            )
+    return runs
+
+
 def build_site(target: Path, names: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Run]:
     """Execute notebooks into ``target`` as pages with an index; what has not changed is not run again.
 
     Raises NotebookError after the last notebook if one of them failed.
     """
+    chosen, runs, stamp_file = find(names), runs_of(target), target / RUNS
     target.mkdir(parents=True, exist_ok=True)
-    stamp_file = target / "runs.json"
-    runs: dict[str, dict] = json.loads(stamp_file.read_text()) if stamp_file.exists() else {}
     failed = []
-    for path in find(names):
+    for path in chosen:
         stamp = _stamp(path, parameters)
         page = target / f"{path.stem}.html"
         if page.exists() and runs.get(path.stem, {}).get("stamp") == stamp:
@@ -243,9 +281,10 @@ def build_site(target: Path, names: Sequence[str] = (), parameters: Mapping[str,
             "title": _title(notebook),
         }
         with assets.atomic_path(stamp_file) as partial:
-            partial.write_text(json.dumps(runs, indent=1))
+            partial.write_text(json.dumps(runs, indent=1), encoding="utf-8")
         print(f"{path.stem}: {seconds:.0f} s, {peak:.1f} GiB, {page}")
-    (target / "index.html").write_text(_index(runs), encoding="utf-8")
+    with assets.atomic_path(target / "index.html") as partial:
+        partial.write_text(_index(runs), encoding="utf-8")
     if failed:
         raise NotebookError("These notebooks failed:\n" + "\n".join(failed))
     return [Run(name, run["seconds"], run["peak_gib"], f"{name}.html") for name, run in runs.items()]

@@ -1,6 +1,8 @@
 """Live panels: ipywidgets that answer while the reader types. Each shows plain figures, so a saved page keeps them."""
 
 import asyncio
+import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ import torch
 
 from glassbox_utils.attention.patterns import attention
 from glassbox_utils.core import figures, pages
-from glassbox_utils.core.models import Model, ModelError
-from glassbox_utils.core.text import chat, generate
+from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core.models import Model, ModelError, check_layer
+from glassbox_utils.core.text import chat, generate, tokenize
 from glassbox_utils.saes import clamping
 from glassbox_utils.steering.apply import steer
+from glassbox_utils.steering.vectors import SteeringError
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,23 +30,28 @@ def attention_panel(model: Model, text: str, layer: int = 0) -> Any:
     from IPython.display import display
 
     sentence = ipywidgets.Text(text, description="sentence", layout={"width": "95%"}, continuous_update=False)
-    chosen = ipywidgets.IntSlider(layer, 0, model.n_layers - 1, description="layer", continuous_update=False)
+    chosen = ipywidgets.IntSlider(
+        check_layer(model, layer), 0, model.n_layers - 1, description="layer", continuous_update=False
+    )
     view = ipywidgets.Output()
     patterns: dict[str, Any] = {}
 
     def draw(_: Any = None) -> None:
         if sentence.value not in patterns:
+            _check_length(model, sentence.value)
             patterns.clear()
             patterns[sentence.value] = attention(model, sentence.value)
         tokens, pattern = patterns[sentence.value]
-        if len(tokens) > MAX_TOKENS:
-            raise ModelError(
-                f"The sentence has {len(tokens)} tokens; this view draws at most {MAX_TOKENS}. Shorten it."
-            )
         names = [f"{chosen.value}.{head}" for head in range(model.n_heads)]
         display(figures.attention_heads(tokens, pattern[chosen.value], names))
 
     return _live(view, draw, sentence, chosen)
+
+
+def _check_length(model: Model, text: str) -> None:
+    """ModelError for more tokens than can be drawn, before any pattern is computed."""
+    if (n := int(tokenize(model, text).attention_mask.sum())) > MAX_TOKENS:
+        raise ModelError(f"The sentence has {n} tokens; this view draws at most {MAX_TOKENS}. Shorten it.")
 
 
 def comparison_html(
@@ -71,6 +80,10 @@ def clamp_panel(
     """
     import ipywidgets
 
+    if not concepts:
+        raise clamping.ClampError("There is no concept to choose from. Give at least one: {name: what to clamp}.")
+    if not 0 <= strength <= max_strength:
+        raise clamping.ClampError(f"strength is {strength}. Allowed: 0 to max_strength, which is {max_strength}.")
     concept = ipywidgets.Dropdown(options=list(concepts), description="concept")
     asked = ipywidgets.Text(prompt, description="prompt", layout={"width": "70%"}, continuous_update=False)
     dial = ipywidgets.FloatSlider(strength, min=0, max=max_strength, step=0.5, description="strength",
@@ -98,7 +111,7 @@ def clamp_panel(
                 state.value = "done"
             elif current["run"] == -run:
                 state.value = "stopped"
-        except (ModelError, clamping.ClampError) as error:
+        except GlassboxError as error:
             state.value = str(error)
 
     def start(_: Any = None) -> None:
@@ -128,6 +141,8 @@ def steering_panel(
     """
     import ipywidgets
 
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+        raise SteeringError(f"alpha is {alpha!r}. Allowed: a positive, finite number; the panel shows minus alpha too.")
     asked = ipywidgets.Text(prompt, description="prompt", layout={"width": "70%"}, continuous_update=False)
     dial = ipywidgets.FloatSlider(alpha, min=0, max=2 * alpha, step=alpha / 10, description="strength α",
                                   readout_format=".3f", continuous_update=False)  # fmt: skip
@@ -139,8 +154,12 @@ def steering_panel(
             return
         values = [-dial.value, 0.0, dial.value]
         view.value = "thinking…"
-        with steer(model, direction, values):
-            texts = generate(model, [chat(model, asked.value)] * 3, max_new_tokens)
+        try:
+            with steer(model, direction, values):
+                texts = generate(model, [chat(model, asked.value)] * 3, max_new_tokens)
+        except GlassboxError as error:
+            view.value = html.escape(str(error))
+            return
         answers = [(v, t.strip()) for v, t in zip(values, texts, strict=True)]
         view.value = pages.render(TEMPLATES / "steering.html", answers=answers)
 
@@ -159,7 +178,7 @@ def _live(view: Any, draw: Callable[..., None], *controls: Any) -> Any:
         with view:
             try:
                 draw()
-            except ModelError as error:
+            except GlassboxError as error:
                 print(error)
 
     for control in controls:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from glassbox_utils import cli
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, embedded
 from glassbox_utils.core.assets import AssetError
 
 
@@ -132,6 +132,93 @@ def test_the_list_and_the_verification(cache, capsys):
     (assets.cache_dir() / "packages" / "tiny-1.0-py3-none-any.whl").write_bytes(b"damaged")
     assert cli.main(["assets", "--verify"]) == 1
     assert "DAMAGED" in capsys.readouterr().out
+
+
+# --- damage after the download ------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:3])
+
+
+def replaced_by_text(path):
+    path.write_text("<html>502 Bad Gateway</html>", encoding="utf-8")
+
+
+@pytest.mark.parametrize("damaged", [flip, truncate, replaced_by_text])
+@pytest.mark.parametrize("seen_before", [True, False], ids=["recorded", "of an earlier version"])
+def test_a_damaged_archive_is_refused_found_and_fetched_again(cache, capsys, damaged, seen_before):
+    path = assets.archive("tiny")
+    damaged(path)
+    if not seen_before:
+        assets.files.manifest_path(path).unlink()
+    for use in (lambda: assets.read("tiny", "tiny/data.txt"), lambda: assets.members("tiny"),
+                lambda: assets.extract("tiny", "tiny/data.txt")):  # fmt: skip
+        with pytest.raises(AssetError, match=r"tiny-1\.0.* is damaged.*--fetch"):
+            use()
+    assert cli.main(["assets", "--verify"]) == 1 and "DAMAGED" in capsys.readouterr().out
+    assert embedded.mended() == [path] and len(cache) == 2
+    assert assets.read("tiny", "tiny/data.txt") == b"hello" and cli.main(["assets", "--verify"]) == 0
+
+
+@pytest.mark.parametrize("damaged", [flip, truncate, replaced_by_text])
+def test_a_damaged_extracted_file_is_refused_found_and_made_again(cache, capsys, damaged):
+    path = assets.extract("tiny", "tiny/data.txt")
+    damaged(path)
+    with pytest.raises(AssetError, match=r"data\.txt is damaged.*Nothing was read.*--fetch"):
+        assets.extract("tiny", "tiny/data.txt")
+    assert cli.main(["assets", "--verify"]) == 1
+    out = capsys.readouterr().out
+    assert "DAMAGED" in out and "intact" in out and f"{path}: data.txt has" in out and "--fetch" in out
+    assert embedded.mended() == [path] and path.read_text() == "hello" and len(cache) == 1
+    assert cli.main(["assets", "--verify"]) == 0 and assets.extract("tiny", "tiny/data.txt") == path
+
+
+def test_an_extracted_file_without_hashes_is_extracted_again(cache):
+    path = assets.extract("tiny", "tiny/data.txt")
+    assets.files.manifest_path(path).unlink()
+    flip(path)
+    assert assets.extract("tiny", "tiny/data.txt").read_text() == "hello"
+
+
+def test_a_damaged_member_is_a_damaged_archive(cache, monkeypatch):
+    """The zip's own check sum, for a file that was damaged without a trace in size and times."""
+    path = assets.archive("tiny")
+    path.write_bytes(path.read_bytes().replace(b"hello", b"hullo"))
+    monkeypatch.setattr(assets, "is_intact", lambda wanted, full=False: True)
+    with pytest.raises(AssetError, match=r"is damaged: Bad CRC-32.*--fetch"):
+        assets.read("tiny", "tiny/data.txt")
+
+
+def test_a_cache_that_is_only_read_serves_what_it_holds(cache, monkeypatch):
+    assets.extract("tiny", "tiny/data.txt")
+    for path in assets.cache_dir().rglob("*"):
+        assets.os.utime(path)  # as a copy into an image does
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(assets.files.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(assets.Path, "mkdir", refuse)
+    assert assets.extract("tiny", "tiny/data.txt").read_text() == "hello"
+    assert assets.read("tiny", "tiny/data.txt") == b"hello"
+    with pytest.raises(AssetError, match=r"Read-only file system.*GLASSBOX_CACHE"):
+        assets.extract("tiny", "tiny/data.txt", again=True)
+
+
+@pytest.mark.parametrize("command", [["assets"], ["assets", "--verify"], ["assets", "--fetch"]])
+def test_a_cache_folder_that_is_a_file_is_one_paragraph(tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path / "file"))
+    code = cli.main(command)
+    captured = capsys.readouterr()
+    assert code == (2 if "--fetch" in command else 0) and "Traceback" not in captured.err + captured.out
 
 
 def test_every_pin_is_complete():

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import shutil
+import time
 
 import pytest
 import torch
 
+from glassbox_utils import cli
 from glassbox_utils.core import assets, embedded
 from glassbox_utils.core.text import chat
 
@@ -54,6 +57,71 @@ def test_a_folder_of_another_recipe_is_replaced(tmp_path, monkeypatch):
     (old / "tokenizer.json").write_text("of whatever transformers there was")
     assert embedded.embedded_folder() == embedded.embedded_path() != old
     assert embedded.embedded_folder().exists() and not old.exists() and made == [tmp_path / "file.gguf"]
+
+
+@pytest.fixture()
+def small(tmp_path, monkeypatch):
+    """An embedded model of two small files in a cache of its own; how often it was made."""
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(assets, "extract", lambda package, member: tmp_path / "file.gguf")
+    made = []
+
+    def write(gguf, folder):
+        made.append(gguf)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(embedded, "write_folder", write)
+    return made
+
+
+DAMAGE = {
+    "flipped": (lambda folder: (folder / "model.safetensors").write_bytes(bytes(999) + b"x"), "another sha256"),
+    "cut off": (lambda folder: (folder / "model.safetensors").write_bytes(bytes(10)), "10 bytes instead of 1,000"),
+    "half deleted": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "added to": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "does not belong there"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_is_refused_found_and_made_again(small, capsys, kind):
+    folder = embedded.embedded_folder()
+    harm, words = DAMAGE[kind]
+    harm(folder)
+    applicant = str(assets.DATA / "examples" / "applicant.json")
+    assert cli.main(["explain", "--applicant", applicant, "--out", str(folder.parent / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder} is damaged" in said and words in said and "assets --fetch" in said and said.count("\n") == 1
+    assert cli.main(["assets", "--verify"]) == 1
+    out = capsys.readouterr().out
+    assert "DAMAGED" in out and words in out and len(small) == 1
+    assert cli.main(["assets", "--fetch"]) == 0 and f"made again: {folder}" in capsys.readouterr().out
+    assert cli.main(["assets", "--verify"]) == 0 and embedded.embedded_folder() == folder and len(small) == 2
+
+
+def test_a_folder_without_hashes_or_none_is_made_in_silence(small):
+    folder = embedded.embedded_folder()
+    embedded.files.manifest_path(folder).unlink()
+    (folder / "model.safetensors").write_bytes(b"unknown")
+    assert len((embedded.embedded_folder() / "model.safetensors").read_bytes()) == 1000 and len(small) == 2
+    shutil.rmtree(folder)
+    assert embedded.embedded_folder().exists() and len(small) == 3
+
+
+def test_no_model_is_made_of_another_file(tmp_path):
+    (tmp_path / "file.gguf").write_bytes(b"GGUF" + bytes(1000))
+    with pytest.raises(
+        assets.AssetError, match=r"file\.gguf is damaged: its sha256 is .* instead of b179c952.*--fetch"
+    ):
+        embedded.write_folder(tmp_path / "file.gguf", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_looking_whether_it_is_intact_takes_no_time(smol):
+    start = time.perf_counter()
+    embedded.embedded_folder()
+    assert time.perf_counter() - start < 0.1
 
 
 def test_rotary_pairs_are_put_half_a_head_apart():

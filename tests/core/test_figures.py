@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassbox_utils.core import figures
+from glassbox_utils.core import figures, session
 
 TOKENS = ["<s>", " the", "</script>"]
 
@@ -36,6 +36,46 @@ def test_wrong_shapes_are_errors_and_not_empty_figures():
         figures.figure_html(cv.attention.attention_heads(tokens=TOKENS, attention=heads()[None]))
     with pytest.raises(ValueError, match="3 tokens but 2 values"):
         figures.figure_html(cv.tokens.colored_tokens(TOKENS, [0.1, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: figures.attention_heads(TOKENS, heads()[None]), r"\[1, 2, 3, 3\], but 3 tokens need \[heads, 3, 3\]"),
+        (lambda: figures.attention_heads(TOKENS, heads()[0]), r"shape \[3, 3\]"),
+        (lambda: figures.attention_heads(TOKENS[:2], heads()), r"2 tokens need \[heads, 2, 2\]"),
+        (lambda: figures.attention_heads([], heads()), r"tokens is \[\]"),
+        (lambda: figures.attention_heads("abc", heads()), r"tokens is 'abc'. Allowed: a list"),
+        (lambda: figures.attention_heads([1, 2, 3], heads()), r"tokens is \[1, 2, 3\]"),
+        (lambda: figures.attention_heads(TOKENS, heads(0)), r"shape \[0, 3, 3\]"),
+        (lambda: figures.attention_heads(TOKENS, heads(), ["a"]), r"1 names for 2 heads"),
+        (lambda: figures.all_heads(TOKENS, heads()), r"need \[layers, heads, 3, 3\]"),
+        (lambda: figures.pattern_grid(TOKENS, heads(), ["a", "b", "c"], "t"), r"3 names for 2 heads"),
+        (lambda: figures.colored_tokens(TOKENS, torch.rand(2)), r"3 tokens but values of shape \[2\]"),
+        (lambda: figures.colored_tokens([], torch.rand(0)), r"0 tokens"),
+        (lambda: figures.colored_tokens(TOKENS, torch.rand(3), float("nan")), r"maximum is nan"),
+        (lambda: figures.colored_tokens(TOKENS, torch.rand(3), 0), r"maximum is 0"),
+        (lambda: figures.mosaic({}, "t", "score"), r"Allowed: at least one table"),
+        (lambda: figures.mosaic({"x": torch.rand(3)}, "t", "score"), r"'x': \[3\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_drawn(draw, said):
+    with pytest.raises(figures.FigureError, match=said):
+        draw()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, "1", True, None])
+def test_a_seed_that_numpy_would_not_take_is_refused_before_anything_is_set(seed):
+    before = torch.get_rng_state()
+    with pytest.raises(session.SessionError, match=r"seed is .*Allowed: a whole number from 0 to 4294967295"):
+        session.setup(seed)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_other_numbers_that_are_none():
+    for call in (lambda: session.setup(0, 0), lambda: session.timed(len, 0)):
+        with pytest.raises(session.SessionError, match=r"is 0\. Allowed: a whole number from 1"):
+            call()
 
 
 def test_the_page_has_one_loader():

@@ -159,6 +159,35 @@ def test_a_failing_notebook_is_named_and_leaves_no_page(tmp_path, monkeypatch):
     assert not (tmp_path / "site" / "07_small.html").exists()
 
 
-def test_unknown_notebook():
-    with pytest.raises(NotebookError, match=r"'99'.*01_attention_heads"):
-        notebooks.find(["99"])
+@pytest.mark.parametrize("name", ["99", "0", "00", "", "_", "attention", "ipynb", "5_", "../05_steering_vectors.ipynb"])
+def test_unknown_notebook(name):
+    """Among them what used to be taken for all notebooks, or for one with the same name in another folder."""
+    with pytest.raises(NotebookError, match=rf"{re.escape(repr(name))}.*01_attention_heads"):
+        notebooks.find([name])
+
+
+def test_a_notebook_has_many_names_and_is_run_once(monkeypatch):
+    five = ROOT / "notebooks" / "05_steering_vectors.ipynb"
+    monkeypatch.chdir(ROOT)
+    names = ["5", "05", "05_st", five.stem, five.name, f"notebooks/{five.name}", str(five)]
+    for name in names:
+        assert notebooks.find([name]) == [five], name
+    assert notebooks.find(names) == [five] and notebooks.find() == ALL and len(notebooks.find(["1", "5"])) == 2
+
+
+def test_a_notebook_whose_process_is_killed_is_named(tmp_path):
+    path = small(tmp_path)
+    path.write_text(
+        path.read_text().replace("from glassbox_utils", "import os; os.kill(os.getpid(), 9)\\nfrom glassbox_utils")
+    )
+    before = path.read_bytes()
+    with pytest.raises(NotebookError, match=r"small\.ipynb: its process was killed.*memory"):
+        notebooks.execute_in_place(path)
+    assert path.read_bytes() == before
+
+
+def test_a_broken_list_of_runs_is_named_and_left_alone(tmp_path):
+    (tmp_path / "runs.json").write_text('{"05_steering_vectors": {"stamp": 3}}')
+    with pytest.raises(NotebookError, match=r"runs\.json is damaged: the entry '05_steering_vectors'.*Delete the file"):
+        notebooks.build_site(tmp_path, ["5"])
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.json"]
