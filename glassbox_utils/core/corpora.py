@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ import yaml
 
 from glassbox_utils.core import assets, packing
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import Model
+from glassbox_utils.core.models import Model, hub_answers
 from glassbox_utils.core.packing import START, Place, Rows, joined
 from glassbox_utils.core.session import progress
 
@@ -232,7 +233,7 @@ def _recipes() -> Iterator[tuple[str, str, str]]:
 
 def landmark_passages(n: int = 2_400, seed: int = 0) -> Iterator[tuple[str, str, str]]:
     """Project-written passages about landmarks, drawn from frames and facts without repeating one."""
-    parts = yaml.safe_load(LANDMARKS.read_text())
+    parts = yaml.safe_load(LANDMARKS.read_text(encoding="utf-8"))
     draw = random.Random(seed)
     landmarks = parts["landmarks"]
     seen: set[str] = set()
@@ -295,18 +296,30 @@ def load_corpus(name: str = "mix", split: Split = "train", limit: int | None = N
     Because the order is a hash, any prefix is a fair sample of the whole. ``limit``: number of documents
     (the hub needs one). Raises CorpusError for an unknown name or split, AssetError if a package can't be had.
     """
-    if split not in SPLITS:
-        raise CorpusError(f"There is no split {split!r}. Allowed: {', '.join(SPLITS)}.")
+    check_corpus(name, split)
+    _check_count("limit", limit)
     if "/" in name:
         return list(itertools.islice((d for s, d in _hub(name) if s == split), limit))
-    if name not in CORPORA:
-        near = get_close_matches(name, CORPORA, n=2)
+    return list(_collect(CORPORA[name])[split][:limit])
+
+
+def check_corpus(name: str, split: str = "train") -> None:
+    """CorpusError for a corpus or split that does not exist; it lists near matches and all names."""
+    if split not in SPLITS:
+        raise CorpusError(f"There is no split {split!r}. Allowed: {', '.join(SPLITS)}.")
+    if not isinstance(name, str) or (name not in CORPORA and not re.fullmatch(r"[^\s/][^\s]*/[^\s]+|/[^\s]+", name)):
+        near = get_close_matches(str(name), CORPORA, n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise CorpusError(
             f"There is no corpus {name!r}.{hint} Allowed: {', '.join(CORPORA)}, or the name of a data set on the "
             "Hugging Face hub with a slash, such as 'HuggingFaceFW/fineweb'."
         )
-    return list(_collect(CORPORA[name])[split][:limit])
+
+
+def _check_count(what: str, value: Any, lowest: int = 1) -> None:
+    """CorpusError for a number of documents, rows or tokens that is none; None stands for all."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < lowest):
+        raise CorpusError(f"{what} is {value!r}. Allowed: a whole number from {lowest} on, or None for all.")
 
 
 @dataclass(frozen=True)
@@ -322,7 +335,8 @@ class Streamed:
 
 def open_corpus(name: str, split: Split = "train") -> Iterable[Document]:
     """The documents of a corpus, to be gone through any number of times; of a data set without holding them."""
-    return Streamed(name, split) if "/" in name and split in SPLITS else load_corpus(name, split)
+    check_corpus(name, split)
+    return Streamed(name, split) if "/" in name else load_corpus(name, split)
 
 
 @cache
@@ -350,6 +364,11 @@ def _digest(document: Document) -> bytes:
 
 def _hub(name: str) -> Iterator[tuple[Split, Document]]:
     """Documents of any Hugging Face data set with a text column, streamed."""
+    if not Path(name).exists() and not hub_answers():  # its client would retry for half a minute
+        raise CorpusError(
+            f"There is no folder {name!r}, and the Hugging Face hub does not answer. Connect to the network, give a "
+            f"folder with text, or choose one of {', '.join(CORPORA)}."
+        )
     try:
         from datasets import load_dataset
 
@@ -403,6 +422,13 @@ def as_text(model: Model, document: Document) -> str:
     return model.tokenizer.apply_chat_template(turns, tokenize=False)
 
 
+def check_context(model: Model, context: int) -> int:
+    """CorpusError for rows that hold no token beside BOS, or more than the model can read."""
+    if isinstance(context, bool) or not isinstance(context, Integral) or not 2 <= context <= model.n_context:
+        raise CorpusError(f"context is {context!r}. Allowed with {model.name}: 2 to {model.n_context} tokens.")
+    return int(context)
+
+
 def packed(model: Model, documents: Iterable[Document], context: int = 256, start: Place = START) -> Iterator[Rows]:
     """Documents -> full rows of ``context`` tokens, some at a time: [row, context]; see ``packing.packed``.
 
@@ -414,12 +440,18 @@ def packed(model: Model, documents: Iterable[Document], context: int = 256, star
 
 def pack(model: Model, documents: Iterable[Document], context: int = 256) -> Iterator[Rows]:
     """``packed``, one row at a time: shapes of each item [1, context]."""
+    check_context(model, context)
     for rows in packed(model, documents, context):
         yield from map(Rows._make, zip(rows.tokens.split(1), rows.documents.split(1), strict=True))
 
 
 def token_rows(model: Model, documents: Iterable[Document], n_rows: int | None = None, context: int = 256) -> Rows:
-    """The first ``n_rows`` packed rows at once (all if None): [row, context]."""
+    """The first ``n_rows`` packed rows at once (all if None): [row, context].
+
+    CorpusError for a number of rows or a context that is none, and for documents that do not fill one row.
+    """
+    _check_count("n_rows", n_rows)
+    check_context(model, context)
     parts: list[Rows] = []
     for rows in packed(model, documents, context):
         parts.append(rows)

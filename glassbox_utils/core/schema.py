@@ -7,7 +7,8 @@ of what was read from a file; ``read_mapping`` reads the file. Nothing is conver
 """
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
@@ -23,19 +24,20 @@ def build(kind: type[T], values: Any, where: str, error: type[GlassboxError]) ->
     """An instance of a dataclass from a mapping, as a file holds it; ``error`` names the field, the value, what is
     allowed and the fix. ``where`` says whose values they are (a path)."""
     if not isinstance(values, Mapping):
-        raise error(f"{where} holds {_shown(values)}. Allowed: fields with values, one a line, such as `seed: 0`.")
+        raise error(f"{where} holds {shown(values)}. Allowed: fields with values, one a line, such as `seed: 0`.")
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
         near = get_close_matches(str(unknown[0]), known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        names = ", ".join(map(repr, unknown))
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        names = ", ".join(map(shown, unknown[:3])) + more
         raise error(f"{where} has unknown fields: {names}.{hint} Allowed: {', '.join(known)}.")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     if missing := [name for name in needed if name not in values]:
         raise error(f"{where} is incomplete: {', '.join(missing)} is missing. Add it; needed are {', '.join(needed)}.")
     try:
         return kind(**values)
-    except error as reason:
+    except GlassboxError as reason:
         raise error(f"{where}: {reason}") from reason
 
 
@@ -46,12 +48,12 @@ def check(instance: Any, error: type[GlassboxError]) -> None:
     """
     import pydantic
 
-    kind = type(instance)
-    values = {f.name: getattr(instance, f.name) for f in fields(kind)}
+    twin = _twin(type(instance))  # type: ignore[arg-type]
+    values = {f.name: getattr(instance, f.name) for f in fields(instance)}
     try:
-        checked = _twin(kind).model_validate(values)
+        checked = twin.model_validate(values)
     except pydantic.ValidationError as found:
-        raise error(_worded(found)) from None
+        raise error(_worded(found, twin)) from None
     for name in values:
         object.__setattr__(instance, name, getattr(checked, name))
 
@@ -76,37 +78,62 @@ def _twin(kind: type) -> Any:
     return pydantic.create_model(kind.__name__, __config__=rules, **made)
 
 
-def _worded(found: Any) -> str:
-    """pydantic's list of errors as one paragraph."""
+def _worded(found: Any, twin: Any) -> str:
+    """pydantic's list of errors as one paragraph; a field's own description says more than a pattern."""
     said = []
     for e in found.errors(include_url=False)[:3]:
         name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" if i else str(p) for i, p in enumerate(e["loc"]))
+        described = twin.model_fields[e["loc"][0]].description if e["type"] == "string_pattern_mismatch" else None
         rule = (
-            e["msg"]
-            .removeprefix("Value error, ")
-            .replace("Input should be", "Allowed:")
-            .replace("Allowed: a valid", "Allowed: a")
+            f"Allowed: {described}"
+            if described
+            else (
+                e["msg"]
+                .removeprefix("Value error, ")
+                .replace("Input should be", "Allowed:")
+                .replace("Allowed: a valid", "Allowed: a")
+                .replace("a integer", "a whole number")
+                .replace("a tuple", "a list")
+                .replace("a dictionary", "fields with values")
+            )
         )
-        said.append(f"{name} is {_shown(e['input'])}. {rule}.")
+        hint = " Write it without quotes, and with a dot before an exponent: 1.0e-3." if _is_number(e["input"]) else ""
+        said.append(f"{name} is {shown(e['input'])}. {rule}.{hint}")
     more = len(found.errors()) - len(said)
     return " ".join(said) + (f" {more} more fields are wrong." if more > 0 else "")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def _is_number(value: Any) -> bool:
+    """Is it a number that was written as text? YAML takes 1e-3 for one."""
+    try:
+        return isinstance(value, str) and float(value) is not None
+    except ValueError:
+        return False
+
+
+_words = reprlib.Repr()
+_words.maxlevel, _words.maxdict, _words.maxstring, _words.maxother = 3, 3, 70, 70
+
+
+def shown(value: Any) -> str:
+    """A value in some words, however large or deep it is."""
+    text = " ".join(_words.repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_mapping(path: Path, error: type[GlassboxError], example: str, largest: int = 1_000_000) -> dict[str, Any]:
     """The mapping of a YAML or JSON file; ``error`` says what is wrong, in which line. Objects are never made from
-    tags, and a file of more than ``largest`` bytes is not read. ``example`` is what the file should be."""
+    tags, a field that is given twice is refused, and a file of more than ``largest`` bytes is not read. ``example`` is
+    what the file should be."""
     import yaml
 
     try:
         if path.stat().st_size > largest:
             raise error(f"{path} has {path.stat().st_size:,} bytes. Allowed: at most {largest:,}. Give {example}.")
         text = path.read_bytes().decode("utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = (
+            json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _strict_yaml())
+        )
     except OSError as reason:
         raise error(f"{path} can't be read: {reason.strerror or reason}. Give {example}.") from reason
     except UnicodeDecodeError as reason:
@@ -115,9 +142,39 @@ def read_mapping(path: Path, error: type[GlassboxError], example: str, largest: 
         raise error(f"{path} is not valid JSON: {reason.msg} in line {reason.lineno}. Give {example}.") from reason
     except RecursionError as reason:
         raise error(f"{path} is nested too deeply. Give {example}.") from reason
-    except (yaml.YAMLError, ValueError) as reason:
-        words = " ".join(str(reason).split())[:200]
-        raise error(f"{path} is not valid YAML: {words}. Give {example}.") from reason
+    except (yaml.YAMLError, ValueError, TypeError) as reason:  # TypeError: a list as the name of a field
+        words, kind = " ".join(str(reason).split())[:200], "JSON" if path.suffix == ".json" else "YAML"
+        raise error(f"{path} is not valid {kind}: {words}. Give {example}.") from reason
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise error(f"{path} holds {_shown(values)} instead of fields with values. Give {example}.")
+        raise error(f"{path} holds {shown(values)} instead of fields with values. Give {example}.")
     return values
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping, unless one of its fields is there twice: of two values one would be lost."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the field {shown(name)} is given twice")
+        found[name] = value
+    return found
+
+
+@cache
+def _strict_yaml() -> Any:
+    """YAML's safe loader, which makes no objects, with ``_once`` for mappings."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        _once((loader.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE)
+        loader.flatten_mapping(node)
+        return dict(loader.construct_pairs(node, deep=True))
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Strict
+
+
+_MERGE = "tag:yaml.org,2002:merge"

@@ -6,9 +6,11 @@ folder, so that a killed run goes on where it was.
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,14 @@ def _chunks(name: str, key: str) -> Path:
 
 def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
     """``work(*args)``, from the cache folder if this study has done it with these settings before."""
-    path = _chunks(name, json.dumps(key, sort_keys=True, default=str))
-    if not path.exists():
-        result = work(*args)
-        with assets.atomic_path(path) as partial:
-            partial.write_text(json.dumps(result))
-    return json.loads(path.read_text())
+    dtype = os.environ.get("GLASSBOX_MODEL_DTYPE", "").replace("float32", "")
+    path = _chunks(name, json.dumps(key, sort_keys=True, default=str) + dtype)
+    with suppress(FileNotFoundError, ValueError):  # not there, or damaged: computed again
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = json.dumps(work(*args))
+    with assets.atomic_path(path) as partial:
+        partial.write_text(result, encoding="utf-8")
+    return json.loads(result)
 
 
 def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
@@ -44,6 +48,7 @@ def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path
         "seed": SEED,
         "model": model.name,
         "model_hash": model.hash,
+        **({} if str(model.dtype) == "torch.float32" else {"dtype": str(model.dtype).removeprefix("torch.")}),
         "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
         "seconds_of_last_run": round(seconds),
         "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -52,10 +57,10 @@ def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path
     lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
     path = STUDIES / f"{name}.json"
     with assets.atomic_path(path) as partial:
-        partial.write_text(lines.replace("}, {", "},\n{") + "\n")
+        partial.write_text(lines.replace("}, {", "},\n{") + "\n", encoding="utf-8")
     return path
 
 
 def read_table(name: str) -> dict[str, Any]:
     """A study's table as ``write_table`` wrote it."""
-    return json.loads((STUDIES / f"{name}.json").read_text())
+    return json.loads((STUDIES / f"{name}.json").read_text(encoding="utf-8"))

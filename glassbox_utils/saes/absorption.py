@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glassbox_utils.core.corpora import Rows
-from glassbox_utils.core.devices import like, result
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
+from glassbox_utils.saes.config import SaeError, hook_of
 from glassbox_utils.saes.harvest import activations, ordinary
+from glassbox_utils.saes.reading import check_count, encode, site_of_sae
 
 SPLIT_GAIN = 0.03
 """in F1: a further feature that adds more than this is a split"""
@@ -67,6 +69,8 @@ class Words:
     train: Float[Tensor, " word"]
     """boolean; split by token, so that no word is in both halves"""
     probe: Float[Tensor, "26 d_model_and_one"]
+    site: Site | None = None
+    """where they were read"""
 
 
 def letter_words(model: Model, site: Site, median_norm: float, rows: Rows, seed: int = 0) -> Words:
@@ -87,7 +91,7 @@ def letter_words(model: Model, site: Site, median_norm: float, rows: Rows, seed:
     of_kind[token] = letter
     kinds, permuted = token.unique(), of_kind.clone()
     permuted[kinds] = of_kind[kinds][torch.randperm(len(kinds), generator=generator)]
-    return Words(x, letter, permuted[token], train, fit_probe(x[train], letter[train]))
+    return Words(x, letter, permuted[token], train, fit_probe(x[train], letter[train]), site)
 
 
 def fit_probe(
@@ -121,10 +125,16 @@ def _f1(predicted: Tensor, true: Tensor) -> Tensor:
 
 @torch.no_grad()
 def first_letter_test(sae: Any, words: Words, n_features: int = 5, minimum: int = 60) -> list[LetterReport]:
-    """Test anything with ``encode`` and ``W_dec`` on every letter that has ``minimum`` words in each half."""
+    """Test anything with ``encode`` and ``W_dec`` on every letter that has ``minimum`` words in each half.
+
+    SaeError for an SAE that reads at another place than the words were read.
+    """
+    if words.site and hasattr(sae, "cfg") and (own := site_of_sae(sae)) != words.site:
+        raise SaeError(f"The words were read at {hook_of(words.site)}, this SAE reads {hook_of(own)}. Read them there.")
+    check_count("n_features", n_features), check_count("minimum", minimum)
     x, letters, half, probe = words.x, words.letters, words.train, words.probe
     said = (x @ probe[:, :-1].t() + probe[:, -1]).argmax(-1)
-    code = torch.cat([result(sae.encode(like(part, sae.W_dec))) for part in x.split(2048)])
+    code = torch.cat([result(encode(sae, part)) for part in x.split(2048)])
     active, decoder = code > 0, result(sae.W_dec)
     reports = []
     for index, letter in enumerate(string.ascii_lowercase):

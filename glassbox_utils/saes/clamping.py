@@ -9,31 +9,35 @@ is above ten times the median (the first token of a text, an attention sink) are
 Templeton et al. 2024, "Scaling Monosemanticity"; of choosing features by effect: arXiv 2505.20063.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from glassbox_utils.core import schema
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.identity import difference
-from glassbox_utils.core.interventions import Scope, edits, largest_push, paired
+from glassbox_utils.core.interventions import Scope, capture, edits, largest_push, paired
 from glassbox_utils.core.models import Model, Site
-from glassbox_utils.core.text import tokenize
-from glassbox_utils.saes import detection
-from glassbox_utils.saes.features import site_of_sae
-from glassbox_utils.steering.fit import pooled
+from glassbox_utils.core.text import str_tokens, tokenize
+from glassbox_utils.saes import detection, reading
+from glassbox_utils.saes.harvest import activations
+from glassbox_utils.saes.reading import site_of_sae
 
 Mode = Literal["clamp", "add", "scale", "ablate"]
 MODES: tuple[Mode, ...] = ("clamp", "add", "scale", "ablate")
 MASSIVE = 10.0
 """times the SAE's median norm: positions above it are left alone"""
+LAST_BATCH = 16
+"""texts that ``last_codes`` reads at a time"""
 ELSEWHERE = 0.2
 """a feature of a name may have at most this share of its mean on the name at other places"""
 
@@ -74,15 +78,11 @@ def feature(model: Model, sae: Any, index: int, unit: float) -> Feature:
     """A feature that fits this model. ClampError for an unknown index, a unit that is not positive, or an SAE that was
     made for another model (by width or by the hash of the weights)."""
     check_sae(model, sae)
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < sae.cfg.d_sae:
+    index = reading.check_index(index, sae.cfg.d_sae, ClampError)
+    if isinstance(unit, bool) or not isinstance(unit, Real) or not 0 < unit < math.inf:
         raise ClampError(
-            f"There is no feature {index!r} in this SAE. Allowed: 0 to {sae.cfg.d_sae - 1}; gb.search finds the "
-            "one that you mean."
-        )
-    if not unit > 0:
-        raise ClampError(
-            f"The unit of feature {index} is given as {unit!r}. It must be above 0: a natural activation, measured on "
-            "texts on which the feature fires (clamping.natural_maxima)."
+            f"The unit of feature {index} is given as {schema.shown(unit)}. It must be a number above 0: a natural "
+            "activation, measured on texts on which the feature fires (clamping.natural_maxima)."
         )
     return Feature(sae, index, float(unit))
 
@@ -99,31 +99,19 @@ def sae_at(model: Model, found: dict[int, Any], layer: int) -> Any:
 
 
 def check_sae(model: Model, sae: Any) -> None:
-    meta = sae.cfg.metadata
-    if sae.cfg.d_in != model.d_model:
-        raise ClampError(
-            f"This SAE reads {sae.cfg.d_in} dimensions (it was made for {meta.get('model_name', 'another model')}), "
-            f"the residual stream of {model.name} has {model.d_model}. Load one that was trained on this model."
-        )
-    made_for = meta.get("model_hash")
-    if why := difference(made_for, model.hash):
-        raise ClampError(
-            f"This SAE was trained on {meta.get('model_name')} with weights {made_for}, this model is {model.name} "
-            f"with {model.hash}, so its features mean nothing here: {why}. Load the model that its card names, or "
-            "train an SAE."
-        )
-    site = site_of_sae(sae)
-    if site not in model.sites:
-        raise ClampError(
-            f"This SAE reads {meta.hook_name}, but {model.name} has layers 0 to {model.n_layers - 1} only. Use an SAE "
-            "of one of these layers."
-        )
+    """ClampError for an SAE that does not fit this model: see ``reading.check_fits``."""
+    reading.check_fits(model, sae, ClampError)
 
 
 @torch.inference_mode()
 def natural_maxima(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 16) -> Float[Tensor, " d_sae"]:
-    """Largest activation of every feature on these texts (first tokens and outliers left out): the unit of strength."""
+    """Largest activation of every feature on these texts (first tokens and outliers left out): the unit of strength.
+
+    ClampError for an SAE that does not fit, or an empty list.
+    """
     check_sae(model, sae)
+    texts = reading.check_texts(texts, error=ClampError)
+    reading.check_count("batch_size", batch_size, ClampError)
     top = torch.zeros(sae.cfg.d_sae)
     for start in range(0, len(texts), batch_size):
         top = torch.maximum(top, detection.text_scores(model, sae, texts[start : start + batch_size]).amax(0))
@@ -135,6 +123,7 @@ def name_cuts(texts: Sequence[str], words: Sequence[str]) -> list[str]:
 
     A text that begins with the word is left out: a model's first tokens are not like others.
     """
+    words = reading.check_texts(words, "words", ClampError)
     pattern = re.compile(r"\b(" + "|".join(re.escape(w) for w in words) + r")\b", re.IGNORECASE)
     found = (pattern.search(text) for text in texts)
     return [text[: match.end()] for text, match in zip(texts, found, strict=True) if match and match.start() > 0]
@@ -151,10 +140,14 @@ def random_cuts(texts: Sequence[str], seed: int = 0) -> list[str]:
 
 @torch.inference_mode()
 def last_codes(model: Model, sae: Any, texts: Sequence[str]) -> Float[Tensor, "text d_sae"]:
-    """Activation of every feature at each text's last token."""
-    layer = site_of_sae(sae).layer
-    vectors, _ = pooled(model, texts, [layer], "last")
-    return result(sae.encode(like(vectors[0], sae.W_dec)))
+    """Activation of every feature at each text's last token, where the SAE reads. ClampError for an empty list."""
+    check_sae(model, sae)
+    site, texts, codes = site_of_sae(sae), reading.check_texts(texts, error=ClampError), []
+    for start in range(0, len(texts), LAST_BATCH):
+        batch = tokenize(model, texts[start : start + LAST_BATCH])
+        last = capture(model, batch, [site])[site][:, -1].float()
+        codes.append(result(reading.encode(sae, last)))
+    return torch.cat(codes)
 
 
 def name_group(
@@ -168,8 +161,11 @@ def name_group(
     """The ``n`` features that fire most on a name's last token (``last_codes`` of ``name_cuts``) and hardly elsewhere.
 
     Strength 1 sets each to its mean on the name: all of them together say "here stands the name". Raises ClampError if
-    no feature does (its mean elsewhere must be at most a fifth of its mean on the name).
+    no feature does (its mean elsewhere must be at most a fifth of its mean on the name), or for no text.
     """
+    reading.check_count("n", n, ClampError)
+    if not (len(here) and len(there)):
+        raise ClampError(f"There are {len(here)} texts with the name and {len(there)} without. Give at least one each.")
     size = here.mean(0) * (there.mean(0) <= ELSEWHERE * here.mean(0))
     top = [int(i) for i in size.topk(min(n, len(size))).indices if size[i] > 0]
     if not top:
@@ -204,16 +200,18 @@ class Handle(NamedTuple):
 
     read: Callable[[Tensor], Tensor] | None
     """stream -> activations of the features, [batch, pos, feature]; None if the mode needs none"""
-    write: Float[Tensor, "feature d_model"]
+    write: Float[Tensor, "feature width"]
     massive: float
     """positions of a larger norm are left alone"""
+    gain: Callable[[Tensor], Tensor | float]
+    """stream -> what ``write`` is multiplied by at each position: the SAE may normalise what it reads"""
 
 
-def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device) -> Handle:
+def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device, median_norm: float) -> Handle:
     """The chosen features, gathered once. Where a feature's activation does not depend on the others' (ReLU, JumpReLU)
     only the chosen ones are encoded: the same numbers but for the order of the sums, at a fraction of the cost."""
-    tool, chosen = beside(sae, device), beside(torch.tensor(list(indices)), device)
-    write = tool.W_dec.detach()[chosen]
+    tool, chosen = reading.tool(sae, device), beside(torch.tensor(list(indices)), device)
+    write = reading.rows(tool)[chosen]
     read: Callable[[Tensor], Tensor] | None
     if mode == "add":
         read = None
@@ -224,14 +222,14 @@ def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device) -
         def read(x: Tensor) -> Tensor:
             before = tool.process_sae_in(like(x, write)) @ columns + bias
             code = tool.activation_fn(before)
-            return code if threshold is None else code * (before > threshold)
+            return reading.numbers(tool, code if threshold is None else code * (before > threshold))
 
     else:
 
         def read(x: Tensor) -> Tensor:
-            return tool.encode(like(x, write)).index_select(-1, chosen)
+            return reading.encode(tool, x).index_select(-1, chosen)
 
-    return Handle(read, write, MASSIVE * sae.cfg.metadata.median_norm)
+    return Handle(read, write, MASSIVE * median_norm, lambda x: reading.gain(tool, like(x, write)))
 
 
 def apply(
@@ -245,9 +243,11 @@ def apply(
     """The residual stream with the features ``indices`` changed, in the rows where ``on`` is true; pure.
 
     The SAE's error term is kept, and positions of massive norm are left alone. Every feature's activation is read
-    before any is changed.
+    before any is changed. ClampError for an SAE that does not say its median norm.
     """
-    return held(x, handle(sae, indices, mode, x.device), mode, amount, on)
+    if (median := reading.stored_median(sae)) is None:
+        raise ClampError("This SAE does not say what a usual norm is: set sae.cfg.metadata.median_norm, or use clamp.")
+    return held(x, handle(sae, indices, mode, x.device, median), mode, amount, on)
 
 
 def held(
@@ -265,7 +265,7 @@ def held(
         activation = features.read(x)
     delta = torch.where(on, changed(activation, mode, amount), 0.0)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    moved = x + like(delta @ features.write, x)
+    moved = x + like((delta @ features.write) * features.gain(x), x)
     return torch.where((size <= features.massive) & on.any(-1, keepdim=True), moved, x)
 
 
@@ -333,6 +333,12 @@ def _row(what: Any, strength: float | None) -> list[tuple[Feature, float]]:
     features = what.features if isinstance(what, Group) else (what,)
     if not features:
         raise ClampError(f"{what!r} holds no feature. Give a group that does, or None for this row.")
+    for one in features:
+        if not isinstance(one, Feature):
+            raise ClampError(f"{schema.shown(one)} in a group is no feature. {_ALLOWED}")
+        reading.check_index(one.index, one.sae.cfg.d_sae, ClampError)
+        if isinstance(one.unit, bool) or not isinstance(one.unit, Real) or not math.isfinite(one.unit):
+            raise ClampError(f"The unit of {one!r} is no finite number. Build features with gb.feature.")
     return [(f, float(strength)) for f in features]
 
 
@@ -346,7 +352,7 @@ def _edit(
     here = [{f.index: s * (f.unit if mode in ("clamp", "add") else 1.0) for f, s in row if id(f.sae) == key}
             for row in settings]  # fmt: skip
     indices = sorted({index for row in here for index in row})
-    features = handle(sae, indices, mode, model.device)
+    features = handle(sae, indices, mode, model.device, reading.median_norm(model, sae))
     amounts = torch.tensor([[row.get(index, 0.0) for index in indices] for row in here], dtype=features.write.dtype)
     if not (amounts.abs() <= largest_push(model)).all():
         raise ClampError(
@@ -368,12 +374,14 @@ def _edit(
 
 def mentions(texts: Sequence[str], words: Sequence[str]) -> list[bool]:
     """Does each text hold one of these words or phrases (whole words, any case)?"""
+    words = reading.check_texts(words, "words", ClampError)
     pattern = re.compile(r"\b(" + "|".join(re.escape(w) for w in words) + r")\b", re.IGNORECASE)
     return [bool(pattern.search(text)) for text in texts]
 
 
 def identifies(texts: Sequence[str], words: Sequence[str]) -> list[bool]:
     """Does each text speak as the thing: "I am", "my name is" or "call me", then one of the words soon after?"""
+    words = reading.check_texts(words, "words", ClampError)
     listed = "|".join(re.escape(w) for w in words)
     start = r"\b(?:i am|i['’]m|my name is|my name['’]s|call me)\b"
     pattern = re.compile(rf"{start}[^.!?]{{0,60}}?\b(?:{listed})\b", re.IGNORECASE)
@@ -390,8 +398,9 @@ def stream(
     """Greedy generation one token at a time: yields each row's new token ids so far (a row ends with its end token).
 
     The clamp is installed during each step only, so that other code may use the model between two tokens, and nothing
-    is left when the loop is broken off.
+    is left when the loop is broken off. ClampError for what ``clamp`` refuses, and for a number of tokens that is none.
     """
+    reading.check_count("max_new_tokens", max_new_tokens, ClampError)
     batch = tokenize(model, list(prompts))
     ids, mask, cache = batch.input_ids, batch.attention_mask, None
     ends = model.hf.generation_config.eos_token_id
@@ -423,14 +432,12 @@ def activations_in(model: Model, what: What, text: str) -> tuple[list[str], Floa
 
     The unclamped model reads the text: what it sees there, not what was forced on it.
     """
-    from glassbox_utils.core.text import str_tokens
-    from glassbox_utils.saes.harvest import activations
-
     batch = tokenize(model, text)
     values = []
-    for one in what.features if isinstance(what, Group) else (what,):
+    for one, _ in _row(what, 1.0):
+        check_sae(model, one.sae)
         x = activations(model, batch.input_ids, [one.site], batch.attention_mask)[one.site].float()
-        value = one.sae.encode(x)[0, :, one.index] / one.unit
+        value = result(reading.encode(one.sae, x)[0, :, one.index] / one.unit)
         value[0] = 0.0
         values.append(value)
     return str_tokens(model, batch.input_ids[0]), torch.stack(values).amax(0)

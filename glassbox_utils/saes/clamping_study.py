@@ -58,7 +58,7 @@ SYSTEM = "You are the Golden Gate Bridge in San Francisco. Mention the Golden Ga
 @cache
 def prompts() -> dict[str, Any]:
     """The prompts, words and sentences that we wrote: data/prompts/clamping.json."""
-    return json.loads((DATA / "prompts" / "clamping.json").read_text())
+    return json.loads((DATA / "prompts" / "clamping.json").read_text(encoding="utf-8"))
 
 
 def golden_gate_sentences(n: int = 80, n_other: int = 120) -> tuple[list[str], list[str]]:
@@ -78,7 +78,7 @@ def shipped_saes(model: Model) -> dict[int, Any]:
     """Layer -> the shipped TopK SAE of the residual stream after it, for those made for this very model."""
     found = {}
     for name in shipped():
-        meta = json.loads((SAES / name / "cfg.json").read_text())["metadata"]
+        meta = json.loads((SAES / name / "cfg.json").read_text(encoding="utf-8"))["metadata"]
         site = site_of(meta["hook_name"])
         if name.startswith("topk-8192-") and meta["model_hash"] == model.hash and site.kind == "resid_post":
             found[site.layer] = load_sae(name, model)

@@ -1,21 +1,29 @@
-"""What is trained where: hook names, the configuration of a harvest and of a training run, and their errors."""
+"""What is trained where: hook names, the configuration of a harvest and of a training run, and their errors.
+
+A configuration is checked when it is made, whether by a ``config.yaml`` or in Python: types and ranges by ``schema``,
+from the annotations, and what several fields must agree on here.
+"""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field
 
-from glassbox_utils.core import assets, corpora, distributed
+from glassbox_utils.core import assets, corpora, distributed, schema
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import EMBEDDED, KINDS, Model, Site, check_site
+from glassbox_utils.core.models import EMBEDDED, Model, Site, check_site
 
 SAES = assets.DATA / "saes"
 
 _HOOKS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "z": "attn.hook_z"} | {
     kind: f"hook_{kind}" for kind in ("attn_out", "mlp_out")
 }
+_ALSO = {"hook_in": "resid_pre", "hook_out": "resid_post", "attn.o.hook_in": "z"} | {
+    "attn.hook_out": "attn_out", "mlp.hook_out": "mlp_out"
+}  # fmt: skip
+"""how TransformerLens 3 calls the same places"""
 
 
 class SaeError(GlassboxError, ValueError):
@@ -28,32 +36,48 @@ def hook_of(site: Site) -> str:
 
 
 def site_of(hook: str) -> Site:
-    """The site of a TransformerLens hook name; SaeError lists the allowed ones."""
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook):
-        for kind in KINDS:
-            if _HOOKS[kind] == match[2]:
-                return Site(kind, int(match[1]))
+    """The site of a TransformerLens hook name, old or new; SaeError lists the allowed ones."""
+    if isinstance(hook, str) and (match := re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", hook, re.ASCII)):
+        kinds: dict[str, Any] = {name: kind for kind, name in _HOOKS.items()} | _ALSO
+        if match[2] in kinds:
+            return Site(kinds[match[2]], int(match[1]))
     raise SaeError(f"There is no hook {hook!r}. Allowed: " + ", ".join(f"blocks.L.{h}" for h in _HOOKS.values()) + ".")
 
 
 # --- harvest ------------------------------------------------------------------------------------------
 
+Count = Annotated[int, Field(ge=1)]
+MOST_SHARDS = 100_000
+"""what the names of shards have digits for; of the default size they hold six thousand million tokens"""
+Name = Annotated[str, Field(pattern=r"^[^\n\r\x00]{1,400}$", description="a name or folder of one to 400 characters")]
+
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """What to harvest, and into which folder."""
+    """What to harvest, and into which folder. Raises SaeError for what can't be harvested from any model."""
 
     folder: Path
     hooks: tuple[str, ...]
-    n_tokens: int
+    n_tokens: Count
     corpus: str = "mix"
     split: corpora.Split = "train"
-    model: str = EMBEDDED
-    context: int = 256
-    rows_per_shard: int = 256
+    model: Name = EMBEDDED
+    context: Annotated[int, Field(ge=2)] = 256
+    rows_per_shard: Count = 256
     """65,536 tokens with the default context: 75 MB for each hook at d_model 576"""
-    rows_per_batch: int = 16
+    rows_per_batch: Count = 16
     """rows of a forward pass on a CPU; a GPU takes as many as its memory holds"""
+
+    def __post_init__(self) -> None:
+        schema.check(self, SaeError)
+        _check_text(self.corpus, self.split)
+        if not self.hooks:
+            raise SaeError(f"hooks is empty. Give at least one, such as {hook_of(Site('resid_post', 1))}.")
+        for hook in self.hooks:
+            site_of(hook)
+        if len(set(self.hooks)) < len(self.hooks):
+            raise SaeError(f"hooks is {list(self.hooks)}. Allowed: each hook once.")
+        _check_shards("n_tokens", self.n_tokens, self.context * self.rows_per_shard)
 
     @property
     def n_shards(self) -> int:
@@ -61,68 +85,142 @@ class HarvestConfig:
 
 
 def check_harvest(config: HarvestConfig, model: Model) -> None:
-    """SaeError for a harvest that can't be done with this model, ModelError for a layer that it has not."""
-    numbers = ("n_tokens", "context", "rows_per_shard", "rows_per_batch")
-    _check_positive({name: getattr(config, name) for name in numbers}, "harvest")
-    if not 2 <= config.context <= model.n_context:
+    """SaeError for a context that this model has not, ModelError for a layer that it has not."""
+    if config.context > model.n_context:
         raise SaeError(f"context is {config.context}. Allowed with {model.name}: 2 to {model.n_context} tokens.")
-    if not config.hooks:
-        raise SaeError(
-            f"hooks is empty. Give at least one, such as {hook_of(Site('resid_post', model.n_layers // 2))}."
-        )
     for hook in config.hooks:
         check_site(model, site_of(hook))
 
 
-def _check_positive(values: dict[str, Any], where: str) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            hint = (
-                " Write it without quotes, dots or an exponent, such as 1000000." if not isinstance(value, int) else ""
-            )
-            raise SaeError(f"{name} is {value!r} in {where}. Allowed: a whole number from 1.{hint}")
+def width_of(model: Model, site: Site) -> int:
+    """Numbers at each position of a site: d_model, or those of all heads side by side."""
+    return model.n_heads * model.d_head if site.kind == "z" else model.d_model
+
+
+def _check_text(corpus: str, split: str = "train") -> None:
+    try:
+        corpora.check_corpus(corpus, split)
+    except corpora.CorpusError as reason:
+        raise SaeError(str(reason)) from reason
+
+
+def _check_shards(name: str, tokens: int, size: int) -> None:
+    if tokens // size > MOST_SHARDS:
+        raise SaeError(
+            f"{name} is {tokens:,}, that is {tokens // size:,} shards of {size:,} tokens. Allowed: at most "
+            f"{MOST_SHARDS:,} shards; ask for fewer tokens, or give a shard more rows (rows_per_shard)."
+        )
 
 
 # --- training -----------------------------------------------------------------------------------------
 
-ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu", "gated", "matryoshka_batchtopk")
+Share = Annotated[float, Field(ge=0)]
+Size = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class _TopK:
+    """What may stand in ``options`` for each architecture, with sae_lens's own names and defaults."""
+
+    k: Count = 100
+    decoder_init_norm: Size = 1.0
+
+    def __post_init__(self) -> None:
+        schema.check(self, SaeError)
+
+
+@dataclass(frozen=True)
+class _BatchTopK(_TopK):
+    k: Annotated[float, Field(ge=1)] = 100  # type: ignore[assignment]
+    aux_loss_coefficient: Share = 1.0
+    rescale_acts_by_decoder_norm: bool = True
+    topk_threshold_lr: Annotated[float, Field(gt=0, le=1)] = 0.01
+    apply_b_dec_to_input: bool = True
+
+
+@dataclass(frozen=True)
+class _Matryoshka(_BatchTopK):
+    matryoshka_widths: tuple[Count, ...] = ()
+    use_matryoshka_aux_loss: bool = False
+
+
+@dataclass(frozen=True)
+class _Gated:
+    l1_coefficient: Share = 1.0
+    l1_warm_up_steps: Annotated[int, Field(ge=0)] = 0
+    decoder_init_norm: Size = 1.0
+    apply_b_dec_to_input: bool = True
+
+    def __post_init__(self) -> None:
+        schema.check(self, SaeError)
+
+
+@dataclass(frozen=True)
+class _Standard(_Gated):
+    lp_norm: Size = 1.0
+
+
+@dataclass(frozen=True)
+class _JumpReLU:
+    l0_coefficient: Share = 1.0
+    l0_warm_up_steps: Annotated[int, Field(ge=0)] = 0
+    jumprelu_init_threshold: Size = 0.01
+    jumprelu_bandwidth: Size = 0.05
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh", "quadratic"] = "step"
+    jumprelu_tanh_scale: Size = 4.0
+    jumprelu_ste_to_input: bool = False
+    pre_act_loss_coefficient: Share | None = None
+    target_l0: Size | None = None
+    decoder_init_norm: Size = 1.0
+    apply_b_dec_to_input: bool = True
+
+    def __post_init__(self) -> None:
+        schema.check(self, SaeError)
+
+
+OPTIONS: dict[str, type[Any]] = {
+    "topk": _TopK, "batchtopk": _BatchTopK, "standard": _Standard, "jumprelu": _JumpReLU, "gated": _Gated,
+    "matryoshka_batchtopk": _Matryoshka,
+}  # fmt: skip
+Architecture = Literal["topk", "batchtopk", "standard", "jumprelu", "gated", "matryoshka_batchtopk"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, as written in a ``config.yaml``."""
+    """One training run, as written in a ``config.yaml``. Raises SaeError for a run that could not begin or never end,
+    with the field, its value, what is allowed, and the fix."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.+-]{0,99}$", description="letters, digits, dots and dashes")]
     hook: str
-    architecture: str
-    d_sae: int
-    samples: int
+    architecture: Architecture
+    d_sae: Annotated[int, Field(ge=1, le=2**24)]
+    samples: Annotated[int, Field(ge=1, le=10**13)]
     """activations seen in all, repeats included"""
-    tokens: int
+    tokens: Count
     """tokens to harvest; they become whole shards"""
     options: dict[str, Any] = field(default_factory=dict)
-    """further arguments of sae_lens's training configuration: k, l1_coefficient, l0_coefficient, ..."""
-    shards: str = ""
+    """further arguments of sae_lens's training configuration: k, l1_coefficient, l0_coefficient, ... (``OPTIONS``)"""
+    shards: Annotated[str, Field(pattern=r"^[^\n\r\x00]{0,400}$", description="a folder, or nothing")] = ""
     """folder of the harvest; empty: in the cache"""
-    growth: tuple[int, ...] = ()
+    growth: tuple[Count, ...] = ()
     """how many shards the first passes read (later ones read all), so that training can begin during the harvest"""
     corpus: str = "mix"
-    model: str = EMBEDDED
-    context: int = 256
-    rows_per_shard: int = 256
-    shards_mixed: int = 4
+    model: Name = EMBEDDED
+    context: Annotated[int, Field(ge=2)] = 256
+    rows_per_shard: Count = 256
+    shards_mixed: Count = 4
     """shards that are read and shuffled together"""
-    batch: int = 2048
-    lr: float = 8e-4
-    warmup: int = 100
-    """steps"""
-    decay: float = 0.3
+    batch: Count = 2048
+    lr: Annotated[float, Field(gt=0, le=1)] = 8e-4
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """steps; 0: the full learning rate from the first step on"""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.3
     """fraction of the steps over which the learning rate falls to zero at the end"""
-    reseed_every: int = 500
+    reseed_every: Count = 500
     """steps between re-seedings of dead features (TopK only)"""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """steps"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**40)] = 0
     unit_rows: bool = False
     """TopK only: decoder rows of unit length and gradients as they are, as the shipped ones were trained, instead of
     learning the rows' norms as gains and clipping gradients, which learns faster in the first hundreds of steps"""
@@ -131,6 +229,13 @@ class TrainConfig:
     stream: bool = False
     """read activations from the model while training, pass after pass in order, and write no shards: memory and disk
     stay the same however many tokens there are"""
+
+    def __post_init__(self) -> None:
+        schema.check(self, SaeError)
+        site_of(self.hook)
+        _check_text(self.corpus)
+        _check_options(self)
+        _check_sizes(self)
 
     @property
     def steps(self) -> int:
@@ -150,35 +255,29 @@ class TrainConfig:
         return HarvestConfig(folder, (self.hook,), self.tokens, self.corpus, "train", self.model, **shard)
 
 
-def read_config(path: str | Path) -> TrainConfig:
-    """A ``config.yaml``; SaeError names unknown keys and what is missing."""
-    path = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise SaeError(f"There is no file {path}. Give the config.yaml of a folder in data/saes.")
-    values = yaml.safe_load(path.read_text())
-    allowed = [f.name for f in fields(TrainConfig)]
-    if unknown := sorted(set(values) - set(allowed)):
-        raise SaeError(f"{path} has unknown keys {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
-    try:
-        config = TrainConfig(**values | {"growth": tuple(values.get("growth", ()))})
-    except TypeError as error:
-        raise SaeError(f"{path} is incomplete: {error}.") from error
-    if config.architecture not in ARCHITECTURES:
-        raise SaeError(f"There is no architecture {config.architecture!r}. Allowed: {', '.join(ARCHITECTURES)}.")
-    check_training(config)
-    return config
+def _check_options(config: TrainConfig) -> None:
+    """What sae_lens would take without a word, or not notice before the first step."""
+    where = f"options of the architecture {config.architecture!r}"
+    given: Any = schema.build(OPTIONS[config.architecture], config.options, where, SaeError)
+    if (k := getattr(given, "k", 1)) > config.d_sae:
+        raise SaeError(
+            f"k is {k} in options, of {config.d_sae:,} features (d_sae). Allowed: at most as many as there are; give k "
+            "(the default is 100)."
+        )
+    widths = getattr(given, "matryoshka_widths", None)
+    if widths is not None and (list(widths) != sorted(set(widths)) or not widths or widths[-1] != config.d_sae):
+        raise SaeError(
+            f"matryoshka_widths is {list(widths)} in options. Allowed: whole numbers, each larger than the one before, "
+            f"the last one d_sae, such as {[max(1, config.d_sae // 4), config.d_sae]}."
+        )
+    if config.unit_rows and config.architecture != "topk":
+        raise SaeError(f"unit_rows is true for the architecture {config.architecture!r}. Allowed with topk only.")
 
 
-def check_training(config: TrainConfig) -> None:
-    """SaeError for a run that could not begin or would never end; it names the field, what is allowed, and the fix."""
+def _check_sizes(config: TrainConfig) -> None:
+    """What must fit into each other: batch, block, samples, shards."""
     where = f"the configuration {config.name!r}"
-    whole = ("d_sae", "samples", "tokens", "context", "rows_per_shard", "shards_mixed", "batch", "warmup")
-    _check_positive({k: getattr(config, k) for k in (*whole, "reseed_every", "checkpoint_every")}, where)
-    for name, low, high in (("lr", 0.0, 1.0), ("decay", 0.0, 1.0)):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-            raise SaeError(f"{name} is {value!r} in {where}. Allowed: a number above {low:g}, at most {high:g}.")
-    site_of(config.hook)
+    _check_shards("tokens", config.tokens, config.context * config.rows_per_shard)
     block = config.shards_mixed * config.rows_per_shard * (config.context - 1)
     if config.batch > block:
         raise SaeError(
@@ -187,10 +286,27 @@ def check_training(config: TrainConfig) -> None:
         )
     if config.batch > config.samples:
         raise SaeError(f"samples is {config.samples:,} in {where}. Allowed: at least one batch ({config.batch:,}).")
-    world = distributed.world()
-    if config.batch % world:
-        raise SaeError(f"batch is {config.batch:,} in {where}. Allowed with {world} ranks: a multiple of {world}.")
-    if large := [size for size in config.growth if not 1 <= size <= config.n_shards]:
+    if large := [size for size in config.growth if size > config.n_shards]:
         raise SaeError(f"growth has {large} in {where}. Allowed: 1 to {config.n_shards}, the shards of `tokens`.")
     if config.stream and config.growth:
         raise SaeError(f"growth is {list(config.growth)} in {where}. With stream, leave it out: no shards are written.")
+
+
+EXAMPLE = "the config.yaml of a folder in data/saes, or one like it"
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A ``config.yaml``, or that of a folder; SaeError names the field, its value, what is allowed, and the fix."""
+    path = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise SaeError(f"There is no file {path}. Give the config.yaml of a folder in data/saes.")
+    return schema.build(TrainConfig, schema.read_mapping(path, SaeError, EXAMPLE), str(path), SaeError)
+
+
+def check_training(config: TrainConfig) -> None:
+    """SaeError for a batch that the ranks of this run can't divide."""
+    if config.batch % (world := distributed.world()):
+        raise SaeError(
+            f"batch is {config.batch:,} in the configuration {config.name!r}. Allowed with {world} ranks: a multiple "
+            f"of {world}."
+        )

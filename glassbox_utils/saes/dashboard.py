@@ -4,10 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import pages
+from glassbox_utils.core import assets, files, pages
 from glassbox_utils.core.models import Model
 from glassbox_utils.saes import labels
-from glassbox_utils.saes.features import Example, Scan, examples, firing, logit_effect, neighbours
+from glassbox_utils.saes.features import (
+    Example,
+    FeatureError,
+    Scan,
+    check_feature,
+    examples,
+    firing,
+    logit_effect,
+    neighbours,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -18,7 +27,14 @@ def example_html(example: Example, maximum: float) -> str:
 
 
 def dashboard(model: Model, sae: Any, scanned: Scan, feature: int) -> str:
-    """One feature as a self-contained page: density, label, effects on logits, neighbours, examples by quantile."""
+    """One feature as a self-contained page: density, label, effects on logits, neighbours, examples by quantile.
+
+    FeatureError for a feature that is none, or a scan with another SAE.
+    """
+    if scanned.d_sae != sae.cfg.d_sae:
+        raise FeatureError(
+            f"The scan is of {scanned.d_sae} features, this SAE has {sae.cfg.d_sae}. Scan with it first."
+        )
     positions, values = firing(scanned, feature)
     kinds = {"Strongest": False, "From strongest to weakest": True} if len(positions) else {}
     return pages.render(
@@ -36,9 +52,14 @@ def dashboard(model: Model, sae: Any, scanned: Scan, feature: int) -> str:
 
 
 def write_dashboards(model: Model, sae: Any, scanned: Scan, features: Sequence[int], folder: Path) -> list[Path]:
-    """A page for each feature; returns the files."""
+    """A page for each feature; returns the files. Whatever is wrong is said before the first is written."""
+    for feature in features:
+        check_feature(scanned, feature)
+    folder = files.check_output(folder, "folder", folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"feature-{feature}.html" for feature in features]
     for path, feature in zip(paths, features, strict=True):
-        path.write_text(dashboard(model, sae, scanned, feature), encoding="utf-8")
+        page = dashboard(model, sae, scanned, feature)
+        with assets.atomic_path(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     return paths

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import assets, corpora
-from glassbox_utils.core.devices import beside, result
+from glassbox_utils.core import assets, corpora, schema
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.saes import features
+from glassbox_utils.saes import reading
+from glassbox_utils.saes.config import SaeError
 from glassbox_utils.saes.harvest import OUTLIER, activations
 from glassbox_utils.saes.store import load_sae
 
 
 @torch.inference_mode()
 def text_scores(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 16) -> Float[Tensor, "text d_sae"]:
-    """Strongest activation of every feature in each text (first token and outliers left out)."""
-    site, scores = features.site_of_sae(sae), []
+    """Strongest activation of every feature in each text (first token and outliers left out).
+
+    SaeError for an SAE of another model, and for what is no list of texts.
+    """
+    site, texts, scores = reading.check_fits(model, sae), reading.check_texts(texts), []
+    median = reading.median_norm(model, sae)
+    reading.check_count("batch_size", batch_size)
     for start in range(0, len(texts), batch_size):
-        batch = tokenize(model, list(texts[start : start + batch_size]))
+        batch = tokenize(model, texts[start : start + batch_size])
         x = activations(model, batch.input_ids, [site], batch.attention_mask)[site].float()
-        keep = not_first(batch) & (x.norm(dim=-1) <= OUTLIER * sae.cfg.metadata.median_norm)
-        scores.append(result((beside(sae, x).encode(x) * keep[..., None]).amax(1)))
+        keep = not_first(batch) & (x.norm(dim=-1) <= OUTLIER * median)
+        scores.append(result((reading.encode(sae, x) * keep[..., None]).amax(1)))
     return torch.cat(scores)
 
 
@@ -47,7 +54,12 @@ class Hit:
 def separates(
     here: Float[Tensor, "text d_sae"], there: Float[Tensor, "other d_sae"], n: int = 10, chunk: int = 512
 ) -> list[Hit]:
-    """Features that fire in ``here`` and not ``there`` (from ``text_scores``), the best separation first."""
+    """Features that fire in ``here`` and not ``there`` (from ``text_scores``), the best separation first.
+
+    SaeError for scores of no text, of another number of features, or that are no finite numbers.
+    """
+    _check_scores(here, there)
+    reading.check_count("n", n), reading.check_count("chunk", chunk)
     parts = []
     for start in range(0, here.shape[1], chunk):
         a, b = here[:, None, start : start + chunk], there[None, :, start : start + chunk]
@@ -58,8 +70,20 @@ def separates(
     return [Hit(f, float(auc[f]), float(here[:, f].mean()), float(there[:, f].mean())) for f in order]
 
 
+def _check_scores(*sets: Tensor) -> None:
+    """SaeError unless each is a table of finite numbers [text, d_sae] with a text in it, all of one width."""
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else schema.shown(x) for x in sets]
+    fit = all(isinstance(x, Tensor) and x.ndim == 2 and x.numel() and x.isfinite().all() for x in sets)
+    if not fit or len({x.shape[1] for x in sets}) > 1:
+        raise SaeError(
+            f"Scores of the shapes {' and '.join(map(str, shapes))} can't be compared. Allowed: what text_scores gives "
+            "for at least one text each, with one SAE; finite numbers only."
+        )
+
+
 def search(model: Model, sae: Any, here: Sequence[str], there: Sequence[str], n: int = 10) -> list[Hit]:
-    """Which features fire in these texts and not in those?"""
+    """Which features fire in these texts and not in those? SaeError for an empty list."""
+    reading.check_texts(here, "here"), reading.check_texts(there, "there")
     return separates(text_scores(model, sae, here), text_scores(model, sae, there), n)
 
 
@@ -81,6 +105,7 @@ def choose_detector(
     positive: Float[Tensor, "text d_sae"], negative: Float[Tensor, "other d_sae"]
 ) -> tuple[int, float, float]:
     """The (feature, threshold, F1) with the best F1 on two sets of texts: the fitting half of a detection test."""
+    _check_scores(positive, negative)
     scores = torch.cat([positive, negative])
     truth = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
     order = scores.argsort(0, descending=True)
@@ -99,7 +124,13 @@ def choose_detector(
 def detect(
     model: Model, sae: Any, feature: int, threshold: float, positive: Sequence[str], negative: Sequence[str]
 ) -> Detection:
-    """Precision and recall of one feature at a fixed threshold on new texts; lists its errors."""
+    """Precision and recall of one feature at a fixed threshold on new texts; lists its errors.
+
+    SaeError for a feature or a threshold that is none, or an empty list of texts.
+    """
+    reading.check_index(feature, sae.cfg.d_sae, SaeError)
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
+        raise SaeError(f"The threshold is {schema.shown(threshold)}. Allowed: a finite number.")
     yes = text_scores(model, sae, positive)[:, feature] > threshold
     no = text_scores(model, sae, negative)[:, feature] > threshold
     called = int(yes.sum() + no.sum())
@@ -144,12 +175,12 @@ def add_golden_gate(model: Model, folder: str | Path) -> Detection:
     """Test a saved SAE for a Golden Gate Bridge feature and write the result into its card."""
     path = Path(folder) / "card.json"
     found = golden_gate(model, load_sae(folder, model))
-    card = json.loads(path.read_text())
+    card = json.loads(path.read_text(encoding="utf-8"))
     card["golden_gate"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(found).items()}
     # The sentences belong to their sources: the card keeps numbers only.
     card["golden_gate"] |= {"false_alarms": len(found.false_alarms), "missed": len(found.missed)}
     with assets.atomic_path(path) as partial:
-        partial.write_text(json.dumps(card, indent=1) + "\n")
+        partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     readme = Path(folder) / "README.md"
     line = (
         f"Golden Gate Bridge: feature {found.feature} at a threshold of {found.threshold:.2f} (both fixed on "
@@ -157,6 +188,6 @@ def add_golden_gate(model: Model, folder: str | Path) -> Detection:
         f"{found.n_positive} real sentences that name the bridge and {found.n_negative} about other bridges, gates and "
         "golden things, none of them trained on."
     )
-    text = readme.read_text().split("\nGolden Gate Bridge:")[0].rstrip("\n")
-    readme.write_text(f"{text}\n\n{line}\n")
+    text = readme.read_text(encoding="utf-8").split("\nGolden Gate Bridge:")[0].rstrip("\n")
+    readme.write_text(f"{text}\n\n{line}\n", encoding="utf-8")
     return found

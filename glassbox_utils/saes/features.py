@@ -7,21 +7,23 @@ detection score from the other half.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from glassbox_utils.core import schema
 from glassbox_utils.core.corpora import Document, Rows
-from glassbox_utils.core.devices import beside, result
+from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import Model, Site, check_site
+from glassbox_utils.core.models import Model, Site, check_site, find_part
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import str_tokens
-from glassbox_utils.saes.config import site_of
+from glassbox_utils.saes import reading
 from glassbox_utils.saes.harvest import activations, ordinary
+from glassbox_utils.saes.reading import site_of_sae as site_of_sae
 
 
 class FeatureError(GlassboxError, ValueError):
@@ -53,15 +55,16 @@ class Scan:
         return self.starts.diff() / int(self.usual.sum())
 
 
-def site_of_sae(sae: Any) -> Site:
-    """Where an SAE reads, from its metadata."""
-    return site_of(sae.cfg.metadata.hook_name)
-
-
 @torch.inference_mode()
 def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows_per_batch: int = 8) -> Scan:
-    """Run model and SAE over packed rows (``corpora.token_rows``) and keep every activation above zero."""
-    site, median = site_of_sae(sae), sae.cfg.metadata.median_norm
+    """Run model and SAE over packed rows (``corpora.token_rows``) and keep every activation above zero.
+
+    SaeError for an SAE of another model, and for no rows.
+    """
+    site = reading.check_fits(model, sae)
+    _check_rows(rows, documents)
+    reading.check_count("rows_per_batch", rows_per_batch)
+    median = reading.median_norm(model, sae)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     usual = torch.zeros_like(rows.tokens, dtype=torch.bool)
     width = rows.tokens.shape[1]
@@ -69,7 +72,7 @@ def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows
         x = activations(model, rows.tokens[start : start + rows_per_batch].long(), [site])[site].float()
         keep = ordinary(x, median)
         usual[start : start + rows_per_batch] = result(keep)
-        code = beside(sae, x).encode(x[keep])
+        code = reading.encode(sae, x[keep])
         where = keep.flatten().nonzero()[:, 0] + start * width
         token, feature = code.nonzero(as_tuple=True)
         found.append((result(feature), result(where[token]), result(code[token, feature])))
@@ -86,6 +89,9 @@ def scan_neurons(model: Model, layer: int, rows: Rows, documents: Sequence[Docum
 
     ``usual``: the positions to keep, as in a scan of the same rows.
     """
+    _check_rows(rows, documents)
+    if usual.shape != rows.tokens.shape:
+        raise FeatureError(f"usual has shape {tuple(usual.shape)}, the rows {tuple(rows.tokens.shape)}. Give a scan's.")
     module = model.sites[check_site(model, Site("mlp_out", layer))][0]
     store: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: store.append(result(args[0].float().relu())))
@@ -101,10 +107,19 @@ def scan_neurons(model: Model, layer: int, rows: Rows, documents: Sequence[Docum
     return Scan(rows, documents, features, positions, values[positions, features], starts, usual)
 
 
+def _check_rows(rows: Rows, documents: Sequence[Document]) -> None:
+    if not isinstance(rows, Rows) or rows.tokens.ndim != 2 or not rows.tokens.numel():
+        raise FeatureError(f"The rows are {schema.shown(rows)}. Give what corpora.token_rows returns.")
+    if int(rows.documents.max()) >= len(documents):
+        raise FeatureError(
+            f"The rows come from {int(rows.documents.max()) + 1} documents, {len(documents)} were given. Give those "
+            "that the rows were made of."
+        )
+
+
 def check_feature(scanned: Scan, feature: int) -> int:
-    if not 0 <= feature < scanned.d_sae:
-        raise FeatureError(f"There is no feature {feature!r}. Allowed: 0 to {scanned.d_sae - 1}.")
-    return feature
+    """The feature's number; FeatureError for one that is none, negative ones and booleans included."""
+    return reading.check_index(feature, scanned.d_sae, FeatureError)
 
 
 def firing(scanned: Scan, feature: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
@@ -146,6 +161,7 @@ def examples(
     ``spread``: from the strongest activation down to the weakest in even steps, because the strongest alone make any
     feature look cleaner than it is; False: the strongest only. Raises FeatureError for a silent feature.
     """
+    reading.check_count("n", n, FeatureError), reading.check_count("context", context, FeatureError, 0)
     positions, values = firing(scanned, feature)
     if not len(positions):
         raise FeatureError(f"Feature {feature} never fires on these {int(scanned.usual.sum()):,} tokens.")
@@ -186,11 +202,21 @@ class LogitEffect:
 
 
 def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffect:
-    """Decoder row through final-norm weights and unembedding: direct effects only, later layers ignored."""
+    """Decoder row through final-norm weights and unembedding: direct effects only, later layers ignored.
+
+    A row of ``z`` goes through the heads' output projection first. SaeError for an SAE of another model, FeatureError
+    for a feature or a number of tokens that is none.
+    """
+    site = reading.check_fits(model, sae)
+    reading.check_index(feature, sae.cfg.d_sae, FeatureError), reading.check_count("n", n, FeatureError)
     unembedding = model.hf.get_output_embeddings().weight.detach()
     direction = beside(sae.W_dec[feature].detach().float(), unembedding)
-    names = ("norm", "ln_f", "final_layer_norm")
-    [norm] = [module for name, module in model.hf.base_model.named_children() if name in names]
+    if site.kind == "z":
+        project = cast(Any, model.sites[site][0])
+        with torch.no_grad():
+            one = like(direction, unembedding)[None, None]
+            direction = (project(one) - project(torch.zeros_like(one)))[0, 0].float()
+    norm: Any = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
     weight = norm.weight.detach().float()
     direction = direction * (weight + 1 if "gemma" in model.config.model_type else weight)  # gemma keeps weight - 1
     logits = result(unembedding.float() @ direction)
@@ -199,11 +225,13 @@ def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffe
     def listed(indices: Tensor) -> list[tuple[str, float]]:
         return [(model.tokenizer.decode([int(i)]), float(logits[i])) for i in indices]
 
+    n = min(n, len(logits))
     return LogitEffect(listed(logits.topk(n).indices), listed((-logits).topk(n).indices))
 
 
 def neighbours(sae: Any, feature: int, n: int = 5) -> list[tuple[int, float]]:
-    """Features with the most similar decoder rows, with their cosines."""
+    """Features with the most similar decoder rows, with their cosines. FeatureError for one that is none."""
+    reading.check_index(feature, len(sae.W_dec), FeatureError), reading.check_count("n", n, FeatureError)
     rows = F.normalize(sae.W_dec.detach().float(), dim=-1)
     cosines = rows @ rows[feature]
     cosines[feature] = -1

@@ -10,7 +10,9 @@ explained variance is reported with them as well.
 import copy
 import itertools
 import json
+import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -19,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glassbox_utils.core import assets, corpora, distributed
+from glassbox_utils.core import assets, corpora, distributed, files, schema
 from glassbox_utils.core.corpora import Document
 from glassbox_utils.core.fast_forward import fast_dtype, quick
 from glassbox_utils.core.interventions import edits
@@ -31,7 +33,8 @@ from glassbox_utils.core.models import Model, Site, check_site, load_model, wrap
 from glassbox_utils.core.packing import START, Place, Rows, encode, joined, place_after, regrouped, row_width
 from glassbox_utils.core.pipeline import ahead, download, in_order, lanes, memory, upload
 from glassbox_utils.core.session import progress
-from glassbox_utils.saes.config import HarvestConfig, SaeError, TrainConfig, check_harvest, site_of
+from glassbox_utils.core.text import Batch
+from glassbox_utils.saes.config import HarvestConfig, SaeError, TrainConfig, check_harvest, site_of, width_of
 
 OUTLIER = 3.0
 """times the median norm: residual norms of ordinary tokens stay within a factor of two"""
@@ -63,7 +66,10 @@ def tapped(model: Model, sites: Sequence[Site]) -> Iterator[Callable[..., dict[S
     Hooks stay in place inside the block, and several threads may call the function at once.
     """
     checked = [check_site(model, site) for site in sites]
-    last = model.sites[max(checked, key=lambda s: (s.layer, s.kind == "resid_post"))][0]
+    if not checked:
+        raise SaeError("There is no site to read. Give at least one, such as Site('resid_post', 1).")
+    deepest = {site for site in checked if site.layer == max(s.layer for s in checked)}
+    last = model.sites[deepest.pop() if len(deepest) == 1 else Site("resid_post", deepest.pop().layer)][0]
     mine = threading.local()
 
     def reader(site: Site) -> Callable[[Tensor], Tensor]:
@@ -80,8 +86,10 @@ def tapped(model: Model, sites: Sequence[Site]) -> Iterator[Callable[..., dict[S
     def run(tokens: Tensor, mask: Tensor | None = None) -> dict[Site, Tensor]:
         mine.store = {}
         try:
-            ids = upload(tokens, model.device)
-            model.hf(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            batch = {"input_ids": upload(tokens, model.device)}
+            if mask is not None:  # positions count from each row's first real token
+                batch = Batch(batch["input_ids"], mask).inputs
+            model.hf(**batch, use_cache=False, logits_to_keep=1)
         except _Stop:
             pass
         found, mine.store = mine.store, {}
@@ -120,8 +128,10 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
     torchrun too, where ranks take shards by number). Asking for more tokens later extends the folder. Text is packed
     ahead of the model and shards are written behind it. How many rows share a forward pass is decided by the device
     and leaves activations the same up to the order of sums (a relative error of 0.01 in bfloat16, 1e-5 in float32).
-    Raises SaeError if the folder was made with another model, corpus, hook or packing, or if the corpus is too small.
+    A shard that is damaged (cut short) is made again. Raises SaeError if the folder was made with another model,
+    corpus, hook or packing, or if the corpus is too small, and AssetError for a folder that can't be written.
     """
+    files.check_output(config.folder, "The folder of the shards", folder=True)
     model = model or load_model(config.model)
     check_harvest(config, model)
     documents = corpora.open_corpus(config.corpus, config.split)
@@ -144,6 +154,7 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
     with assets.explain_os_errors(folder), lock:
         if distributed.is_main():
             _agree(folder, manifest, model.device)
+            _discard_damaged(config, model)
         distributed.barrier()
         small = quick(model, getattr(torch, _agree(folder, manifest, model.device)))
         finished = set(shards(folder))
@@ -367,13 +378,15 @@ def _agree(folder: Path, manifest: dict[str, Any], device: torch.device) -> str:
     if not path.exists():
         compute = compute_type(device)
         with assets.atomic_path(path) as partly:
-            partly.write_text(json.dumps(manifest | {"compute": compute}, indent=1))
+            partly.write_text(json.dumps(manifest | {"compute": compute}, indent=1), encoding="utf-8")
         return compute
-    old = json.loads(path.read_text())
+    old = schema.read_mapping(path, SaeError, "another folder, or delete this one, and it is made again")
     different = [f"{k} is {old.get(k)!r}, asked for {v!r}" for k, v in manifest.items() if old.get(k) != v]
     if different:
         raise SaeError(f"{folder} holds another harvest: {'; '.join(different)}. Choose another folder or delete it.")
-    return old.get("compute", "bfloat16")
+    if (compute := old.get("compute", "bfloat16")) not in ("float32", "bfloat16", "float16"):
+        raise SaeError(f"compute is {schema.shown(compute)} in {path}. Delete the folder, and it is made again.")
+    return compute
 
 
 def compute_type(device: torch.device) -> str:
@@ -390,6 +403,26 @@ def shards(folder: Path) -> list[Path]:
     return sorted(Path(folder).glob("shard-*.safetensors"))
 
 
+def _discard_damaged(config: HarvestConfig, model: Model) -> None:
+    """Remove shards that are cut short or hold something else: they count as missing."""
+    expected = {"tokens": [config.rows_per_shard, config.context], "documents": [config.rows_per_shard, config.context]}
+    for hook in config.hooks:
+        expected[hook] = [*expected["tokens"], width_of(model, site_of(hook))]
+    for path in shards(config.folder):
+        if _shapes(path) != expected:
+            warnings.warn(f"{path} is damaged (cut short, or of other shapes). It is made again.", stacklevel=3)
+            path.unlink()
+
+
+def _shapes(path: Path) -> dict[str, list[int]] | None:
+    """Name -> shape of a shard's tensors, from its head; None if the file is not as long as that says."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+
+
 class Shard(NamedTuple):
     """One shard: activations, and which token of which document each belongs to."""
 
@@ -398,12 +431,18 @@ class Shard(NamedTuple):
 
 
 def read_shard(path: Path, hook: str) -> Shard:
-    """Read one shard; SaeError lists the hooks that it holds."""
-    with safe_open(path, "pt") as file:
-        if hook not in file.keys():  # noqa: SIM118 (not a dict)
-            held = sorted(set(file.keys()) - {"tokens", "documents"})
-            raise SaeError(f"{path} has no hook {hook!r}. It holds {', '.join(held)}.")
-        return Shard(file.get_tensor(hook), Rows(file.get_tensor("tokens"), file.get_tensor("documents")))
+    """Read one shard; SaeError for one that is damaged, and for a hook that it does not hold."""
+    try:
+        with safe_open(path, "pt") as file:
+            if hook not in file.keys():  # noqa: SIM118 (not a dict)
+                held = sorted(set(file.keys()) - {"tokens", "documents"})
+                raise SaeError(f"{path} has no hook {hook!r}. It holds {', '.join(held)}.")
+            return Shard(file.get_tensor(hook), Rows(file.get_tensor("tokens"), file.get_tensor("documents")))
+    except (SafetensorError, OSError) as error:
+        raise SaeError(
+            f"{path} is damaged ({error}). `glassbox harvest CONFIG` makes it again: a shard that is cut short counts "
+            "as missing."
+        ) from error
 
 
 def first_shard(config: TrainConfig, model: Model) -> Float[Tensor, "row pos d_model"]:
@@ -431,7 +470,12 @@ def ordinary(x: Float[Tensor, "row pos d_model"], median_norm: float) -> Float[T
 
 
 def measure_scaling(x: Float[Tensor, "row pos d_model"]) -> Scaling:
-    """Median norm, scale and mean of the ordinary positions of some rows."""
-    median = float(x[:, 1:].float().norm(dim=-1).median())
+    """Median norm, scale and mean of the ordinary positions of some rows; SaeError for what is no activation."""
+    median = float(x[:, 1:].float().norm(dim=-1).median()) if x.shape[1] > 1 and len(x) else math.nan
     kept = x[ordinary(x, median)].float()
+    if not 0 < median < math.inf or not len(kept):
+        raise SaeError(
+            f"The activations have norms with the median {median}: they are all zero, or no numbers. Harvest again "
+            "with a model that computes in float32, or from another hook."
+        )
     return Scaling(median, kept.shape[-1] ** 0.5 / float(kept.norm(dim=-1).mean()), kept.mean(0))

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
 from glassbox_utils.core.devices import beside, like, result
-from glassbox_utils.core.interventions import capture
-from glassbox_utils.core.models import Model, Site
+from glassbox_utils.core.interventions import capture, edit
+from glassbox_utils.core.models import Model, Site, check_site
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import Batch, tokenize
-from glassbox_utils.saes import clamping, features
+from glassbox_utils.saes import clamping, features, reading
+from glassbox_utils.saes.config import hook_of
 
 QUIET = 0.05
 """a feature that is learned fires at most at this share of the positions of the plain answers that it learns from"""
@@ -27,33 +28,46 @@ CANDIDATES = 256
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """A batch of chats whose answers are the wanted ones, and the residual stream of the unclamped model in it."""
+    """A batch of chats whose answers are the wanted ones, and what the unclamped model has at a site in it."""
 
     batch: Batch
     answer: Bool[Tensor, "row pos"]
-    resid: Float[Tensor, "row pos d_model"]
+    resid: Float[Tensor, "row pos width"]
+    site: Site
 
 
 @torch.no_grad()
 def lessons(
-    model: Model, layer: int, chats: Sequence[str], answers: Sequence[str], batch_size: int = 8, seed: int = 0
+    model: Model, where: int | Site, chats: Sequence[str], answers: Sequence[str], batch_size: int = 8, seed: int = 0
 ) -> list[Lesson]:
-    """Chats with their answers, in batches drawn by ``seed``, read once up to ``layer``: below it nothing changes."""
+    """Chats with their answers, in batches drawn by ``seed``, read once up to ``where``: below it nothing changes.
+
+    ``where``: the site that an SAE reads (``features.site_of_sae``); a number is the residual stream after that layer.
+    ClampError for no chats, or another number of answers.
+    """
+    site = check_site(model, where if isinstance(where, Site) else Site("resid_post", where))
+    chats = reading.check_texts(chats, "chats", clamping.ClampError)
+    answers = reading.check_texts(answers, "answers", clamping.ClampError)
+    if len(chats) != len(answers):
+        raise clamping.ClampError(f"There are {len(chats)} chats and {len(answers)} answers. Give one for each.")
+    reading.check_count("batch_size", batch_size, clamping.ClampError)
     order = list(range(len(chats)))
     random.Random(seed).shuffle(order)
-    found, site = [], Site("resid_post", layer)
+    found = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = tokenize(model, [chats[i] + answers[i] for i in rows])
         before = torch.tensor([int(tokenize(model, chats[i]).attention_mask.sum()) for i in rows])
         answer = batch.attention_mask.cumsum(-1) > beside(before, batch.attention_mask)[:, None]
-        found.append(Lesson(batch, answer, capture(model, batch, [site])[site].float()))
+        found.append(Lesson(batch, answer, capture(model, batch, [site])[site].float(), site))
     return found
 
 
-def lesson_loss(model: Model, layer: int, lesson: Lesson, resid: Float[Tensor, "row pos d_model"]) -> Tensor:
-    """``taught_loss`` if the layers above ``layer`` read ``resid``."""
-    with resume(model, layer + 1, resid):
+def lesson_loss(model: Model, lesson: Lesson, resid: Float[Tensor, "row pos width"]) -> Tensor:
+    """``taught_loss`` if ``resid`` stands at the lesson's site; after a layer, only those above it are run."""
+    site = lesson.site
+    after = site.kind == "resid_post" and site.layer + 1 < model.n_layers
+    with resume(model, site.layer + 1, resid) if after else edit(model, site, lambda x: like(resid, x)):
         return taught_loss(model, lesson)
 
 
@@ -103,17 +117,22 @@ def learn_group(
     would raise the answers' log-probability most (gradient at zero) are held at values above zero, which gradient
     descent finds. On the way the smallest are dropped: 4 n are left after a quarter of the steps, 2 n after a third,
     n after half. Strength 1 holds each at the value that was learned. Returns the group, its control (features drawn
-    by ``seed`` from the other quiet ones, at the same values), and the loss of each step.
+    by ``seed`` from the other quiet ones, at the same values), and the loss of each step. ClampError for lessons of
+    another place than the SAE's, and for an SAE whose features are rarely quiet.
     """
     clamping.check_sae(model, sae)
-    code = beside(sae, model.device)
-    layer, decoder = features.site_of_sae(sae).layer, code.W_dec.detach().float()
-    usual = [x.resid.norm(dim=-1, keepdim=True) <= clamping.MASSIVE * sae.cfg.metadata.median_norm for x in given]
+    _check_lessons(given, features.site_of_sae(sae))
+    for what, value in (("n", n), ("steps", steps)):
+        reading.check_count(what, value, clamping.ClampError)
+    code = reading.tool(sae, model.device)
+    decoder = reading.rows(code).float()
+    massive = clamping.MASSIVE * reading.median_norm(model, sae)
+    usual = [(x.resid.norm(dim=-1, keepdim=True) <= massive) * reading.gain(code, x.resid) for x in given]
     effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
     for lesson, keep in zip(given, usual, strict=True):
         with torch.enable_grad():
             push = torch.zeros_like(lesson.resid, requires_grad=True)
-            (slope,) = torch.autograd.grad(lesson_loss(model, layer, lesson, lesson.resid + push), push)
+            (slope,) = torch.autograd.grad(lesson_loss(model, lesson, lesson.resid + push), push)
         real = lesson.batch.attention_mask.bool()
         with torch.no_grad():
             effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
@@ -134,7 +153,7 @@ def learn_group(
         def function(held: Tensor) -> Tensor:
             on = alive.nonzero().flatten()
             push = (held[on] - codes[i][..., on]) @ rows[on]
-            return lesson_loss(model, layer, given[i], given[i].resid + push * usual[i])
+            return lesson_loss(model, given[i], given[i].resid + push * usual[i])
 
         return function
 
@@ -157,14 +176,29 @@ def learn_group(
     return group, control, history
 
 
+def _check_lessons(given: Sequence[Lesson], site: Site) -> None:
+    if not given or not all(isinstance(lesson, Lesson) for lesson in given):
+        raise clamping.ClampError("There are no lessons. Give what learning.lessons returns.")
+    if others := {lesson.site for lesson in given} - {site}:
+        raise clamping.ClampError(
+            f"The lessons were read at {', '.join(map(hook_of, sorted(others)))}, asked for is {hook_of(site)}. Make "
+            f"them with learning.lessons(model, Site({site.kind!r}, {site.layer}), ...)."
+        )
+
+
 def learn_vector(
-    model: Model, layer: int, given: Sequence[Lesson], steps: int = 49, rate: float = 0.25
-) -> tuple[Float[Tensor, " d_model"], list[float]]:
-    """The vector that, added at every position, makes the model write the lessons' answers: no SAE in between."""
-    vector = beside(torch.zeros(model.d_model), model.device).requires_grad_()
+    model: Model, where: int | Site, given: Sequence[Lesson], steps: int = 49, rate: float = 0.25
+) -> tuple[Float[Tensor, " width"], list[float]]:
+    """The vector that, added at every position, makes the model write the lessons' answers: no SAE in between.
+
+    ``where`` as in ``lessons``; ClampError for lessons of another place.
+    """
+    _check_lessons(given, check_site(model, where if isinstance(where, Site) else Site("resid_post", where)))
+    reading.check_count("steps", steps, clamping.ClampError)
+    vector = beside(torch.zeros(given[0].resid.shape[-1]), model.device).requires_grad_()
 
     def loss_at(i: int) -> Callable[[Tensor], Tensor]:
-        return lambda push: lesson_loss(model, layer, given[i], given[i].resid + push)
+        return lambda push: lesson_loss(model, given[i], given[i].resid + push)
 
     history = _descend(vector, [loss_at(step % len(given)) for step in range(steps)], rate, lambda step: None)
     return result(vector), history

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import assets, corpora
+from glassbox_utils.core import assets, corpora, schema
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
-from glassbox_utils.core.models import Model, Site, load_model
-from glassbox_utils.saes.config import SAES, SaeError, TrainConfig, read_config, site_of
+from glassbox_utils.core.models import Model, Site, check_site, load_model
+from glassbox_utils.saes import reading
+from glassbox_utils.saes.config import SaeError, TrainConfig, hook_of, read_config, site_of, width_of
 from glassbox_utils.saes.harvest import (
     OUTLIER,
     activations,
@@ -26,7 +29,7 @@ from glassbox_utils.saes.harvest import (
     ordinary,
     stream_activations,
 )
-from glassbox_utils.saes.store import load_sae, read_checkpoint
+from glassbox_utils.saes.store import folder_of, load_sae, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,19 @@ def evaluate_sae(
 
     Reconstruction is measured on all rows; cross-entropy on the first ``ce_rows``, with the reconstruction, the
     mean or zero put in place of the activation at every ordinary position (see the module's exclusions) and the
-    other positions left as they are. ``mean`` is the mean of training activations.
+    other positions left as they are. ``mean`` is the mean of training activations. SaeError for another place than
+    the SAE's own, and for rows, a norm or a mean that do not fit.
     """
+    _check_measure(model, sae, tokens, site, median_norm, mean)
+    reading.check_count("ce_rows", ce_rows)
     kept, l0, fired = 0, 0.0, torch.zeros(1)
     residual, total = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     norms = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(tokens), 8):
         x = activations(model, tokens[start : start + 8], [site])[site].float()
-        usual, average, code = ordinary(x, median_norm), beside(mean, x), beside(sae, x)
-        features = code.encode(x)
-        out = code.decode(features)
+        usual, average = ordinary(x, median_norm), beside(mean, x)
+        features = reading.encode(sae, x)
+        out = reading.decode(sae, features)
         wrong, spread = exact((out - x).square().sum(-1)), exact((x - average).square().sum(-1))
         here = result(usual)
         residual += torch.stack([wrong[here].sum(), wrong.sum()])
@@ -113,9 +119,21 @@ def evaluate_sae(
         dead=float((fired == 0).float().mean()),
         density=fired / kept,
         n_tokens=kept,
-        n_ce_tokens=ce_rows * (tokens.shape[1] - 1),
+        n_ce_tokens=min(ce_rows, len(tokens)) * (tokens.shape[1] - 1),
         **splices,
     )
+
+
+def _check_measure(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: float, mean: Tensor) -> None:
+    if hasattr(sae, "cfg") and (own := reading.check_fits(model, sae)) != check_site(model, site):
+        raise SaeError(f"This SAE reads {hook_of(own)}, it was to be measured at {hook_of(site)}. Give its own site.")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
+        raise SaeError(f"tokens is {schema.shown(tokens)}. Allowed: packed rows [row, pos] of at least 2 tokens.")
+    if isinstance(median_norm, bool) or not isinstance(median_norm, Real) or not 0 < median_norm < math.inf:
+        raise SaeError(f"median_norm is {schema.shown(median_norm)}. Allowed: a number above 0 (measure_scaling).")
+    if not isinstance(mean, Tensor) or mean.shape != (width_of(model, site),) or not mean.isfinite().all():
+        shape = tuple(mean.shape) if isinstance(mean, Tensor) else schema.shown(mean)
+        raise SaeError(f"mean is {shape}. Allowed: {width_of(model, site)} finite numbers, the mean of activations.")
 
 
 def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: float, mean: Tensor) -> dict[str, float]:
@@ -129,8 +147,7 @@ def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: fl
         return change
 
     def rebuilt(x: Tensor) -> Tensor:
-        code = beside(sae, x)
-        return code.decode(code.encode(x.float()))
+        return reading.decode(sae, reading.encode(sae, x.float()))
 
     edits: dict[str, Callable[[Tensor], Tensor]] = {
         "ce": lambda x: x,
@@ -189,7 +206,14 @@ class RandomTopK(NamedTuple):
 
 
 def baselines(x: Float[Tensor, "sample d_model"], k: int, d_sae: int, seed: int = 0) -> dict[str, Any]:
-    """What an SAE must beat, fitted on training activations: PCA of k components, k of d_sae random directions."""
+    """What an SAE must beat, fitted on training activations: PCA of k components, k of d_sae random directions.
+
+    SaeError for no activations, or a k that d_model or d_sae does not hold.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 2 or not len(x) or not x.isfinite().all():
+        raise SaeError(f"x is {schema.shown(x)}. Allowed: finite activations [sample, d_model] of at least one sample.")
+    if reading.check_count("k", k) > reading.check_count("d_sae", d_sae):
+        raise SaeError(f"k is {k}. Allowed: 1 to {d_sae} (d_sae).")
     mean = x.mean(0)
     centred = x - mean
     _, vectors = torch.linalg.eigh(centred.t() @ centred)
@@ -224,16 +248,17 @@ def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[s
     Needs neither the harvest nor the checkpoint: mean and baselines are fitted on the first ``rows`` rows of the
     training text (the card used a whole shard, so a difference of some thousandths is no news).
     """
-    load_sae(name_or_path)  # a wrong name fails here, with its message
-    folder = Path(name_or_path) if Path(name_or_path).exists() else SAES / str(name_or_path)
+    reading.check_count("rows", rows)
+    load_sae(name_or_path)  # a wrong name, or a damaged folder, fails here
+    folder = folder_of(name_or_path)
     config = read_config(folder)
+    card = schema.read_mapping(folder / "card.json", SaeError, "a folder that train-sae has written")
     model, site = load_model(config.model), site_of(config.hook)
     sae = load_sae(folder, model)
     packed = corpora.pack(model, corpora.load_corpus(config.corpus), config.context)
     x = torch.cat([a[site] for _, a in stream_activations(model, itertools.islice(packed, rows), [site])])
-    card = json.loads((folder / "card.json").read_text())["metrics"]
     reports, _ = _reports(model, sae, config, x)
-    return {kind: {k: (card[kind][k], v) for k, v in r.numbers.items()} for kind, r in reports.items()}
+    return {kind: {k: (card["metrics"][kind][k], v) for k, v in r.numbers.items()} for kind, r in reports.items()}
 
 
 def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> dict[str, Any]:
@@ -267,9 +292,9 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
     }
     with assets.atomic_path(Path(folder) / "card.json") as partial:
-        partial.write_text(json.dumps(card, indent=1) + "\n")
+        partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     with assets.atomic_path(Path(folder) / "README.md") as partial:
-        partial.write_text(_readme(card))
+        partial.write_text(_readme(card), encoding="utf-8")
     return card
 
 

@@ -1,32 +1,42 @@
-"""Save and load sparse autoencoders in sae_lens format, checked against the model that they belong to."""
+"""Save and load sparse autoencoders in sae_lens format, checked against the model that they belong to.
+
+A folder is whole or not there, whenever the writing process was killed; and what is loaded is what was saved: cfg.json
+holds the sha256 of the weights, beside sae_lens's own settings (which do not copy it when an SAE is saved anew).
+"""
 
 import copy
 import json
+import os
+import shutil
+import warnings
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, schema
 from glassbox_utils.core.devices import beside
-from glassbox_utils.core.identity import difference
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import first_token
 from glassbox_utils.saes.config import SAES, SaeError, TrainConfig
 from glassbox_utils.saes.harvest import OUTLIER, Scaling
+from glassbox_utils.saes.reading import check_fits, check_kind
+
+WEIGHTS, SETTINGS = "sae_weights.safetensors", "cfg.json"
 
 
 def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, model: Model) -> None:
     """Write the SAE in sae_lens format, float16, for activations in the model's own units.
 
-    The metadata hold what is needed to use it rightly: the hook, the model's hash, the context and the first token.
+    The metadata hold what is needed to use it rightly: the hook, the model's hash, the context and the first token; and
+    the hash of the weights. Other files of the folder stay. A kill at any moment leaves the folder as it was or as it
+    is meant. SaeError for weights that are no numbers in float16, AssetError for a folder that can't be written.
     """
-    folder = Path(folder)
     final = copy.deepcopy(sae)
     final.fold_activation_norm_scaling_factor(scaling.scale)
     final.W_enc.data = final.W_enc.data.contiguous()  # the file format knows no other layout
@@ -38,14 +48,25 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     final.cfg.metadata.median_norm = scaling.median_norm
     final.cfg.metadata.excluded = f"first token; residual norm above {OUTLIER} times the median"
     final.cfg.metadata.corpus = config.corpus
-    weights, settings = final.save_inference_model(folder)
-    with safe_open(weights, "pt") as file:
-        tensors = {name: file.get_tensor(name).half().contiguous() for name in file.keys()}  # noqa: SIM118
-    values = json.loads(Path(settings).read_text()) | {"dtype": "float16", "device": "cpu"}
-    with assets.atomic_path(Path(weights)) as partial:
-        save_file(tensors, partial)
-    with assets.atomic_path(Path(settings)) as partial:
-        partial.write_text(json.dumps(values, indent=1) + "\n")
+    folder, here = Path(folder).resolve(), Path.cwd()
+    with assets.explain_os_errors(folder), assets.atomic_path(folder) as new:
+        new.mkdir()
+        for path in folder.glob("*") if folder.is_dir() else ():
+            if path.name not in (WEIGHTS, SETTINGS):
+                shutil.copytree(path, new / path.name) if path.is_dir() else shutil.copy2(path, new / path.name)
+        weights, settings = map(Path, final.save_inference_model(new))
+        tensors = {name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}
+        if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise SaeError(
+                f"{', '.join(wrong)} of the SAE {config.name!r} hold values that float16 has not. Nothing was written. "
+                "The training diverged: lower lr, or raise warmup."
+            )
+        save_file(tensors, weights)
+        values = json.loads(settings.read_text(encoding="utf-8")) | {"dtype": "float16", "device": "cpu"}
+        values["weights_sha256"] = assets.sha256_of(weights)
+        settings.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if here.is_relative_to(folder):  # a process in the folder would be left in the old one
+        os.chdir(here)
 
 
 def shipped() -> list[str]:
@@ -53,32 +74,61 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SAES.glob("*/cfg.json"))
 
 
-def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
-    """A shipped SAE by name, or any folder in sae_lens format, in float32.
-
-    With a model given, raises SaeError if the SAE was trained on other weights (by hash) or another width.
-    """
-    path = Path(name_or_path) if Path(name_or_path).exists() else SAES / str(name_or_path)
-    if not (path / "cfg.json").exists():
+def folder_of(name_or_path: str | Path) -> Path:
+    """The folder of a shipped SAE, or the folder itself; SaeError lists near matches and all names."""
+    path = Path(name_or_path) if os.path.exists(Path(name_or_path) / SETTINGS) else SAES / str(name_or_path)
+    if not str(name_or_path) or not os.path.exists(path / SETTINGS):
         near = get_close_matches(str(name_or_path), shipped(), n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise SaeError(
-            f"There is no SAE {str(name_or_path)!r}.{hint} Shipped: {', '.join(shipped()) or 'none'}; or give a folder "
-            "that holds cfg.json and sae_weights.safetensors."
+            f"There is no SAE {schema.shown(str(name_or_path))}.{hint} Shipped: {', '.join(shipped()) or 'none'}; or "
+            f"give a folder that holds {SETTINGS} and {WEIGHTS}."
         )
+    return path
+
+
+def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
+    """A shipped SAE by name, or any folder in sae_lens format, in float32; one of z reads all heads side by side.
+
+    Raises SaeError for a damaged folder (its weights are not those whose hash it holds), for what is no SAE (a
+    transcoder), and with a model given if the SAE was trained on other weights (by hash), at another width or layer.
+    An SAE that does not say which weights it was trained on is loaded with a warning.
+    """
+    path = folder_of(name_or_path)
+    settings = schema.read_mapping(path / SETTINGS, SaeError, "the cfg.json of a folder in sae_lens format")
+    known = settings.get("weights_sha256")
+    again = "Restore the folder (git checkout, if it is a shipped one), or train it again: `glassbox train-sae CONFIG`."
+    if not (path / WEIGHTS).is_file():
+        raise SaeError(f"{path} has no {WEIGHTS}: it is no SAE, or incomplete. {again}")
+    if known is not None and assets.sha256_of(path / WEIGHTS) != known:
+        raise SaeError(f"{path / WEIGHTS} is damaged: its sha256 is not the one that {SETTINGS} holds. {again}")
+    sae = _loaded(path, again)
+    if getattr(sae, "hook_z_reshaping_mode", False):
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    check_kind(sae)
+    if model is not None:
+        check_fits(model, sae)
+        if sae.cfg.metadata.get("model_hash") is None:
+            warnings.warn(
+                f"The SAE {path.name} does not say which weights it was trained on (no model_hash in its metadata). "
+                f"Whether it belongs to {model.name} is for you to know: an SAE of another model gives numbers, too.",
+                stacklevel=2,
+            )
+    return sae
+
+
+def _loaded(path: Path, again: str) -> Any:
+    """sae_lens's own reading of a folder, with its errors in words."""
     from sae_lens import SAE
 
-    sae = SAE.load_from_disk(path, dtype="float32")
-    sae.eval()
-    trained_on = sae.cfg.metadata.get("model_hash")
-    if model is not None and (why := difference(trained_on, model.hash)):
-        raise SaeError(
-            f"The SAE {path.name} was trained on {sae.cfg.metadata.model_name} with hash {trained_on}, this model is "
-            f"{model.name} with {model.hash}: {why}. Load the model that the card names, or train an SAE for this one."
-        )
-    if model is not None and sae.cfg.d_in != model.d_model:
-        raise SaeError(f"The SAE {path.name} reads {sae.cfg.d_in} dimensions, {model.name} has {model.d_model}.")
-    return sae
+    try:
+        sae = SAE.load_from_disk(path, dtype="float32")
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SaeError(f"{path} can't be read as an SAE in sae_lens format ({reason}). {again}") from error
+    if wrong := [name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
+        raise SaeError(f"{', '.join(wrong)} of {path} hold values that are no finite numbers. {again}")
+    return sae.eval()
 
 
 # --- checkpoints --------------------------------------------------------------------------------------
@@ -118,13 +168,21 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in a folder, on the CPU; None if there is none."""
+    """The newest checkpoint in a folder, on the CPU; None if there is none, SaeError if it is damaged."""
     path = checkpoint_path(folder)
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        words = {name: json.loads(value) for name, value in file.metadata().items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            words = {name: json.loads(value) for name, value in file.metadata().items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        missing = {"config", "state"} - set(words) or {"mean", "rng", "silent"} - set(tensors)
+    except (SafetensorError, ValueError, AttributeError, OSError) as error:
+        raise SaeError(
+            f"{path} is damaged ({error}). Delete it, and the same command trains from the start."
+        ) from error
+    if missing:
+        raise SaeError(f"{path} is no checkpoint of ours: it has no {', '.join(sorted(missing))}. Delete it.")
     return Checkpoint(words["config"], tensors, words["state"])
 
 

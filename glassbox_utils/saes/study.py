@@ -91,7 +91,7 @@ def study_saes() -> Path:
     words = absorption.letter_words(model, site, median, rows, SEED)
     letters = {}
     for name in names:
-        card = json.loads((SAES / name / "card.json").read_text())
+        card = json.loads((SAES / name / "card.json").read_text(encoding="utf-8"))
         letters[name] = resumed("saes", ["letters", name, card, LETTER_ROWS], letters_of, name, words)
     key = [asdict(BUDGET), model.hash]
     shuffled = {

@@ -7,6 +7,7 @@ where the arithmetic is sparse, and without a step that waits for the device.
 import csv
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,13 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import assets, devices, distributed
+from glassbox_utils.core import assets, devices, distributed, files
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.packing import START, Place, Rows, place_after
-from glassbox_utils.core.pipeline import ahead, download, upload
+from glassbox_utils.core.pipeline import ahead, download, memory, upload
 from glassbox_utils.core.session import progress
-from glassbox_utils.saes.config import SaeError, TrainConfig, check_training, read_config
+from glassbox_utils.saes.config import SaeError, TrainConfig, check_training, read_config, site_of, width_of
 from glassbox_utils.saes.gradients import StepResult, library_gradients, topk_gradients
 from glassbox_utils.saes.harvest import (
     Scaling,
@@ -150,7 +151,8 @@ def _shared(
         owners, x = mine[0].documents, mine[1][config.hook]
     else:
         owners = torch.empty(config.rows_per_shard, config.context, dtype=torch.int64)
-        empty = torch.empty(config.rows_per_shard, config.context, model.d_model, dtype=torch.bfloat16)
+        width = width_of(model, site_of(config.hook))
+        empty = torch.empty(config.rows_per_shard, config.context, width, dtype=torch.bfloat16)
         x = beside(empty, model.device)
     distributed.broadcast([owners, x.view(torch.uint8)], number % distributed.world())
     return owners, x
@@ -160,15 +162,20 @@ def _wait(path: Path, patience: float = 1800) -> Path:
     """The path, as soon as the file is there; SaeError at once if no harvest is at work on it, or after a while."""
     start = time.monotonic()
     while not path.exists():
-        if not (_is_locked(path.with_name(".harvest.lock")) or path.exists()):
-            raise SaeError(
-                f"There is no {path}, and no harvest is running that would write it. Run `glassbox harvest CONFIG` "
-                "first or beside this one, and ask for no more tokens than the corpus has."
-            )
+        _check_coming(path)
         if time.monotonic() - start > patience:
             raise SaeError(f"{path} did not appear within {patience / 60:.0f} minutes. Is the harvest still running?")
         time.sleep(2)
     return path
+
+
+def _check_coming(path: Path) -> None:
+    """SaeError for a shard that is not there, and that no running harvest may yet write."""
+    if not (path.exists() or _is_locked(path.with_name(".harvest.lock")) or path.exists()):
+        raise SaeError(
+            f"There is no {path}, and no harvest is running that would write it. Run `glassbox harvest CONFIG` "
+            "first or beside this one, and ask for no more tokens than the corpus has."
+        )
 
 
 def _is_locked(path: Path) -> bool:
@@ -214,14 +221,18 @@ def train(
     the checkpoint's configuration. ``device``: the fastest one if None. ``model``: what a streaming run
     (``config.stream``) reads its activations from; loaded if None. ``stop_after``: steps after which to stop early,
     for tests. Under torchrun every rank takes its part of each batch and rank 0 writes.
+    SaeError for a run that diverges: nothing of it is kept.
     """
     check_training(config)
+    folder = files.check_output(folder, "The folder of the training", folder=True)
     place, saved = devices.choose(device), read_checkpoint(folder)
     if saved:
         _same_run(config, saved.config, Path(folder))
     state: dict[str, Any] = {"step": 0, "block": 0, "offset": 0, "seconds": 0.0, "history": [], "place": None}
     state |= saved.state if saved else {"compute": compute_type(place)}  # a continued run keeps the type it began with
     if not config.stream:
+        for path in (shard_path(config.harvest.folder, i) for i in range(config.n_shards)):
+            _check_coming(path)
         return _train(config, Path(folder), stop_after, place, state, saved, read_shards(config), {})
     model = model or model_of(config)
     start = Place(*state["place"]) if state["place"] else None
@@ -247,6 +258,7 @@ def _train(
         if config.stream:  # what was computed is used: the first block is handed out again
             read = _with_first(shards, read)
         del shards
+    _check_memory(config, len(scaling.mean), device)
     sae = beside(build_sae(config, scaling), device)
     fast, compute = config.architecture == "topk", getattr(torch, state["compute"])
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
@@ -288,6 +300,7 @@ def _train(
         if (step + 1) % 20 == 0 or step + 1 == end:
             error, l0 = _read_window(config, window)
             window.clear()
+            _check_finite(config, sae, step, error)
             row = {"step": step + 1, "samples": (step + 1) * config.batch}
             row |= {"explained_variance": 1 - error / state["variance"], "l0": l0}
             row |= {"dead": int((silent > SILENT).sum()), "lr": rate, "seconds": state["seconds"]}
@@ -297,6 +310,7 @@ def _train(
         )
         if (due or step + 1 == end) and distributed.is_main():
             begun = time.perf_counter()
+            _check_finite(config, sae, step, float(result.error))
             state["place"] = places.get(state["block"])
             write_checkpoint(folder, config, sae, optimizer, silent, state, scaling)
             _write_history(folder / "history.csv", state["history"])
@@ -306,11 +320,34 @@ def _train(
     return sae
 
 
+def _check_finite(config: TrainConfig, sae: Any, step: int, error: float) -> None:
+    """SaeError once a run has left the numbers: it never comes back, and a checkpoint of it would be of no use."""
+    if math.isfinite(error) and all(bool(p.isfinite().all()) for p in sae.parameters()):
+        return
+    raise SaeError(
+        f"The training {config.name!r} diverged: its error at step {step + 1} is {error:.3g}. Nothing of these steps "
+        f"was kept. Lower lr (it is {config.lr:g}), raise warmup (it is {config.warmup}), or lower the coefficients in "
+        "options; then train anew in another folder, or go on from the last checkpoint with another decay."
+    )
+
+
 def _measure(first: Float[Tensor, "row pos d_model"]) -> tuple[Scaling, float]:
     """Scaling of a run, and the variance of its scaled ordinary activations."""
     scaling = measure_scaling(first)
     variance = float((first[ordinary(first, scaling.median_norm)].float() - scaling.mean).square().sum(-1).mean())
+    if not 0 < variance < math.inf:
+        raise SaeError(f"The variance of the activations is {variance}: there is nothing to learn. Use another hook.")
     return scaling, variance * scaling.scale**2
+
+
+def _check_memory(config: TrainConfig, width: int, device: torch.device) -> None:
+    """SaeError for an SAE that this device can't hold, with its gradients and Adam's two memories."""
+    needed, there = 4 * 4 * 2 * width * config.d_sae, memory(device)
+    if needed > there:
+        raise SaeError(
+            f"d_sae is {config.d_sae:,}: training takes at least {needed / 1e9:,.0f} GB on {device}, which has "
+            f"{there / 1e9:,.0f}. Allowed here: at most {there // (32 * width):,}."
+        )
 
 
 def _with_first(shards: list[Tensor], read: Read) -> Read:
@@ -347,7 +384,7 @@ def _same_run(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
 def _learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, plateau, linear decay to zero."""
     left = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return config.lr * min(1.0, (step + 1) / config.warmup, left)
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
 
 
 def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> None:
@@ -372,7 +409,7 @@ def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> N
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
-    with assets.atomic_path(path) as partial, open(partial, "w", newline="") as file:
+    with assets.atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, history[0] if history else [])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
@@ -393,12 +430,14 @@ def train_from_config(path: str | Path, evaluate: bool = True) -> Path:
     ``path``: a config.yaml or its folder, into which the result goes. Shards and checkpoints stay in the cache, and
     every step continues where an earlier call was stopped. Under torchrun ranks share harvest and training.
     """
-    config, path = read_config(path), Path(path)
+    config, path = read_config(path), Path(path).resolve()
     folder = path if path.is_dir() else path.parent
+    work = assets.cache_dir() / "training" / config.name
+    for what, target in (("The folder of the SAE", folder), ("The folder of the training", work)):
+        files.check_output(target, what, folder=True)  # before hours of work
     model = model_of(config)
     if not config.stream:
         harvest(config.harvest, model)
-    work = assets.cache_dir() / "training" / config.name
     train(config, work, device=model.device, model=model)
     if distributed.is_main():
         export(config, work, folder, model)

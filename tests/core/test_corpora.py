@@ -75,8 +75,8 @@ def test_packing_loses_and_doubles_nothing(model):
 
 
 def test_too_little_text_is_said(model):
-    with pytest.raises(CorpusError, match="do not fill one row of 500"):
-        corpora.token_rows(model, [Document("short", "s", "l")], context=500)
+    with pytest.raises(CorpusError, match="do not fill one row of 200"):
+        corpora.token_rows(model, [Document("short", "s", "l")], context=200)
 
 
 def test_chat_form_needs_a_template(model):

@@ -141,7 +141,8 @@ def test_only_the_chosen_features_are_encoded_where_they_do_not_compete(llama, k
     code = sae.encode(x)[..., chosen]
     assert 0 < float((code > 0).float().mean()) < 1
     on, amount = torch.rand(4, 1, 3) > 0.3, torch.rand(4, 1, 3)
-    want = x + torch.where(on, clamping.changed(code, mode, amount), 0.0) @ sae.W_dec[chosen]
+    delta = torch.where(on, clamping.changed(code, mode, amount), 0.0) @ sae.W_dec[chosen]
+    want = x + delta * x.std(-1, keepdim=True)  # the SAE undoes its layer norm when it decodes
     monkeypatch.setattr(sae, "encode", None)  # all features at once
     after = clamping.apply(x, sae, chosen, mode, amount, on)
     torch.testing.assert_close(after, torch.where(on.any(-1, keepdim=True), want, x), atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from shards import HOOK, SITE, contents, die_in, fatal, harvest_config, train_config, two_ranks, written
 
 from glassbox_utils.core import corpora, fast_forward, packing
@@ -181,7 +182,7 @@ def test_a_document_longer_than_a_shard_is_taken_up_in_its_middle(model, tmp_pat
 
 def test_more_tokens_than_there_are_is_said_at_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr(saes_harvest, "tapped", lambda *_: pytest.fail("the model was run"))
-    for n_tokens in (10**7, 10**12):
+    for n_tokens in (10**6, 10**7):
         with pytest.raises(
             SaeError, match=r"tokens is [\d,]+, that.*'landmarks' \(train\) fills only \d+\. Allowed: at most"
         ):
@@ -191,16 +192,53 @@ def test_more_tokens_than_there_are_is_said_at_once(model, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_tokens": 0}, r"n_tokens is 0.*whole number from 1"),
-        ({"rows_per_shard": 2.5}, r"rows_per_shard is 2.5.*without quotes, dots"),
+        ({"n_tokens": 0}, r"n_tokens is 0\. Allowed: greater than or equal to 1"),
+        ({"n_tokens": 10**12}, r"n_tokens is 1,000,000,000,000, .*at most 100,000 shards"),
+        ({"rows_per_shard": 2.5}, r"rows_per_shard is 2.5\. Allowed: a whole number"),
+        ({"context": 1}, r"context is 1\. Allowed: greater than or equal to 2"),
         ({"context": 1000}, r"context is 1000\. Allowed with small: 2 to 256"),
         ({"hooks": ()}, r"hooks is empty"),
-        ({"hooks": ("blocks.1.hook_out",)}, r"no hook 'blocks.1.hook_out'"),
+        ({"hooks": ("blocks.1.hook_outt",)}, r"no hook 'blocks.1.hook_outt'"),
+        ({"corpus": "landmark"}, r"no corpus 'landmark'\. Did you mean 'landmarks'"),
+        ({"split": "test"}, r"split is 'test'\. Allowed: 'train', 'held' or 'golden_gate'"),
     ],
 )
 def test_a_harvest_that_cannot_be_done_is_refused(model, tmp_path, changes, message):
     with pytest.raises(SaeError, match=message):
         harvest(harvest_config(tmp_path / "acts", **changes), model)
+
+
+@pytest.mark.parametrize("hold", [0, 100, 3000, -1])
+def test_a_shard_that_was_cut_short_is_made_again(model, tmp_path, hold):
+    config = harvest_config(tmp_path / "acts")
+    whole = contents(harvest(config, model))
+    for index in (1, 2):
+        path = shard_path(config.folder, index)
+        path.write_bytes(path.read_bytes()[:hold])
+    with pytest.raises(SaeError, match=r"shard-00001.safetensors is damaged .*makes it again"):
+        read_shard(shard_path(config.folder, 1), HOOK)
+    with pytest.warns(UserWarning, match=r"shard-0000[12].safetensors is damaged.*made again"):
+        harvest(config, model)
+    assert contents(config.folder) == whole
+
+
+def test_a_shard_of_another_shape_is_made_again(model, tmp_path):
+    config = harvest_config(tmp_path / "acts")
+    whole = contents(harvest(config, model))
+    none = torch.zeros(8, 32).int()
+    save_file({HOOK: torch.zeros(8, 32, 7), "tokens": none, "documents": none.clone()}, shard_path(config.folder, 0))
+    with pytest.warns(UserWarning, match=r"of other shapes"):
+        harvest(config, model)
+    assert contents(config.folder) == whole
+
+
+@pytest.mark.parametrize("kinds", itertools.permutations(["attn_out", "mlp_out", "z"], 2))
+def test_several_sites_of_the_deepest_layer_are_all_read(model, kinds):
+    tokens = corpora.token_rows(model, corpora.load_corpus("landmarks"), 2, 32).tokens
+    sites = [Site(kind, 1) for kind in kinds]
+    got = activations(model, tokens, sites)
+    for site in sites:
+        assert torch.equal(got[site], activations(model, tokens, [site])[site])
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Training on a tiny model: to the bit after kill -9, on any device, from a stream, and in ranks."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from shards import HOOK, contents, die_in, train_config, two_ranks, written
 
 from glassbox_utils.core.devices import beside, result
+from glassbox_utils.saes import config as configs
 from glassbox_utils.saes import gradients, training
 from glassbox_utils.saes.config import SaeError, read_config
 from glassbox_utils.saes.harvest import measure_scaling, ordinary, read_shard, shard_path
@@ -201,21 +203,21 @@ def test_configurations_are_checked(tmp_path):
     with pytest.raises(SaeError, match="no file"):
         read_config(path)
     path.write_text("name: a\nwidth: 3\n")
-    with pytest.raises(SaeError, match=r"unknown keys width\. Allowed: name, hook"):
+    with pytest.raises(SaeError, match=r"unknown fields: 'width'\..* Allowed: name, hook"):
         read_config(path)
     path.write_text("name: a\nhook: b\n")
-    with pytest.raises(SaeError, match=r"is incomplete: .*architecture"):
+    with pytest.raises(SaeError, match=r"is incomplete: architecture, d_sae"):
         read_config(path)
     path.write_text("{name: a, hook: b, architecture: relu, d_sae: 4, samples: 4, tokens: 4}")
-    with pytest.raises(SaeError, match=r"no architecture 'relu'\. Allowed: topk, batchtopk"):
+    with pytest.raises(SaeError, match=r"architecture is 'relu'\. Allowed: 'topk', 'batchtopk'"):
         read_config(path)
     base = vars(train_config("x")) | {"growth": []}
     for changes, message in [
         ({"batch": 500}, r"batch is 500 in .*'tiny'.*hold 496 positions\. Allowed: at most that many.*shards_mixed"),
-        ({"batch": "2e3"}, r"batch is '2e3'.*whole number from 1\. Write it without quotes"),
+        ({"batch": "2e3"}, r"batch is '2e3'\. Allowed: a whole number\. Write it without quotes"),
         ({"samples": 10}, r"samples is 10 .*at least one batch \(64\)"),
         ({"tokens": -1}, r"tokens is -1"),
-        ({"lr": "fast"}, r"lr is 'fast'.*above 0, at most 1"),
+        ({"lr": "fast"}, r"lr is 'fast'\. Allowed: a number"),
         ({"growth": [2, 9]}, r"growth has \[9\].*Allowed: 1 to 4"),
         ({"stream": True, "growth": [2]}, r"With stream, leave it out"),
         ({"hook": "blocks.1.hook_x"}, r"no hook 'blocks.1.hook_x'"),
@@ -223,6 +225,64 @@ def test_configurations_are_checked(tmp_path):
         path.write_text(json.dumps(base | {"options": {"k": 8}} | changes))
         with pytest.raises(SaeError, match=message):
             read_config(path)
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_options_are_those_of_sae_lens(architecture):
+    """Every option that a configuration may hold is one that sae_lens knows, with sae_lens's own default."""
+    from sae_lens.registry import get_sae_training_class
+
+    theirs = {f.name: f for f in dataclasses.fields(get_sae_training_class(architecture)[1])}
+    for ours in dataclasses.fields(configs.OPTIONS[architecture]):
+        default = theirs[ours.name].default_factory() if ours.name == "matryoshka_widths" else theirs[ours.name].default
+        if ours.name != "decoder_init_norm":  # ours is 1
+            assert ours.default == (tuple(default) if isinstance(default, list) else default)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.5}, {"d_sae": True}, {"options": {"k": 8, "kk": 1}}, {"context": 1}])
+def test_python_and_files_meet_the_same_rules(tmp_path, changes):
+    """What is refused in a file is refused in Python, and what is made is what is read."""
+    fine = train_config("x", growth=(1, 2))
+    assert read_config(written(fine, tmp_path)) == fine
+    (tmp_path / "config.yaml").write_text("\ufeff" + (tmp_path / "config.yaml").read_text(), encoding="utf-8")
+    assert read_config(tmp_path) == fine
+    values = vars(fine) | {"growth": [1, 2]} | changes
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    if changes == {"lr": 0.5}:
+        assert read_config(tmp_path) == replace(fine, **changes)
+        return
+    with pytest.raises(SaeError) as here:
+        replace(fine, **changes)
+    with pytest.raises(SaeError) as there:
+        read_config(tmp_path)
+    assert str(there.value) == f"{tmp_path / 'config.yaml'}: {here.value}"
+
+
+def test_no_warmup_begins_at_the_full_rate(shards, tmp_path):
+    run = train_config(shards, warmup=0, decay=0.0, samples=64 * 20)
+    train(run, tmp_path)
+    assert float(history(tmp_path)[0]["lr"]) == run.lr and training._learning_rate(run, 0) == run.lr
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(shards, tmp_path, monkeypatch):
+    run = train_config(shards)
+    train(run, tmp_path, stop_after=10)
+    before = contents(tmp_path)
+
+    def explode(sae, x, compute, real=topk_gradients):
+        found = real(sae, x, compute)
+        sae.W_enc.grad[0, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(training, "topk_gradients", explode)
+    with pytest.raises(SaeError, match=r"'tiny' diverged: its error at step 20 .*Lower lr \(it is 0.003\)"):
+        train(run, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_an_sae_that_no_memory_holds_is_refused(shards, tmp_path):
+    with pytest.raises(SaeError, match=r"d_sae is 16,777,216: .*Allowed here: at most"):
+        training._check_memory(train_config(shards, d_sae=2**24), 10**6, torch.device("cpu"))
 
 
 def test_what_would_never_end_is_refused_at_once(model, shards, tmp_path):
