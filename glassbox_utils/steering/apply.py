@@ -1,26 +1,28 @@
 """Steer: add a vector while the model reads and writes, per row of a batch, and leave no trace afterwards."""
 
 import math
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.arguments import items, shown, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.identity import difference
 from glassbox_utils.core.interventions import Scope, by_row, edits, largest_push, paired
 from glassbox_utils.core.models import Model, Site, check_layer, wrap_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import chat, generate
-from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, Vector, parts_of
+from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, Vector, check_unit, parts_of
 
 Mode = Literal["add", "project_out", "affine"]
-ROUNDING = 0.01
-"""a unit vector may be this much longer or shorter than 1 (half precision rounds)"""
 
 
 @contextmanager
@@ -41,15 +43,47 @@ def steer(
     * ``project_out``: the fraction alpha of the coordinate along the direction is removed (1 is all);
     * ``affine``: the coordinate is set to alpha (arXiv 2411.09003), wherever it was.
 
-    ``scope``: all tokens, the prompt's only, or the generated ones only. Blocks nest: two vectors add up.
+    ``scope``: all tokens, the prompt's only, or the generated ones only. Blocks nest: two vectors add up. Threads that
+    share a model steer it apart: what runs in a thread with blocks of its own sees those only, what runs in a thread
+    without any (a worker that generates for the thread that opened the block) sees all. ``steer(model, None)`` keeps
+    a thread to itself.
+
     Raises SteeringError, before anything runs, for a vector of another width or another model, one that is no unit
     vector, a strength that is no finite number or too large for the model's type, an empty list, or an unknown mode.
     """
     if mode not in ("add", "project_out", "affine"):
         raise SteeringError(f"There is no mode {mode!r}. Allowed: add, project_out, affine.")
     functions, n_rows = functions_of(model, direction, alpha, mode)
-    with edits(model, functions, scope, n_rows):
+    with _for_this_thread(model, functions) as own, edits(model, own, scope, n_rows):
         yield
+
+
+Functions = dict[Site, Callable[[Tensor], Tensor]]
+_open: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
+"""transformers model -> thread -> blocks of ``steer`` that it has open"""
+_opening = threading.Lock()
+
+
+@contextmanager
+def _for_this_thread(model: Model, functions: Functions) -> Iterator[Functions]:
+    """The functions, without effect in passes of another thread that has blocks of its own."""
+    me = threading.get_ident()
+    with _opening:
+        blocks = _open.setdefault(model.hf, Counter())
+        blocks[me] += 1
+
+    def guarded(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def own(x: Tensor) -> Tensor:
+            here = threading.get_ident()
+            return function(x) if here == me or not blocks[here] else x
+
+        return own
+
+    try:
+        yield {site: guarded(function) for site, function in functions.items()}
+    finally:
+        with _opening:
+            blocks[me] -= 1
 
 
 def functions_of(
@@ -65,7 +99,7 @@ def functions_of(
     rows, n_rows = paired(direction, alpha, single, "directions", SteeringError)
     parts = {id(p): p for v, _ in rows if v is not None for p in _parts(v)}
     for part in parts.values():
-        _check_fit(model, part)
+        check_direction(model, part)
     at = [{} if v is None or a is None else {p.layer: p for p in parts_of(v)} for v, a in rows]
     alphas = [float(a) if a is not None and here else 0.0 for (_, a), here in zip(rows, at, strict=True)]
     _check_size(model, alphas, at, mode)
@@ -111,14 +145,11 @@ def _edit(
 
 def check_direction(model: Model, direction: Direction) -> None:
     """SteeringError unless the direction has this model's width, layers and weights, and is a unit vector."""
-    _check_fit(model, direction)
-    _units([direction])
-
-
-def _check_fit(model: Model, direction: Direction) -> None:
-    if direction.vector.shape != (model.d_model,):
+    if not isinstance(direction, Direction):
+        raise SteeringError(f"{type(direction).__name__} is no Direction. Fit one with fit_direction, or load one.")
+    if not isinstance(direction.vector, Tensor) or direction.vector.shape != (model.d_model,):
         raise SteeringError(
-            f"The direction {direction.name!r} has {' x '.join(map(str, direction.vector.shape))} numbers, but the "
+            f"The direction {direction.name!r} has {_shape(direction.vector)} numbers, but the "
             f"residual stream of {model.name} has {model.d_model}: it was fitted on "
             f"{direction.model_name or 'another model'}. Fit it here."
         )
@@ -129,25 +160,17 @@ def _check_fit(model: Model, direction: Direction) -> None:
             f"{model.name} ({model.hash}): {why}. Fit it here, or use dataclasses.replace(direction, model_hash='') to "
             "try it all the same."
         )
-    if not 0 < direction.scale < math.inf:
-        raise SteeringError(
-            f"The scale of the direction {direction.name!r} is {direction.scale!r}. Allowed: a finite number above 0, "
-            f"the typical residual norm after layer {direction.layer}. To steer the other way give a negative alpha."
-        )
+    check_unit(direction)
+
+
+def _shape(vector: Any) -> str:
+    return " x ".join(map(str, getattr(vector, "shape", ()))) or "no"
 
 
 def _units(parts: Sequence[Direction | None]) -> Float[Tensor, "part d_model"]:
-    """The vectors as rows, zeros for None. SteeringError for one that has not length 1 (so also for zeros, NaN)."""
+    """The vectors as rows, zeros for None."""
     width = next(len(d.vector) for d in parts if d is not None)
-    unit = torch.stack([torch.zeros(width) if d is None else result(d.vector) for d in parts])
-    length = unit.norm(dim=-1)
-    for part, size, wrong in zip(parts, length.tolist(), (~((length - 1).abs() < ROUNDING)).tolist(), strict=True):
-        if part is not None and wrong:
-            raise SteeringError(
-                f"The direction {part.name!r} has length {size:.3g}. It must be a unit vector: divide it by its "
-                "length, which belongs into scale; one that is zero or not a number points nowhere, so fit it again."
-            )
-    return unit
+    return torch.stack([torch.zeros(width) if d is None else result(d.vector) for d in parts])
 
 
 def _check_size(model: Model, alphas: Sequence[float], at: Sequence[dict[int, Direction]], mode: Mode) -> None:
@@ -181,10 +204,39 @@ def generate_with_steering(
     ``steering_vector`` is a ``Direction`` or ``ControlVector`` (alpha in units of the typical residual norm; it
     knows its layers), or a bare tensor [d_model] with ``layer=`` (then alpha multiplies the tensor as it is). The
     prompt becomes a user's turn if the tokenizer has a chat template. Works with every decoder that
-    transformers builds; whether a vector was fitted on these weights is not checked here. Raises SteeringError for a
+    transformers builds; whether a vector was fitted on these weights is not checked here. Model and tokenizer are
+    afterwards as they were (training mode, side of the padding, padding token). Raises SteeringError for a
     tensor of another width, or one that is zero or not finite, and as ``steer`` does.
     """
-    wrapped = wrap_model(model, tokenizer, name=type(model).__name__)
+    if not hasattr(model, "generate") or not callable(tokenizer):
+        raise SteeringError(
+            f"{shown(model)} and {shown(tokenizer)} are no transformers model and its tokenizer. Give what "
+            "AutoModelForCausalLM and AutoTokenizer load; for a Model of this package use steer and generate."
+        )
+    with _as_it_was(model, tokenizer):
+        wrapped = wrap_model(model, tokenizer, name=type(model).__name__)
+        texts = [prompt] if isinstance(prompt, str) else items("prompt", prompt, SteeringError)
+        asked = [chat(wrapped, t) if t and tokenizer.chat_template else t for t in texts]
+        with steer(wrapped, _placed(wrapped, steering_vector, layer), alpha, scope=scope):
+            answers = generate(wrapped, asked, max_new_tokens, temperature, seed)
+    return answers[0] if isinstance(prompt, str) else answers
+
+
+@contextmanager
+def _as_it_was(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Give a caller's model and tokenizer back unchanged: ``wrap_model`` sets what the package needs."""
+    modes = [(module, module.training) for module in model.modules()]
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+        for module, mode in modes:
+            module.training = mode
+
+
+def _placed(wrapped: Model, steering_vector: Any, layer: int | None) -> ControlVector:
+    """What steers a plain model: a vector with its layers, or a bare tensor after one."""
     if isinstance(steering_vector, Vector):
         if layer is not None:
             raise SteeringError(f"{steering_vector} knows its layer: leave layer= out, or give its bare tensor.")
@@ -192,7 +244,9 @@ def generate_with_steering(
     elif layer is None:
         raise SteeringError("A bare tensor does not say where it belongs. Give layer=, or a Direction that has one.")
     else:
-        bare = result(torch.as_tensor(steering_vector))
+        if not isinstance(steering_vector, Tensor):
+            raise SteeringError(f"{shown(steering_vector)} is no steering vector. Give a Direction, or a tensor.")
+        bare = result(steering_vector)
         length = float(bare.norm())
         if bare.shape != (wrapped.d_model,) or not 0 < length < math.inf:
             raise SteeringError(
@@ -200,11 +254,7 @@ def generate_with_steering(
                 "finite numbers that are not all zero. To leave the model alone give alpha=0 or None."
             )
         parts = (Direction(bare / length, check_layer(wrapped, layer), length, model_name="you"),)
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    asked = [chat(wrapped, t) if t and tokenizer.chat_template else t for t in texts]
-    with steer(wrapped, ControlVector(parts), alpha, scope=scope):
-        answers = generate(wrapped, asked, max_new_tokens, temperature, seed)
-    return answers[0] if isinstance(prompt, str) else answers
+    return ControlVector(parts)
 
 
 def continuations(
@@ -221,8 +271,18 @@ def continuations(
     """Answers to questions (as a user's turn), each with its own setting (None: unsteered), greedy by default.
 
     Rows with different settings share a batch: this is what per-row steering is for. ``system`` as in
-    ``text.chat``.
+    ``text.chat``. SteeringError, before anything is written, unless there is one setting for each question.
     """
+    questions = items("questions", questions, SteeringError, least=0)
+    whole("batch_size", batch_size, 1, SteeringError)
+    if seed is not None:
+        whole("seed", seed, 0, SteeringError)
+    settings = items("settings", settings, SteeringError, (tuple, type(None)), 0, "tuples (vector, strength) or None")
+    if len(settings) != len(questions) or any(s is not None and len(s) != 2 for s in settings):
+        raise SteeringError(
+            f"There are {len(questions)} questions and {len(settings)} settings. Give one setting for each: a tuple of "
+            "a steering vector and a strength, or None."
+        )
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding
     answers = [""] * len(questions)
     for start in progress(range(0, len(order), batch_size), label):

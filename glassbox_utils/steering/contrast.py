@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from glassbox_utils.core.arguments import items, shown
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model
-from glassbox_utils.core.text import Batch, chat, tokenize
+from glassbox_utils.core.text import Batch, answered, chat, padded, tokenize
 from glassbox_utils.steering.vectors import SteeringError
 
 Text = str | tuple[str, str]
@@ -25,7 +27,11 @@ def pairs(name: str, split: Literal["train", "selection", "report"]) -> tuple[li
     known = sorted(p.stem for p in folder.glob("*.json"))
     if name not in known:
         raise SteeringError(f"There are no contrast pairs {name!r}. Allowed: {', '.join(known)}.")
-    rows = [row for row in json.loads((folder / f"{name}.json").read_text())["pairs"] if row["split"] == split]
+    rows = [
+        row
+        for row in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["pairs"]
+        if row["split"] == split
+    ]
     if not rows:
         raise SteeringError(f"The pairs {name!r} have no split {split!r}. Allowed: train, selection, report.")
 
@@ -36,17 +42,52 @@ def pairs(name: str, split: Literal["train", "selection", "report"]) -> tuple[li
 
 
 def prompts(split: Literal["demo", "train", "selection", "report", "neutral", "spare"]) -> list[str]:
-    """Everyday prompts that we wrote (demo 1, train 75, selection 60, report 200), or 48 neutral sentences."""
-    return json.loads((DATA / "prompts" / "steering.json").read_text())[split]
+    """Everyday prompts that we wrote (demo 1, train 75, selection 60, report 200), or 48 neutral sentences.
+
+    SteeringError for another split.
+    """
+    known = json.loads((DATA / "prompts" / "steering.json").read_text(encoding="utf-8"))
+    if not isinstance(split, str) or not isinstance(known.get(split), list):
+        named = ", ".join(name for name, rows in known.items() if isinstance(rows, list))
+        raise SteeringError(f"There are no prompts {shown(split)}. Allowed: {named}.")
+    return known[split]
+
+
+def check_texts(name: str, texts: Sequence[Text], least: int = 1) -> list[Text]:
+    """A list of texts, or of pairs of a prompt and its answer. SteeringError for anything else."""
+    found = items(name, texts, SteeringError, (str, tuple), least, "texts or pairs")
+    for i, text in enumerate(found):
+        parts = [text] if isinstance(text, str) else text
+        if not all(isinstance(part, str) for part in parts) or (not isinstance(text, str) and len(text) != 2):
+            raise SteeringError(
+                f"{name}[{i}] is {shown(text)}. Allowed: a text, or a tuple of a prompt and its answer."
+            )
+    return found
 
 
 def answer_batch(model: Model, texts: Sequence[Text], system: str | None = None) -> tuple[Batch, Tensor]:
-    """Tokens, and which of them count: all but the first, or those of the answer."""
-    asked = [None if isinstance(t, str) else chat(model, t[0], system) for t in texts]
-    batch = tokenize(model, [t if isinstance(t, str) else f"{a}{t[1]}" for t, a in zip(texts, asked, strict=True)])
-    mask = not_first(batch)
-    for row, before in enumerate(asked):
-        if before is not None:
-            n_before = int(tokenize(model, before).attention_mask.sum())
-            mask[row] &= batch.attention_mask[row].cumsum(-1) > n_before
-    return batch, mask
+    """Tokens, and which of them count: all but the first, or those of the answer.
+
+    SteeringError for no text, or for what is neither a text nor a prompt with its answer.
+    """
+    texts = check_texts("texts", texts)
+    if all(isinstance(t, str) for t in texts):
+        batch = tokenize(model, [str(t) for t in texts])
+        return batch, not_first(batch)
+    rows, counted = [], []
+    for text in texts:  # a prompt is tokenised apart from its answer, whose beginning could merge with its end
+        one, mask = _alone(model, text, system)
+        rows.append(one.input_ids[0].tolist())
+        counted.append(mask[0])
+    batch = padded(model, rows)
+    mask = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    for row, own in enumerate(counted):
+        mask[row, mask.shape[1] - len(own) :] = own
+    return batch, mask & not_first(batch)
+
+
+def _alone(model: Model, text: Text, system: str | None) -> tuple[Batch, Tensor]:
+    if isinstance(text, str):
+        batch = tokenize(model, text)
+        return batch, not_first(batch)
+    return answered(model, [chat(model, text[0], system)], [text[1]])

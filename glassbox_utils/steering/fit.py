@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.arguments import items, shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
@@ -45,7 +46,9 @@ def pooled(
     ``system`` as in ``text.chat``, for texts that are answers.
     """
     if pool not in ("mean", "last"):
-        raise SteeringError(f"There is no pooling {pool!r}. Allowed: mean, last.")
+        raise SteeringError(f"There is no pooling {shown(pool)}. Allowed: mean, last.")
+    texts = contrast.check_texts("texts", texts)
+    whole("batch_size", batch_size, 1, SteeringError)
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     vectors, norms = [], []
     for start in progress(range(0, len(texts), batch_size), "reading"):
@@ -72,6 +75,8 @@ def gradients(
     The vector goes to all tokens, as ``steer`` does; the gradient is taken where it is zero. ``system`` as in
     ``text.chat``, for texts that are answers. One backward pass gives all layers.
     """
+    texts = contrast.check_texts("texts", texts)
+    whole("batch_size", batch_size, 1, SteeringError)
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     found = []
     with frozen_weights(model), torch.enable_grad():
@@ -96,6 +101,17 @@ def direction_of(
     * pca: first principal direction of the pairs' differences, not centred (arXiv 2310.01405);
     * probe: weights of a logistic regression with L2 penalty on standardised coordinates.
     """
+    for side, x in (("positive", positive), ("negative", negative)):
+        if not isinstance(x, Tensor) or x.ndim != 2 or not len(x) or not bool(torch.isfinite(x).all()):
+            what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else shown(x)
+            raise SteeringError(
+                f"The {side} vectors are {what}. Allowed: finite numbers, one row for each of at least one text."
+            )
+    if positive.shape[1] != negative.shape[1]:
+        raise SteeringError(
+            f"The positive vectors have {positive.shape[1]} numbers, the negative ones {negative.shape[1]}. Read both "
+            "from one model."
+        )
     difference = positive.mean(0) - negative.mean(0)
     if method in ("mean_difference", "mean_centred"):
         found = difference
@@ -185,6 +201,11 @@ def fit_directions(
     bootstrap refits (whole pairs are drawn if there are as many positive as negative texts) give
     ``stability``; 0 skips it. Raises SteeringError below 2 texts a side, or if the SAE is of another place.
     """
+    positive, negative = (contrast.check_texts(n, t, 0) for n, t in (("positive", positive), ("negative", negative)))
+    whole("n_resamples", n_resamples, 0, SteeringError)
+    whole("seed", seed, 0, SteeringError)
+    if method not in METHODS:
+        raise SteeringError(f"There is no method {shown(method)}. Allowed: {', '.join(METHODS)}.")
     if min(len(positive), len(negative)) < 2:
         raise SteeringError(
             f"A direction needs at least 2 texts a side, there are {len(positive)} positive and {len(negative)} "
@@ -195,7 +216,11 @@ def fit_directions(
             "Method 'sae' needs sae=, a sparse autoencoder of the residual stream after that layer "
             "(gb.load_sae loads one). Without one, use mean_difference."
         )
-    chosen = list(range(model.n_layers)) if layers is None else [check_layer(model, layer) for layer in layers]
+    every = range(model.n_layers)
+    chosen = [
+        check_layer(model, layer)
+        for layer in items("layers", every if layers is None else layers, SteeringError, object)
+    ]
     if method == "sae":
         _check_sae(model, sae, chosen)
     x, scale_p = pooled(model, positive, chosen, pool, system=system)

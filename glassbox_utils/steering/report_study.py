@@ -22,7 +22,7 @@ from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
 from glassbox_utils.steering import contrast, study, style
 from glassbox_utils.steering.apply import continuations, steer
-from glassbox_utils.steering.vectors import SteeringError, Vector, parts_of, random_vector
+from glassbox_utils.steering.vectors import SteeringError, Vector, fingerprint, parts_of, random_vector
 
 
 def few_shot(side: str, question: str) -> list[dict[str, str]]:
@@ -82,8 +82,9 @@ def half_lora(side: str) -> Path:
     if not (folder / "adapter_config.json").exists():
         with assets.atomic_path(folder) as partial:
             shutil.copytree(whole, partial)
-            config = json.loads((partial / "adapter_config.json").read_text())
-            (partial / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2}))
+            config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+            halved = json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2})
+            (partial / "adapter_config.json").write_text(halved, encoding="utf-8")
     return folder
 
 
@@ -162,7 +163,7 @@ def layers_of(vector: Vector) -> list[int]:
 def used_by(name: str) -> list[Any]:
     """What a condition depends on, for the cache: its vector and strength; empty if none."""
     steers = name.split()[0] in ("steer", "single", *RANDOM_KINDS) and setting_of(name)
-    return [study.checksum(steers[0]), steers[1]] if steers else []
+    return [fingerprint(steers[0]), steers[1]] if steers else []
 
 
 def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:

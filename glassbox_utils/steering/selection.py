@@ -1,10 +1,12 @@
 """Choose layer and strength: effect on one side, side effects on the other, a budget between them."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glassbox_utils.core.arguments import items, number, shown, whole
 from glassbox_utils.core.losses import answer_losses, log_probabilities
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
@@ -19,8 +21,12 @@ def side_effect(
 ) -> NDArray:
     """KL divergence (nats per token) of unsteered from steered predictions on texts, [setting, text batch].
 
-    KL(unsteered || steered), mean over all tokens but the first of each batch of texts.
+    KL(unsteered || steered), mean over all tokens but the first of each batch of texts. SteeringError for no text, no
+    setting, or a batch size that is none.
     """
+    texts = items("texts", texts, SteeringError)
+    settings = items("settings", settings, SteeringError, tuple, word="tuples (vector, strength)")
+    whole("batch_size", batch_size, 1, SteeringError)
     values = np.zeros((len(settings), -(-len(texts) // batch_size)))
     for j, start in enumerate(progress(range(0, len(texts), batch_size), "side effect")):
         batch = tokenize(model, list(texts[start : start + batch_size]))
@@ -47,8 +53,16 @@ def sweep(
     Each row: ``layer`` (the first, of several), ``alpha``; ``effect``: mean tone of the answers at +alpha minus
     that at -alpha; ``kl``: see ``side_effect``; ``perplexity``: perplexity of the answers under the unsteered model;
     ``distinct``: distinct-2 of the answers. Of the last three, the worse of the two signs. The row with
-    alpha 0 is the unsteered model. Source of the design: refusal_direction (arXiv 2406.11717).
+    alpha 0 is the unsteered model. Source of the design: refusal_direction (arXiv 2406.11717). SteeringError, before
+    anything is computed, for no question, text or strength, and for a strength that is not above 0.
     """
+    questions, neutral = (items(n, x, SteeringError) for n, x in (("questions", questions), ("neutral", neutral)))
+    alphas = [
+        number(f"alphas[{i}]", a, SteeringError, above=0)
+        for i, a in enumerate(items("alphas", alphas, SteeringError, Real, word="numbers"))
+    ]
+    if not isinstance(direction, Vector):
+        raise SteeringError(f"{shown(direction)} is no steering vector. Give a Direction or a ControlVector.")
     layer = parts_of(direction)[0].layer
     signed = [0.0, *(s * a for a in alphas for s in (1, -1))]
     settings = [(direction, a) for a in signed for _ in questions]
@@ -72,8 +86,20 @@ def select(rows: Sequence[Mapping[str, float]], kl: float, perplexity: float) ->
     """The row of a sweep with the largest effect within both budgets.
 
     ``kl``: nats per token on neutral text; ``perplexity``: times that of the unsteered answers (the row
-    with alpha 0). Raises SteeringError if no row is within them.
+    with alpha 0). Raises SteeringError if no row is within them, or if rows or budgets are not what they should be.
     """
+    number("kl", kl, SteeringError, least=0)
+    number("perplexity", perplexity, SteeringError, above=0)
+    needed, rows = (
+        ("alpha", "effect", "kl", "perplexity"),
+        items("rows", rows, SteeringError, Mapping, 2, "rows of a sweep"),
+    )
+    signs = {row.get("alpha") != 0 for row in rows}
+    if signs != {True, False} or any(not isinstance(row.get(name), Real) for row in rows for name in needed):
+        raise SteeringError(
+            f"The rows of a sweep have the numbers {', '.join(needed)} each, one row has alpha 0 and others have not; "
+            f"these are {shown(rows)}. Give what sweep returned."
+        )
     plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
     steered = [row for row in rows if row["alpha"] != 0]
     allowed = [row for row in steered if row["kl"] <= kl and row["perplexity"] <= perplexity * plain]

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from glassbox_utils.core import assets
 from glassbox_utils.core.assets import DATA
-from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval, spearman
@@ -33,6 +32,7 @@ from glassbox_utils.steering.vectors import (
     ControlVector,
     Direction,
     Vector,
+    fingerprint,
     load_vector,
     parts_of,
     random_vector,
@@ -146,8 +146,8 @@ def tone_vector(
 
 def own_vector(model: Model, start: ControlVector) -> ControlVector:
     """A vector trained further on the model's own answers to the train questions; 13 minutes, resumable."""
-    key = json.dumps([checksum(start), TRAINING, model.hash, NEW_TOKENS, SEED], sort_keys=True)
-    name = f"own-answers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    key = json.dumps([fingerprint(start), TRAINING, model.hash, NEW_TOKENS, SEED], sort_keys=True)
+    name = f"own-answers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     checkpoint = assets.cache_dir() / "studies" / "steering_layers" / name
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "system": NO_SYSTEM, "seed": SEED, "checkpoint": checkpoint}
@@ -202,7 +202,7 @@ def study_layers() -> Path:
 
     def measured(recipe: str, alpha: float) -> list[dict[str, Any]]:
         vector = vectors[recipe]
-        key = [recipe, checksum(vector), alpha, model.hash, NEW_TOKENS, len(asked)]
+        key = [recipe, fingerprint(vector), alpha, model.hash, NEW_TOKENS, len(asked)]
         given: list[Any] = [vector, [alpha], asked, neutral, NEW_TOKENS, 100, NO_SYSTEM]
         found = resumed("steering_layers", key, sweep, model, *given)
         return [{"recipe": recipe.replace("_", " "), **row} for row in found]
@@ -218,7 +218,7 @@ def study_layers() -> Path:
     for step in TURNS:
         alpha = step * best["alpha"]
         [row] = [row for row in measured(recipe, alpha) if row["alpha"]]
-        key = ["shared", recipe, checksum(vector), alpha, TURN_SEEDS, model.hash, NEW_TOKENS, len(asked)]
+        key = ["shared", recipe, fingerprint(vector), alpha, TURN_SEEDS, model.hash, NEW_TOKENS, len(asked)]
         others = resumed("steering_layers", key, _others, model, vector, alpha)
         turns.append(row | {"step": step, "random": others, "times": round(standing_out(row["effect"], others), 2)})
     before = vectors["combined"]
@@ -267,14 +267,6 @@ def dial(model: Model) -> tuple[ControlVector, float, bool]:
         vector, alpha = selected()
         return ControlVector(parts_of(vector)), alpha, True
     return tone_vector(model, n_resamples=0), table["selected"]["alpha"], False
-
-
-def checksum(vector: Vector) -> str:
-    """Of layers, numbers and units, for the cache."""
-    found = hashlib.sha256()
-    for part in parts_of(vector):
-        found.update(f"{part.layer} {part.scale:.6g} ".encode() + result(part.vector).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 RATED = 1000

@@ -1,12 +1,7 @@
-"""Steering vectors: a direction in the residual stream, added while the model writes, and gone afterwards.
+"""Train a vector: by gradient descent on texts with and without a trait, or on the model's own answers."""
 
-*Fit* a direction from texts with and without a trait, *steer* with it for some rows of a batch, *sweep* layer and
-strength under a side-effect budget, *save* it, and *export* it for llama.cpp. Strength is in units of the layer's
-typical residual norm, so that 0.1 means the same push at every layer and in every model: the typical norm is the
-median over the tokens of the fitting texts, without each row's first token (an attention sink whose norm is many
-times larger) and without tokens above ten times the median.
-"""
-
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import assets
+from glassbox_utils.core import checkpoints
+from glassbox_utils.core.arguments import items, number, shown, whole
 from glassbox_utils.core.devices import beside, like
 from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import answer_nats, frozen_weights
@@ -30,7 +26,7 @@ from glassbox_utils.core.text import Batch
 from glassbox_utils.steering import contrast, style
 from glassbox_utils.steering.apply import check_direction, continuations
 from glassbox_utils.steering.contrast import Text, answer_batch
-from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, parts_of
+from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, Vector, fingerprint, parts_of
 
 
 def train_direction(
@@ -53,9 +49,14 @@ def train_direction(
     to first order, since the same vector has both signs. In the spirit of arXiv 2205.05124 and 2406.00045.
     Only the layers above run in each step. Raises SteeringError for a direction after the last layer.
     """
+    positive, negative = (contrast.check_texts(n, t) for n, t in (("positive", positive), ("negative", negative)))
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        whole(name, value, least, SteeringError)
+    number("alpha", alpha, SteeringError, above=0)
+    number("learning_rate", learning_rate, SteeringError, above=0)
+    check_direction(model, start)
     if start.layer + 1 >= model.n_layers:
         raise SteeringError(f"A direction after the last layer ({start.layer}) has nothing above it to be trained by.")
-    check_direction(model, start)
     half = max(batch_size // 2, 1)
     pieces = []
     for first in progress(range(0, max(len(positive), len(negative)), half), "reading"):
@@ -150,20 +151,27 @@ def train_vector(
     valence = beside(valences(model.tokenizer) if valence is None else valence, model.device)
     if not valence.any():
         raise SteeringError("No token of this tokenizer has a valence: give `valence`, a number for each token.")
-    if steps < 1 or n_questions < 1 or not questions or alpha <= 0:
-        raise SteeringError(
-            f"steps={steps}, n_questions={n_questions}, alpha={alpha} and {len(questions)} questions: "
-            f"each must be above zero."
-        )
+    for name, value, least in (
+        ("steps", steps, 1), ("n_questions", n_questions, 1), ("new_tokens", new_tokens, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        whole(name, value, least, SteeringError)
+    number("alpha", alpha, SteeringError, above=0)
+    number("learning_rate", learning_rate, SteeringError, above=0)
+    number("divergence", divergence, SteeringError, least=0)
+    questions = items("questions", questions, SteeringError)
+    if not isinstance(start, Vector):
+        raise SteeringError(f"{shown(start)} is no steering vector. Give a ControlVector, or a Direction.")
     parts = parts_of(start)
+    for part in parts:
+        check_direction(model, part)
     vector = beside(torch.stack([part.vector for part in parts]).float(), model.device).clone().requires_grad_()
     optimiser, done = torch.optim.Adam([vector], lr=learning_rate, betas=(0.9, 0.99)), 0
-    if checkpoint and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        done = saved["step"]
-        optimiser.load_state_dict(saved["optimiser"])
-        with torch.no_grad():
-            vector.copy_(saved["vector"])
+    run = {"model": model.hash, "alpha": alpha, "steps": steps, "n_questions": n_questions, "seed": seed}
+    run |= {"learning_rate": learning_rate, "divergence": divergence, "new_tokens": new_tokens, "system": system}
+    run |= {"start": fingerprint(start), "valence": int((valence != 0).sum())}
+    run |= {"questions": hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()[:16]}
+    if checkpoint and (saved := checkpoints.resume(checkpoint, run, {"vector": vector}, optimiser, SteeringError)):
+        done = saved.step
 
     def trained() -> ControlVector:
         unit = like(torch.nn.functional.normalize(vector.detach(), dim=-1), parts[0].vector)
@@ -196,8 +204,7 @@ def train_vector(
         optimiser.step()
         optimiser.zero_grad()
         if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):
-            with assets.atomic_path(checkpoint) as partly:
-                torch.save({"step": step + 1, "vector": vector.detach(), "optimiser": optimiser.state_dict()}, partly)
+            checkpoints.write(checkpoint, run, {"vector": vector}, optimiser, step + 1)
     return trained()
 
 

@@ -107,7 +107,7 @@ def test_project_out_and_affine(model):
     site = Site("resid_post", 1)
 
     def coordinate():
-        return capture(model, batch, [site])[site] @ d.vector
+        return result(capture(model, batch, [site])[site]) @ d.vector
 
     plain = coordinate()
     with steer(model, d, 1.0, "project_out"):
@@ -136,7 +136,7 @@ def test_scope_generated_without_a_cache_is_refused(llama):
         llama.hf(**batch._asdict(), use_cache=False)
 
 
-def test_a_bridge_sees_the_same_steering(llama, tmp_path):
+def test_a_bridge_sees_the_same_steering(llama, tmp_path, has_storage):
     llama.hf.save_pretrained(tmp_path)
     llama.tokenizer.save_pretrained(tmp_path)
     model = load_model(str(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from worded import PROMPTS, WIDTH, direction, logits
 
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import capture, not_first
 from glassbox_utils.core.losses import answer_losses
 from glassbox_utils.core.models import Site
@@ -101,8 +102,8 @@ def test_a_direction_from_the_features_of_an_sae(llama, hook):
     features = []
     for group in (marked, texts):  # by hand: encode every token, average over each text's tokens, then over texts
         batch = tokenize(llama, group)
-        x = capture(llama, batch, [Site("resid_post", 1)])[Site("resid_post", 1)]
-        mask = not_first(batch)[..., None]
+        x = result(capture(llama, batch, [Site("resid_post", 1)])[Site("resid_post", 1)])
+        mask = result(not_first(batch)[..., None])
         with torch.no_grad():
             features.append(((sae.encode(x) * mask).sum(1) / mask.sum(1)).mean(0))
     change = features[0] - features[1]
