@@ -5,7 +5,21 @@ import pytest
 from scipy import stats
 
 from glassbox_utils.core.losses import perplexity, text_losses, token_losses
-from glassbox_utils.core.statistics import adjust, bootstrap_ci, mean_ci, permutation_test, sign_flip_p, spearman
+from glassbox_utils.core.statistics import (
+    StatisticsError,
+    adjust,
+    bootstrap_ci,
+    cluster_bootstrap,
+    cluster_sign_flip_p,
+    enrichment,
+    exact_ci,
+    mean_ci,
+    permutation_test,
+    rank_agreement,
+    reliability,
+    sign_flip_p,
+    spearman,
+)
 
 
 def test_bootstrap_interval_covers_the_mean():
@@ -96,3 +110,92 @@ def test_text_losses_ignore_padding_and_cut():
     assert together == pytest.approx(alone, abs=1e-3) and counts.tolist() == [6, 2]
     assert cut.tolist() == [2, 2]
     assert perplexity(model, texts).value == pytest.approx(np.exp(together.sum() / counts.sum()))
+
+
+def test_an_exact_interval_is_right_at_the_edges():
+    """7 of 8 has the interval that the tables print; none and all of n are not certain."""
+    seven = exact_ci(7, 8)
+    assert (round(seven.low, 2), round(seven.high, 3)) == (0.47, 0.997)
+    assert exact_ci(5, 5).low < 0.5 and exact_ci(0, 40).high > 0.08
+    assert exact_ci(5, 5, method="wilson").low > exact_ci(5, 5).low
+
+
+def test_clusters_widen_the_interval_where_cases_repeat_each_other():
+    """400 pairs that are 20 pairs of names say what 20 say."""
+    rng = np.random.default_rng(0)
+    names = np.repeat(np.arange(20), 20)
+    values = rng.normal(size=20)[names] + 0.01 * rng.normal(size=400)
+    naive, clustered = bootstrap_ci(values), cluster_bootstrap(values, names)
+    assert clustered.n == 20 and clustered.value == pytest.approx(naive.value)
+    assert clustered.high - clustered.low > 3 * (naive.high - naive.low)
+    order = rng.permutation(400)
+    alike = cluster_bootstrap(values[order], names[order])
+    assert alike.value == pytest.approx(clustered.value) and abs(alike.low - clustered.low) < 0.15
+
+
+def test_clusters_flip_together():
+    """False alarms: with the cluster as the unit 5 % of tests on nothing, with the case as the unit most of them."""
+    rng, names = np.random.default_rng(1), np.repeat(np.arange(10), 30)
+    worlds = [rng.normal(size=10)[names] for _ in range(60)]
+    by_cluster = np.mean([cluster_sign_flip_p(x, names, n_resamples=300) < 0.05 for x in worlds])
+    by_case = np.mean([permutation_test(x, n_resamples=300) < 0.05 for x in worlds])
+    assert by_cluster <= 0.12 < 0.5 < by_case
+
+
+def test_enrichment_counts_against_what_could_be_chosen():
+    """3 of 32 chosen are readers where .29 % of the admissible ones are: 33 times as many as chance gives."""
+    admissible = range(4200)
+    found = enrichment(range(32), range(29, 41), admissible)
+    assert found.overlap == 3 and found.base_rate == pytest.approx(12 / 4200)
+    assert found.ratio.value == pytest.approx(3 / 32 * 350) and found.ratio.low > 5 and found.p_value < 1e-3
+    outside = enrichment(range(32), [*range(29, 41), *range(10_000, 10_010)], admissible)
+    assert outside == found, "what could not be chosen is no evidence"
+    assert enrichment(range(100), range(50, 1050), range(2000)).ratio.excludes(1) is False
+
+
+def test_the_ceiling_follows_from_the_reliability():
+    """With noise of known size: Spearman-Brown finds the reliability of the whole, its root what the truth reaches."""
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=300)
+    y = truth + 4 * rng.normal(size=(32, 300))
+    found = reliability(y)
+    assert found.half.value < found.whole.value < found.ceiling.value
+    assert found.whole.value == pytest.approx(1 / (1 + 16 / 32), abs=0.07)
+    assert spearman(y.mean(0), truth).rho.value == pytest.approx(found.ceiling.value, abs=0.06)
+    assert reliability(rng.normal(size=(32, 300))).whole.value < 0.2
+
+
+NAN = float("nan")
+BAD = {
+    "NaN in a sign flip": lambda: sign_flip_p([[1.0], [NAN]]),
+    "one row in a sign flip": lambda: sign_flip_p([[1.0]]),
+    "NaN among p-values": lambda: adjust([0.1, NAN]),
+    "a p-value above 1": lambda: adjust([0.1, 1.2]),
+    "no p-values": lambda: adjust([]),
+    "a correction that does not exist": lambda: adjust([0.1], "bonferroni"),
+    "a level of 95": lambda: bootstrap_ci([1.0, 2.0], level=95),
+    "no resamples": lambda: bootstrap_ci([1.0, 2.0], n_resamples=0),
+    "a negative seed": lambda: bootstrap_ci([1.0, 2.0], seed=-1),
+    "words": lambda: bootstrap_ci(["a", "b"]),
+    "pairs of two lengths": lambda: bootstrap_ci(([1.0, 2.0], [1.0, 2.0, 3.0])),
+    "paired permutation of two lengths": lambda: permutation_test([1.0, 2.0], [1.0, 2.0, 3.0], paired=True),
+    "NaN in a correlation": lambda: spearman([1.0, NAN, 3.0], [1.0, 2.0, 3.0]),
+    "scores of two lengths": lambda: spearman([1.0, 2.0, 3.0], [1.0, 2.0]),
+    "maps of two shapes": lambda: rank_agreement(np.zeros((3, 4)), np.zeros((3, 5))),
+    "NaN in a map": lambda: mean_ci([[1.0], [NAN]]),
+    "more than all": lambda: exact_ci(9, 8),
+    "a share of nothing": lambda: exact_ci(0, 0),
+    "a yes and no": lambda: exact_ci(True, 8),
+    "one cluster": lambda: cluster_bootstrap([1.0, 2.0], ["a", "a"]),
+    "clusters of another length": lambda: cluster_bootstrap([1.0, 2.0], ["a"]),
+    "nothing chosen": lambda: enrichment([], [1], [1, 2]),
+    "a choice that was not allowed": lambda: enrichment([3], [1], [1, 2]),
+    "nothing marked": lambda: enrichment([1], [5], [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_values_are_named(name):
+    with pytest.raises(StatisticsError) as found:
+        BAD[name]()
+    assert "\n" not in str(found.value)
