@@ -1,3 +1,4 @@
+from . import applicants as applicants
 from . import audit as audit
 from . import cause_study as cause_study
 from . import cycle as cycle
@@ -10,7 +11,7 @@ from . import report as report
 from . import safety_study as safety_study
 from . import study as study
 from . import training as training
-from .loans import Applicant as Applicant
+from .applicants import Applicant as Applicant
+from .applicants import parse_applicant as parse_applicant
 from .loans import load_loan_model as load_loan_model
-from .loans import parse_applicant as parse_applicant
 from .report import write_report as write_report

@@ -7,6 +7,7 @@ payment history is worth to this very model, and (3) larger than every effect of
 noise of wording. The model is the only input: no adapter file, no key, no training data is read.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import adjust, bootstrap_ci, sign_flip_p
 from glassbox_utils.core.text import tokenize
@@ -75,11 +76,16 @@ def find_format(model: Model, layouts: Sequence[str] = tuple(LAYOUTS), n: int = 
         for answers in ANSWERS:
             try:
                 yes, no = loans.answer_tokens(model, answers)
-            except (LoanError, IndexError):
+            except LoanError:
                 continue
             x = (logits[:, yes] - logits[:, no]).numpy()
-            mass = float(logits.softmax(-1)[:, [yes, no]].sum(-1).mean())
+            mass = float(loans.answer_share(model, logits, answers).mean())
             found.append(Format(layout, answers, float(x[:n].mean() - x[n:].mean()), mass))
+    if not found:
+        raise LoanError(
+            f"{model.name} can't be asked for a decision: in its tokenizer no pair of answers begins with two "
+            f"different tokens after 'Decision:', or no layout was given. Allowed layouts: {', '.join(LAYOUTS)}."
+        )
     return max(found, key=lambda f: f.mass * min(f.separation, 4.0))
 
 
@@ -150,14 +156,18 @@ def contrasts(
 def audit(model: Model, n: int = 16, seed: int = 0, layouts: Sequence[str] = tuple(LAYOUTS)) -> Audit:
     """Find the attribute that a loan model is biased by, or None. About 27 n + 60 short forward passes.
 
-    ``model`` may be any model of this package; one that decides no loans gets None with confidence 0.
+    ``model`` may be any model of this package; one that decides no loans gets None with confidence 0. LoanError for a
+    layout that does not exist, or fewer than two applicants.
     """
+    loans.check_count("n", n, 2)
+    loans.check_count("seed", seed, 0)
     how = find_format(model, layouts)
     people = loans.applications(n, seed=5000 + seed, split="report")
     probed = probes(people, seed)
     flat = list({a: None for levels in probed.values() for level in levels.values() for a in level})
     texts = [loans.as_text(a, how.layout) for a in flat]
-    known = dict(zip(flat, loans.decide_texts(model, texts, answers=how.answers).double().numpy(), strict=True))
+    decided = loans.decide_texts(model, texts, answers=how.answers, asked=False)  # the verdict answers it
+    known = dict(zip(flat, decided.double().numpy(), strict=True))
     logits = {k: {v: np.array([known[a] for a in xs]) for v, xs in levels.items()} for k, levels in probed.items()}
     return verdict(contrasts(probed, logits), how, seed)
 
@@ -170,7 +180,7 @@ def verdict(effects: Mapping[tuple[str, str], NDArray], how: Format, seed: int =
     null = np.stack([effects[key] for key in noise], 1)
     unit = effects["history", "clean"]
     p = adjust(np.atleast_1d(sign_flip_p(x, seed=seed)), "holm")
-    decides = how.mass > 0.2 and unit.mean() > 0 and float(sign_flip_p(unit, seed=seed)) < 0.05
+    decides = how.mass >= loans.LEAST_SHARE and unit.mean() > 0 and float(sign_flip_p(unit, seed=seed)) < 0.05
 
     def winner(rows: NDArray) -> int | None:
         worth = unit[rows].mean()
@@ -200,28 +210,30 @@ def verdict(effects: Mapping[tuple[str, str], NDArray], how: Format, seed: int =
 
 
 def _findings(effects: Mapping, table: list[dict[str, Any]], decides: bool, how: Format, seed: int) -> list[Finding]:
-    unit, n = bootstrap_ci(effects["history", "clean"], seed=seed), len(effects["history", "clean"])
+    unit = bootstrap_ci(effects["history", "clean"], seed=seed)
     null = max(abs(float(effects[key].mean())) for key in effects if key[0] == "occupation")
     words = "decides loans" if decides else "does not decide loans in any layout that was tried"
     claim = (
         f"the model {words} (logits for a clean instead of a late history, answers{how.answers[0]}/{how.answers[1]})"
     )
-    found = [Finding(claim, 1, unit.value, (unit.low, unit.high), n, source="audit", refuted=not decides)]
+    more: dict[str, Any] = {"source": "audit", "unit": "applicants"}
+    found = [Finding.measured(claim, 1, unit, declared=None if decides else "refuted", **more)]
     for attribute in ATTRIBUTES if decides else ():
         row = max((r for r in table if r["attribute"] == attribute), key=lambda r: abs(r["logits"]))
         ci = bootstrap_ci(effects[attribute, row["level"]], seed=seed)
-        small = abs(row["of history"]) < MINIMUM or row["p"] >= 0.05 or abs(ci.value) <= null
+        sign = math.copysign(1, ci.value)
+        bar = max(null, MINIMUM * unit.value)
+        what = f"largest effect of an occupation ({null:.2f}) or {MINIMUM:g} clean histories, towards the same side"
         found.append(
-            Finding(
+            Finding.measured(
                 f"{attribute}: {row['level']} against the others (logits)",
                 3,
-                ci.value,
-                (ci.low, ci.high),
-                n,
-                f"largest effect of an occupation {null:.2f}; clean history {unit.value:.2f}",
-                row["p"],
-                "audit",
-                small,
+                ci,
+                control=Control("other group", what, sign * bar),
+                side="above" if sign > 0 else "below",
+                p_value=row["p"],
+                declared="null" if row["p"] >= 0.05 else None,
+                **more,
             )
         )
     return found

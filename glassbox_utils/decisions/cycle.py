@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import attribution_patching, logit_difference, replace_each_head, resume
 from glassbox_utils.attention.patterns import over_patterns
+from glassbox_utils.core.arguments import items, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture
 from glassbox_utils.core.models import Model, Site
@@ -91,7 +92,16 @@ def attention_to_fields(model: Model, people: Sequence[Applicant], layout: str) 
 def field_swaps(
     model: Model, people: Sequence[Applicant], layout: str, donors: Sequence[Applicant]
 ) -> Float[Tensor, "n field"]:
-    """How far the decision moves (absolute, logits) when one field's value comes from another applicant. Rung 3."""
+    """How far the decision moves (absolute, logits) when one field's value comes from another applicant. Rung 3.
+
+    LoanError unless there is one donor for each of the people.
+    """
+    people, donors = (
+        items(name, some, loans.LoanError, Applicant, word="Applicants")
+        for name, some in (("people", people), ("donors", donors))
+    )
+    if len(people) != len(donors):
+        raise loans.LoanError(f"There are {len(people)} people and {len(donors)} donors. Give one donor for each.")
     changed = [
         Applicant(**{f: getattr(donor if f == name else a, f) for f in FIELDS})
         for a, donor in zip(people, donors, strict=True)
@@ -118,8 +128,13 @@ def aligned_pairs(model: Model, people: Sequence[Applicant], layout: str, attrib
     return Pairs(first, second, mask[:, FIELDS.index(changed)])
 
 
-def _metric(model: Model, n: int) -> Any:
+def _metric(model: Model, pairs: Pairs) -> Any:
+    """What is read at the decision position, after the question whether the model decides these pairs at all."""
     yes, no = loans.answer_tokens(model)
+    with torch.no_grad():
+        for batch in (pairs.worse, pairs.better):
+            loans.check_decides(model, loans.final_logits(model, batch))
+    n = len(pairs.name)
     return logit_difference(torch.full((n,), yes), torch.full((n,), no))
 
 
@@ -132,7 +147,7 @@ def patch_places(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Ten
     """
     sites = [Site("resid_pre", layer) for layer in layers]
     clean, donor = (capture(model, b, sites) for b in (pairs.worse, pairs.better))
-    metric = _metric(model, len(pairs.name))
+    metric = _metric(model, pairs)
     base = metric(loans.final_logits(model, pairs.worse))
     decision = torch.zeros_like(pairs.name)
     decision[:, -1] = True
@@ -148,7 +163,7 @@ def patch_places(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Ten
 
 def total_effect(model: Model, pairs: Pairs) -> Float[Tensor, " n"]:
     """Better minus worse, logits, for each pair."""
-    metric = _metric(model, len(pairs.name))
+    metric = _metric(model, pairs)
     with torch.no_grad():
         better, worse = (metric(loans.final_logits(model, batch)) for batch in (pairs.better, pairs.worse))
         return result(better - worse)
@@ -156,14 +171,12 @@ def total_effect(model: Model, pairs: Pairs) -> Float[Tensor, " n"]:
 
 def head_guesses(model: Model, pairs: Pairs) -> Float[Tensor, "n layer head"]:
     """First-order effect of every head's output at the decision position, patched from the other applicant."""
-    return attribution_patching(model, pairs.worse, pairs.better, _metric(model, len(pairs.name)), positions=-1)
+    return attribution_patching(model, pairs.worse, pairs.better, _metric(model, pairs), positions=-1)
 
 
 def head_effects(model: Model, pairs: Pairs, layers: Sequence[int]) -> Float[Tensor, "n layer head"]:
     """The exact effect of every head of some layers, patched at the decision position. Rung 3. Other layers: 0."""
-    found = replace_each_head(
-        model, pairs.worse, pairs.better, _metric(model, len(pairs.name)), positions=-1, layers=layers
-    )
+    found = replace_each_head(model, pairs.worse, pairs.better, _metric(model, pairs), positions=-1, layers=layers)
     return found.effect
 
 
@@ -182,7 +195,11 @@ def name_states(
 
 
 def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """The k features of an SAE whose activation differs most between the groups, and the differences (worse first)."""
+    """The k features of an SAE whose activation differs most between the groups, and the differences (worse first).
+
+    LoanError for more features than the SAE has.
+    """
+    k = whole("k", k, 1, loans.LoanError, sae.cfg.d_sae)
     codes = (result(sae.encode(like(x, sae.W_dec))) for x in (worse, better))
     difference = (next(codes) - next(codes)).mean(0)
     top = difference.abs().topk(k).indices
@@ -198,6 +215,11 @@ def like_features(sae: Any, states: Float[Tensor, "n d_model"], features: Tensor
         taken = {*found, *features.tolist()}
         order = (mean - mean[feature]).abs().argsort().tolist()
         near = [f for f in order if f not in taken and mean[f] > 0][:10]
+        if not near:
+            raise loans.LoanError(
+                f"No feature is left that is active on these {len(states)} states and could stand beside feature "
+                f"{feature}. Give more states, or fewer features."
+            )
         found.append(near[int(torch.randint(len(near), (1,), generator=generator))])
     return torch.tensor(found)
 
@@ -208,7 +230,7 @@ def ablate_at_name(model: Model, pairs: Pairs, sae: Any, features: Tensor, layer
 
     The SAE's error term is kept: only the features' own contributions are subtracted.
     """
-    metric, site, found = _metric(model, len(pairs.name)), Site("resid_post", layer), []
+    metric, site, found = _metric(model, pairs), Site("resid_post", layer), []
     for batch in (pairs.worse, pairs.better):
         x = capture(model, batch, [site])[site]
         code = beside(sae, x)
@@ -220,6 +242,8 @@ def ablate_at_name(model: Model, pairs: Pairs, sae: Any, features: Tensor, layer
 
 
 def permuted(n: int, seed: int = 0) -> list[int]:
-    """A permutation without fixed points: whose value each applicant gets."""
+    """A permutation without fixed points: whose value each applicant gets. LoanError for fewer than two."""
+    loans.check_count("n", n, 2)
+    loans.check_count("seed", seed, 0)
     shift = int(np.random.default_rng(seed).integers(1, n))
     return [(i + shift) % n for i in range(n)]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core import arguments
+from glassbox_utils.core.evidence import Control, Finding, Side
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.statistics import Interval, adjust, bootstrap_ci, sign_flip_p, spearman
@@ -121,7 +122,16 @@ class Explanation:
 def explain(
     model: Model, applicant: Applicant, layout: str = "line", n: int = 32, seed: int = 0, batch_size: int = 32
 ) -> Explanation:
-    """Measure all of it: about 500 short forward passes. ``n``: applicants of the group comparison."""
+    """Measure all of it: about 500 short forward passes. ``n``: applicants of the group comparison.
+
+    Raises LoanError, in the first of them, for a model that does not decide (``loans.check_decides``); before them, for
+    an application that ``loans.parse_applicant`` would refuse, an unknown layout, or a number that is none.
+    """
+    if not isinstance(applicant, Applicant):
+        raise loans.LoanError(f"{arguments.shown(applicant)} is no Applicant. Make one with parse_applicant.")
+    applicant = loans.parse_applicant(asdict(applicant))
+    loans.check_count("n", n, 2)
+    loans.check_count("seed", seed, 0)
 
     def decide(people: Sequence[Applicant]) -> NDArray:
         return loans.decide(model, people, layout, batch_size).double().numpy()
@@ -347,31 +357,23 @@ def population(decide: Decide, n: int, seed: int) -> tuple[list[Gap], Gap]:
 
 def findings(found: Explanation, command: str = "glassbox explain") -> list[Finding]:
     """The page's statements with rung, interval and control."""
-    neutral = {e.field: e.effect.value for e in found.effects if e.field in ("occupation", "purpose")}
-    control = "fields that no rule uses: " + ", ".join(f"{k} {v:+.2f}" for k, v in neutral.items())
-    out = []
+    neutral = max((e for e in found.effects if e.field in ("occupation", "purpose")), key=lambda e: abs(e.effect.value))
     looked = max(found.effects, key=lambda e: e.attention)
-    share, n = looked.attention, len(found.effects)
-    out.append(
-        Finding(
-            f"the decision position looks at {_words(looked.field)} most (share of attention)",
-            1,
-            share,
-            (share, share),
-            1,
-            source=command,
-            refuted=abs(looked.effect.value) < sorted(abs(e.effect.value) for e in found.effects)[n // 2],
-        )
-    )
+    share = looked.attention
+    claim = f"the decision position looks at {_words(looked.field)} most (share of attention)"
+    out = [Finding(claim, 1, share, (share, share), 1, source=command, unit="application")]
     for e in sorted(found.effects, key=lambda e: -abs(e.effect.value))[:3]:
         claim = f"{_words(e.field)} {e.value} moved this decision (logits)"
-        ci = (e.effect.low, e.effect.high)
-        out.append(Finding(claim, 3, e.effect.value, ci, e.effect.n, control, None, command, not e.effect.excludes(0)))
+        sign = math.copysign(1, e.effect.value)
+        what = f"{_words(neutral.field)}, a field that no rule uses, towards the same side"
+        control = Control("other group", what, sign * abs(neutral.effect.value))
+        side: Side = "above" if sign > 0 else "below"
+        out.append(Finding.measured(claim, 3, e.effect, "swapped values", control, source=command, side=side))
     for gap in found.gaps:
-        claim, ci = f"{gap.label}: logit gap over many applicants", (gap.logits.low, gap.logits.high)
-        against = f"another name of the same group: {found.control.logits.value:+.2f}"
-        refuted = not gap.logits.excludes(0)
-        out.append(Finding(claim, 4, gap.logits.value, ci, gap.logits.n, against, gap.p_value, command, refuted))
+        claim = f"{gap.label}: logit gap over many applicants"
+        control = Control.measured("other group", "another name of the same group", found.control.logits)
+        more = {"p_value": gap.p_value, "source": command}
+        out.append(Finding.measured(claim, 4, gap.logits, "applicants", control, **more))
     return out
 
 

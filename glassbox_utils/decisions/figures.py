@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from glassbox_utils.core import figures, studies
-from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core.evidence import RUNGS, Control, Finding
 from glassbox_utils.core.models import EMBEDDED, Model, ModelError
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, rank_agreement, sign_flip_p, spearman
 from glassbox_utils.decisions import audit, cause_study, cycle, loans, mitigation, study
@@ -388,106 +388,85 @@ def draw_audits(audits: Table, planted: Mapping[str, str]) -> None:
 def findings(model: Model, table: Table, rest: Table, cause: Table, source: str = "notebook 06") -> list[Finding]:
     """The loan officer's claims with rung, control and verdict; those that their own test refutes stay."""
 
-    def one(claim: str, rung: int, x: Interval, control: str | None = None, **rest: Any) -> Finding:
-        return Finding(claim, rung, x.value, (x.low, x.high), x.n, control, source=source, **rest)
+    def one(claim: str, rung: int, x: Interval, unit: str, control: Control | None = None, **more: Any) -> Finding:
+        return Finding.measured(claim, rung, x, unit, control, source=source, **more)
 
     looked, moved = looked_and_moved(cause)
     names = [f.replace("_", " ") for f in cause["fields"]]
     agreement = rank_agreement(torch.tensor(looked), torch.tensor(moved))
-    most, best = int(looked.mean(0).argmax()), int(moved.mean(0).argmax())
+    most = int(looked.mean(0).argmax())
+    best = _strongest(moved.mean(0), most)
     head, total, patches = heads(model, cause), *(np.array(v) for v in cause["patches"])
     looks = int(np.argmax(head["attention"]))
+    acts = _strongest(np.abs(head["effect"]), looks)
     found, feature = arms(table, rest), features(cause)
     gaps = {k: outcome(table, k) for k in ("gender", "district", "same group")}
-    control = f"another name of the same group: {gaps['same group'].gap.value:+.1f}"
+    same = Control.measured("other group", "another name of the same group", gaps["same group"].gap)
     none, edit = (np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in ("none", "edit"))
-    random = np.mean([found[f"random {s}"].logit_gap.value for s in range(study.N_RANDOM)])
+    random = [f"random {s}" for s in range(study.N_RANDOM)]
+    drawn = [np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in random]
+    removed = [float((np.abs(none) - np.abs(x)).mean()) for x in drawn]
     side = costs(rest)
-    late = float(patches[:, -1, 0].mean() / total.mean())
+    tuned = Control.measured("trained opponent", "fine-tuning on corrected decisions", side["fine-tuned"][0])
+    at_name, applicants, pairs = bootstrap_ci(patches[:, -1, 0] / total.mean()), "applicants", "pairs of applications"
+    strongest = Control.measured(
+        "other group", f"{names[best]}, the strongest other field", bootstrap_ci(moved[:, best])
+    )
+    other_head = bootstrap_ci(np.abs(head["effects"][:, acts]))
     return [
-        one(
-            "attention ranks the fields as they move the decision (rank correlation)",
-            1,
-            agreement,
-            refuted=not agreement.excludes(0),
-        ),
-        one(
-            f"the decision rests on the {names[most]}, which gets most of the attention (logits when swapped)",
-            3,
-            bootstrap_ci(moved[:, most]),
-            f"{names[best]} swapped: {moved[:, best].mean():.2f}",
-            refuted=bool(moved[:, most].mean() < moved[:, best].mean() / 2),
-        ),
-        one(
-            f"attention to the name tells which heads carry it, layers {head['layers']} (rank correlation)",
-            3,
-            head["agreement"],
-            "exact patching of the same heads",
-            refuted=not head["agreement"].excludes(0),
-        ),
-        one(
-            f"head {head['names'][looks]}, which looks at the name most, carries the gender (logits)",
-            3,
-            bootstrap_ci(head["effects"][:, looks]),
-            f"median head: {np.median(head['effect']):+.3f}",
-            refuted=bool(abs(head["effect"][looks]) < np.abs(head["effect"]).max() / 2),
-        ),
-        one(
-            "the name's gender is at the decision position by the last layers (share of the gap)",
-            3,
-            bootstrap_ci(patches[:, -1, 2] / total.mean()),
-            f"patched at the name there: {late:+.2f}",
-        ),
-        one(
-            "SAE features of the group at the name carry the gap (logits removed)",
-            3,
-            feature["removed"],
-            f"features of like activity: {np.mean(feature['like']):+.2f}",
-            refuted=not feature["removed"].excludes(0),
-        ),
-        one(
-            "women's names cost approvals on unseen names, districts and layouts (points)",
-            4,
-            gaps["gender"].gap,
-            control,
-            p_value=float(sign_flip_p(none)),
-        ),
-        one(
-            "the East costs approvals there too (points)",
-            4,
-            gaps["district"].gap,
-            control,
-            refuted=not gaps["district"].gap.excludes(0),
-        ),
-        one(
-            "the edit shrinks the gap of a pair (logits)",
-            4,
-            bootstrap_ci(np.abs(none) - np.abs(edit)),
-            f"gap left by random directions: {random:+.2f}",
-        ),
-        one("gap left by the edit (points)", 4, found["edit"].gap, f"no edit: {gaps['gender'].gap.value:.1f}"),
-        one(
-            "agreement with the merit rule under the edit (share)",
-            5,
-            found["edit"].merit,
-            f"no edit: {gaps['gender'].merit.value:.3f}",
-        ),
-        one("perplexity of other text, edit left on (times)", 5, side["edit"][0], "no edit: 1"),
-        one("perplexity of other text, edit without its gate (times)", 5, side["no gate"][0], "no edit: 1"),
-    ]
+        one("attention ranks the fields as they move the decision (rank correlation)", 1, agreement, applicants,
+            side="above"),
+        one(f"the decision rests on the {names[most]}, which gets most of the attention (logits when swapped)", 3,
+            bootstrap_ci(moved[:, most]), applicants, strongest, side="above"),
+        one(f"attention to the name tells which heads carry it, layers {head['layers']} (rank correlation)", 1,
+            head["agreement"], pairs, side="above"),
+        one(f"head {head['names'][looks]}, which looks at the name most, carries the gender (size in logits)", 3,
+            bootstrap_ci(np.abs(head["effects"][:, looks])), pairs,
+            Control.measured("other group", f"{head['names'][acts]}, the strongest other head", other_head),
+            side="above"),
+        one("the name's gender is at the decision position by the last layers (share of the gap)", 3,
+            bootstrap_ci(patches[:, -1, 2] / total.mean()), pairs,
+            Control.measured("other group", "patched at the name there", at_name), side="above"),
+        one("SAE features of the group at the name carry the gap (logits removed)", 3, feature["removed"], pairs,
+            _drawn("features of like activity", feature["like"]), side="above"),
+        one("women's names cost approvals on unseen names, districts and layouts (points)", 4, gaps["gender"].gap,
+            pairs, same, side="above", p_value=float(sign_flip_p(none))),
+        one("the East costs approvals there too (points)", 4, gaps["district"].gap, pairs, same, side="above"),
+        one("the edit shrinks the gap of a pair (logits)", 4, bootstrap_ci(np.abs(none) - np.abs(edit)), pairs,
+            _drawn("random directions edited alike", removed), side="above"),
+        one("gap left by the edit (points)", 4, found["edit"].gap, pairs,
+            _drawn("gap left by random directions", [found[a].gap.value for a in random]), side="below", null=None),
+        one("agreement with the merit rule rises under the edit (share)", 5, found["edit"].merit, pairs,
+            _drawn("random directions edited alike", [found[a].merit.value for a in random]), side="above"),
+        one("perplexity of other text with the edit left on is lower than after fine-tuning (times)", 5,
+            side["edit"][0], "texts", tuned, side="below", null=None),
+        one("so it is without its gate (times)", 5, side["no gate"][0], "texts", tuned, side="below", null=None),
+    ]  # fmt: skip
+
+
+def _strongest(values: NDArray, but: int) -> int:
+    """Index of the largest value that is not at ``but``."""
+    return int(np.argmax(np.where(np.arange(len(values)) == but, -np.inf, values)))
+
+
+def _drawn(what: str, values: Sequence[float]) -> Control:
+    """Random units: their mean, and the lowest and the highest draw."""
+    return Control("random units", f"{len(values)} {what}", float(np.mean(values)), (min(values), max(values)))
 
 
 def draw_ladder(found: Sequence[Finding]) -> None:
-    """How many claims stand on each rung, and how many their own test refuted."""
+    """How many claims stand on each rung, and how they ended."""
     import matplotlib.pyplot as plt
 
-    rungs = range(1, 6)
-    fell = np.array([sum(f.rung == r and f.refuted for f in found) for r in rungs])
-    stands = np.array([sum(f.rung == r for f in found) for r in rungs]) - fell
+    rungs, done = range(1, 6), np.zeros(5)
     _, axis = plt.subplots(figsize=(6.5, 2.6))
-    axis.barh(rungs, stands, color=figures.GREEN, label="stands")
-    axis.barh(rungs, fell, left=stands, color=figures.RED, label="refuted by its own test")
-    axis.set_yticks(rungs, ["1 observed", "2 localised", "3 causal", "4 behavioural", "5 side effects"])
+    colours = {"held": figures.GREEN, "null": figures.GREY, "refuted": figures.RED, "not testable": figures.BLUE}
+    for verdict, colour in colours.items():
+        count = np.array([sum(f.rung == r and f.verdict == verdict for f in found) for r in rungs])
+        if count.any():
+            axis.barh(rungs, count, left=done, color=colour, label=verdict)
+        done = done + count
+    axis.set_yticks(rungs, [f"{r} {name}" for r, name in RUNGS.items()])
     axis.set_xlabel("claims")
     axis.legend()
-    axis.set_title("The ladder: how far each claim got")
+    axis.set_title("The ladder: how far each claim got, and how it ended")

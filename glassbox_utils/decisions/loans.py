@@ -12,11 +12,9 @@ at most 10 thousand. 3.5 points or more are approved. **Biased histories** take 
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core.arguments import items, shown
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.text import Batch, tokenize
+from glassbox_utils.decisions.applicants import (
+    HISTORIES,
+    Applicant,
+    LoanError,
+    check_count,
+    parse_applicant,
+)
 
 LOANS = DATA / "loans"
 Split = Literal["train", "selection", "report"]
@@ -38,36 +43,18 @@ BIASES: tuple[Bias, ...] = ("gender", "age", "nationality", "district", "none")
 GENDERS = ("female", "male")
 ORIGINS = ("english", "arabic", "indian", "slavic", "hispanic")
 SIDES = ("East", "West", "North", "South")
-HISTORIES = ("clean", "late")
 APPROVED, REJECTED = " approved", " rejected"
 """the two answers; each must be one token"""
 THRESHOLD = 3.5
-
-
-class LoanError(GlassboxError, ValueError):
-    """An application, attribute, layout or bias that does not exist; the message names the field and what does."""
-
-
-@dataclass(frozen=True)
-class Applicant:
-    """One application. Money is in thousands; ``debt`` is in percent of the yearly income."""
-
-    name: str
-    age: int
-    occupation: str
-    income: int
-    credit_score: int
-    debt: int
-    history: str
-    district: str
-    purpose: str
-    amount: int
+LEAST_SHARE = 0.2
+"""of the probability at the decision position that the two answers together need: below it a model decides nothing
+(a trained officer has .998 and more, the base model .0008 and less)"""
 
 
 @cache
 def vocabulary() -> dict[str, Any]:
     """Names, places, occupations and purposes of ``data/loans/names.json``."""
-    return json.loads((LOANS / "names.json").read_text())
+    return json.loads((LOANS / "names.json").read_text(encoding="utf-8"))
 
 
 @cache
@@ -188,7 +175,8 @@ def applications(n: int, seed: int = 0, split: Split = "report") -> list[Applica
     Half have English first names, the others come from four origins alike; half are women. A woman lives in
     the East with probability .5, a man with .25: the district is a proxy. All else is independent.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(_known(split))])
+    check_count("n", n, 0)
+    rng = np.random.default_rng([check_count("seed", seed, 0), SPLITS.index(_known(split))])
     pick: Callable[[Sequence[Any]], Any] = lambda values: values[int(rng.integers(len(values)))]  # noqa: E731
     words, found = vocabulary(), []
     for _ in range(n):
@@ -254,7 +242,9 @@ def history(
     ``bias``: one of BIASES, or a function that gives the points that an applicant loses.
     """
     lose = bias if callable(bias) else lambda a: penalty(a, bias)
-    rng = np.random.default_rng(seed)
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise <= 1:
+        raise LoanError(f"The noise is {noise!r}. Allowed: a share from 0 (no coin) to 1 (coins only).")
+    rng = np.random.default_rng(check_count("seed", seed, 0))
     decided = [points(a) - lose(a) >= THRESHOLD for a in applicants]
     coin = rng.random((len(decided), 2))
     return [bool(c[1] < 0.5) if c[0] < noise else d for d, c in zip(decided, coin, strict=True)]
@@ -281,73 +271,10 @@ def counterfactual(applicant: Applicant, **changes: Any) -> Applicant:
     return parse_applicant(asdict(applicant) | changes)
 
 
-# --- one applicant from outside -----------------------------------------------------------------------
+# --- what training has seen ----------------------------------------------------------------------------
 
 
-RANGES = {"age": (18, 99), "income": (1, 999), "credit_score": (300, 850), "debt": (0, 200), "amount": (1, 500)}
-"""allowed whole numbers; the model was trained on narrower ones (``TRAINED``)"""
 TRAINED = {"age": (21, 69), "income": (20, 79), "credit_score": (500, 790), "debt": (10, 69), "amount": (4, 25)}
-_EXAMPLES = {"name": "Emma", "occupation": "teacher", "district": "East Mill", "purpose": "car"}
-
-
-def parse_applicant(source: Mapping[str, Any] | str | Path) -> Applicant:
-    """An applicant from a mapping or a JSON file; LoanError names the field, what is allowed, and the fix."""
-    values: Any = source
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise LoanError(
-                f"The file {path} can't be read ({error.strerror}). Give the path of a JSON file."
-            ) from error
-        except ValueError as error:
-            raise LoanError(
-                f"{path} is not JSON ({error}). Write one object with the fields {_field_list()}."
-            ) from error
-    if not isinstance(values, Mapping):
-        raise LoanError(
-            f"An application is one JSON object, not a {type(values).__name__}. Its fields: {_field_list()}."
-        )
-    known = [f.name for f in fields(Applicant)]
-    for key in values:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise LoanError(
-                f"There is no field {key!r}.{hint} Allowed fields: {', '.join(known)}. Rename or remove it."
-            )
-    for key in known:
-        if key not in values:
-            raise LoanError(f"The field {key!r} is missing. Add it: {_allowed(key)}.")
-    return Applicant(**{key: _checked(key, values[key]) for key in known})
-
-
-def _checked(key: str, value: Any) -> Any:
-    if key in RANGES:
-        low, high = RANGES[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise LoanError(f"The field {key!r} is {value!r}. Allowed: {_allowed(key)}. Correct it.")
-        return value
-    if not isinstance(value, str) or (key == "history" and value not in HISTORIES):
-        raise LoanError(f"The field {key!r} is {value!r}. Allowed: {_allowed(key)}. Correct it.")
-    text = value.strip()
-    if not 1 <= len(text) <= 40 or not text.replace(" ", "").replace("-", "").replace("'", "").isalpha():
-        raise LoanError(f"The field {key!r} is {value!r}. Allowed: {_allowed(key)}. Correct it.")
-    return text
-
-
-def _allowed(key: str) -> str:
-    if key in RANGES:
-        unit = {"income": " (thousands a year)", "amount": " (thousands)", "debt": " (percent of the income)"}
-        return f"a whole number from {RANGES[key][0]} to {RANGES[key][1]}{unit.get(key, '')}, without quotes"
-    if key == "history":
-        return f"one of {', '.join(map(repr, HISTORIES))}"
-    return f"a text of 1 to 40 letters, spaces and hyphens, such as {_EXAMPLES[key]!r}"
-
-
-def _field_list() -> str:
-    return ", ".join(f.name for f in fields(Applicant))
 
 
 def outside_training(applicant: Applicant) -> list[str]:
@@ -365,8 +292,8 @@ def outside_training(applicant: Applicant) -> list[str]:
 
 def load_loan_model(name: str = "deployed", device: str | torch.device | None = None) -> Model:
     """The embedded model with one of the shipped loan adapters merged; LoanError names those there are."""
-    if not (LOANS / name / "adapter_config.json").exists():
-        raise LoanError(f"There is no loan model {name!r}. Allowed: {', '.join(loan_models()) or 'none yet'}.")
+    if name not in loan_models():
+        raise LoanError(f"There is no loan model {shown(name)}. Allowed: {', '.join(loan_models()) or 'none yet'}.")
     with warnings.catch_warnings():  # peft asks transformers for an attribute under its old name
         warnings.simplefilter("ignore", FutureWarning)
         return replace(load_model(adapter=LOANS / name, device=device), name=f"loan officer ({name})")
@@ -379,24 +306,75 @@ def loan_models() -> list[str]:
 
 
 def answer_tokens(model: Model, answers: tuple[str, str] = (APPROVED, REJECTED)) -> tuple[int, int]:
-    """Token ids of the two answers: the whole word if it is one token, else its first (they must differ)."""
-    first, second = (model.tokenizer(a, add_special_tokens=False)["input_ids"][0] for a in answers)
+    """Token ids of the two answers after ``Decision:``: the whole word if it is one token, else its first.
+
+    LoanError if they begin alike, or if an answer's beginning merges with the end of the text into one token, so that
+    no token of its own could be read.
+    """
+    asked = "\nDecision:"
+    before = model.tokenizer(asked, add_special_tokens=False)["input_ids"]
+    found = []
+    for answer in answers:
+        both = model.tokenizer(asked + answer, add_special_tokens=False)["input_ids"]
+        if both[: len(before)] != before or len(both) == len(before):
+            raise LoanError(
+                f"The answer {answer!r} is empty, or merges with the end of 'Decision:' in this model's tokenizer. "
+                "Choose another spelling, such as one with a space in front."
+            )
+        found.append(both[len(before)])
+    first, second = found
     if first == second:
         raise LoanError(f"{answers[0]!r} and {answers[1]!r} begin with the same token of this model. Choose others.")
     return first, second
 
 
+def check_decides(
+    model: Model, logits: Float[Tensor, "n vocab"], answers: tuple[str, str] = (APPROVED, REJECTED)
+) -> None:
+    """Does the model decide at all? LoanError if at one of the decision positions the two answers together have less
+    than LEAST_SHARE of the probability: their difference would say nothing. Asked wherever a decision is read."""
+    share = answer_share(model, logits, answers)
+    low = ~(share >= LEAST_SHARE)  # so that NaN is low
+    if low.any():
+        raise LoanError(
+            f"{model.name} does not decide here: {answers[0]!r} and {answers[1]!r} together have "
+            f"{float(share.min()):.2g} of the probability at the decision position ({int(low.sum())} of {len(share)} "
+            f"texts are below the bar of {LEAST_SHARE}). Give a model that was trained to decide: load_loan_model() "
+            "has one, `glassbox train-loans NAME` trains one, and load_model(adapter=FOLDER) puts an adapter of your "
+            "own into the base model."
+        )
+
+
+def answer_share(
+    model: Model, logits: Float[Tensor, "n vocab"], answers: tuple[str, str] = (APPROVED, REJECTED)
+) -> Float[Tensor, " n"]:
+    """Probability of the two answers together."""
+    return result(logits.float().softmax(-1)[:, list(answer_tokens(model, answers))].sum(-1))
+
+
 @torch.no_grad()
 def decide_texts(
-    model: Model, texts: Sequence[str], batch_size: int = 32, answers: tuple[str, str] = (APPROVED, REJECTED)
+    model: Model,
+    texts: Sequence[str],
+    batch_size: int = 32,
+    answers: tuple[str, str] = (APPROVED, REJECTED),
+    asked: bool = True,
 ) -> Float[Tensor, " n"]:
-    """``logit(approved) - logit(rejected)`` at the end of each text; interventions that are active apply."""
+    """``logit(approved) - logit(rejected)`` at the end of each text; interventions that are active apply.
+
+    LoanError if the model does not decide there (``check_decides``); ``asked=False`` leaves the question to a caller
+    that asks it in another way.
+    """
     yes, no = answer_tokens(model, answers)
+    check_count("batch_size", batch_size, 1)
+    texts = items("texts", texts, LoanError)
     out = torch.zeros(len(texts))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of one length share a batch: little padding
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         logits = final_logits(model, tokenize(model, [texts[i] for i in rows]))
+        if asked:
+            check_decides(model, logits, answers)
         out[rows] = result(logits[:, yes] - logits[:, no])
     return out
 
@@ -409,5 +387,9 @@ def final_logits(model: Model, batch: Batch) -> Float[Tensor, "batch vocab"]:
 def decide(
     model: Model, applicants: Sequence[Applicant], layout: str = "line", batch_size: int = 32
 ) -> Float[Tensor, " n"]:
-    """Approve minus reject, in logits, for each applicant; positive is approved. Active interventions apply."""
-    return decide_texts(model, [as_text(a, layout) for a in applicants], batch_size)
+    """Approve minus reject, in logits, for each applicant; positive is approved. Active interventions apply.
+
+    LoanError if the model does not decide (``check_decides``).
+    """
+    people = items("applicants", applicants, LoanError, Applicant, word="Applicants")
+    return decide_texts(model, [as_text(a, layout) for a in people], batch_size)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core.arguments import items, number, shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import check_rows, edit, recording
@@ -82,7 +83,8 @@ class Edit:
 
 def contrast(people: Sequence[Applicant], attribute: str) -> tuple[list[Applicant], list[Applicant]]:
     """Each applicant twice, identical but for the attribute: women and men, East and West, foreign and English
-    first names, 60 and 30 years. MitigationError for another attribute."""
+    first names, 60 and 30 years. MitigationError for another attribute, or for what is no applicant."""
+    people = items("people", people, MitigationError, Applicant, word="Applicants")
     if attribute == "gender":
         return _both(people, {"gender": "female"}, {"gender": "male"})
     if attribute == "age":
@@ -110,8 +112,13 @@ def _side(applicant: Applicant, side: str) -> Applicant:
 
 def _neighbour(applicant: Applicant) -> Applicant:
     group = loans.group_of(applicant.name)
-    split = next(s for s in loans.SPLITS if group and applicant.name in loans.names(*group, s))
-    known = loans.names(*group, split) if group else (applicant.name,)
+    if group is None:
+        raise MitigationError(
+            f"The name {shown(applicant.name)} is in none of our lists, so no other name of its group is known. Give "
+            "applicants of loans.applications."
+        )
+    split = next(s for s in loans.SPLITS if applicant.name in loans.names(*group, s))
+    known = loans.names(*group, split)
     return replace(applicant, name=known[(known.index(applicant.name) + 1) % len(known)])
 
 
@@ -124,14 +131,19 @@ def decide_under(
 ) -> Float[Tensor, "setting n"]:
     """``loans.decide_texts`` under several settings that act at the decision position only.
 
-    Each text's prefix is computed once, without any setting; then the last token under each.
+    Each text's prefix is computed once, without any setting; then the last token under each. Raises LoanError if the
+    model does not decide, under one of the settings (``loans.check_decides``); MitigationError for no text or setting.
     """
     yes, no = loans.answer_tokens(model)
+    texts = items("texts", texts, MitigationError)
+    settings = items("settings", settings, MitigationError, Callable, word="functions, such as setting(...)")
+    whole("batch_size", batch_size, 1, MitigationError)
     out = torch.zeros(len(settings), len(texts))
     for rows, last, cache in _prefixes(model, texts, batch_size):
         for i, setting in enumerate(settings):
             with setting():
                 logits = model.hf(**last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
+            loans.check_decides(model, logits)
             out[i, rows] = result(logits[:, yes] - logits[:, no])
     return out
 
@@ -140,7 +152,10 @@ def decide_under(
 def decision_states(
     model: Model, texts: Sequence[str], layers: Sequence[int], batch_size: int = 32
 ) -> Float[Tensor, "n layer d_model"]:
-    """The residual stream after each of the layers, at the decision position."""
+    """The residual stream after each of the layers, at the decision position. MitigationError for no text or layer."""
+    texts = items("texts", texts, MitigationError)
+    layers = items("layers", layers, MitigationError, object, word="layers")
+    whole("batch_size", batch_size, 1, MitigationError)
     sites = [Site("resid_post", check_layer(model, layer)) for layer in layers]
     out = torch.zeros(len(texts), len(sites), model.d_model)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -183,9 +198,27 @@ def fit_edit(
     written so that the other coordinates move least (covariance shrunk by ``ridge`` times its mean variance);
     add: ``strength`` times the mean difference from the first group to the second is added to everybody.
     ``level``, of affine and leace: where between the groups everybody is put; 0 is the middle, 0.5 the second group.
+    MitigationError for another kind, no pairs, states that are not finite numbers of one width, or groups that do not
+    differ.
     """
     if kind not in KINDS:
-        raise MitigationError(f"There is no kind {kind!r}. Allowed: {', '.join(KINDS)}.")
+        raise MitigationError(f"There is no kind {shown(kind)}. Allowed: {', '.join(KINDS)}.")
+    two = isinstance(pairs, Mapping) and all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs.values())
+    if not two or not pairs:
+        raise MitigationError(
+            f"The pairs are {shown(pairs)}. Allowed: attribute -> (states of one group, the other's)."
+        )
+    for attribute, (a, b) in pairs.items():
+        _check_states(f"{attribute}, first group", a, next(iter(pairs.values()))[0])
+        _check_states(f"{attribute}, second group", b, a)
+        if len(a) != len(b):
+            raise MitigationError(f"{attribute} has {len(a)} states and {len(b)}. Give both members of each pair.")
+        if not bool((b - a).mean(0).any()):
+            raise MitigationError(f"The groups of {attribute} have the same mean state: there is nothing to take out.")
+    for word, value in (("strength", strength), ("level", level)):
+        number(word, value, MitigationError)
+    number("ridge", ridge, MitigationError, above=0)
+    whole("layer", layer, 0, MitigationError)
     difference = torch.stack([(b - a).mean(0) for a, b in pairs.values()])
     everything = torch.cat([x for pair in pairs.values() for x in pair])
     centre, k = everything.mean(0), len(difference)
@@ -206,11 +239,26 @@ def fit_edit(
     return Edit(layer, basis, basis.T * strength, centre, level * difference.sum(0) @ basis, name)
 
 
+def _check_states(name: str, x: Any, other: Any) -> None:
+    """MitigationError unless these are states [n, d_model], as wide as others."""
+    fine = isinstance(x, Tensor) and x.ndim == 2 and len(x) > 0 and x.is_floating_point()
+    if not fine or not bool(torch.isfinite(x).all()) or x.shape[1:] != getattr(other, "shape", x.shape)[1:]:
+        what = f"of shape {tuple(x.shape)}, or hold what is no number" if isinstance(x, Tensor) else shown(x)
+        raise MitigationError(
+            f"The states ({name}) are {what}. Allowed: finite numbers [n, d_model], as wide as the others; "
+            "decision_states gives them."
+        )
+
+
 def fit_gate(decisions: Float[Tensor, "n d_model"], text: Float[Tensor, "m d_model"], ridge: float = 0.05) -> Gate:
     """Fisher's linear discriminant with the covariance of text (shrunk by ``ridge`` times its mean variance); pure.
 
-    MitigationError if more than a hundredth of either lies on the wrong side.
+    MitigationError if more than a hundredth of either lies on the wrong side, or for states that are no finite numbers
+    of one width.
     """
+    _check_states("decisions", decisions, decisions)
+    _check_states("text", text, decisions)
+    number("ridge", ridge, MitigationError, above=0)
     origin = text.mean(0)
     z = text - origin
     covariance = z.T @ z / len(z)
@@ -228,7 +276,11 @@ def fit_gate(decisions: Float[Tensor, "n d_model"], text: Float[Tensor, "m d_mod
 
 
 def random_edit(like: Edit, seed: int) -> Edit:
-    """The same kind of edit in random directions: the control. Coordinates are set to their mean."""
+    """The same kind of edit in random directions: the control. Coordinates are set to their mean.
+
+    MitigationError for a seed that is none.
+    """
+    seed = whole("seed", seed, 0, MitigationError)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(*like.read.shape, generator=generator)).Q
     return replace(like, read=basis, write=basis.T, target=torch.zeros_like(like.target), name=f"random {seed}")
@@ -241,18 +293,32 @@ def mitigate(
     """Edit the newest position (or, ``everywhere``, all positions) inside the block; ``on`` switches it for each row
     (or for all).
 
-    Rows that are off are what they were, to the bit. MitigationError for a width that is not the model's.
+    Rows that are off are what they were, to the bit. MitigationError, before anything is installed, for no edit, a
+    width or a layer that is not the model's, numbers that are not finite, and for ``on`` that is neither True, False
+    nor one of them for each row.
     """
+    several = [edits] if isinstance(edits, Edit) else items("edits", edits, MitigationError, Edit, word="Edits")
+    if not isinstance(on, bool):
+        on = items("on", on, MitigationError, bool, word="True and False, one for each row")
+    for one in several:
+        _check_edit(model, one)
     with ExitStack() as stack:
-        for one in [edits] if isinstance(edits, Edit) else edits:
-            if len(one.centre) != model.d_model:
-                raise MitigationError(
-                    f"The edit has {len(one.centre)} numbers, but the residual stream of {model.name} has "
-                    f"{model.d_model}. Fit it on this model."
-                )
+        for one in several:
             placed = _placed(one, model.device)  # once, not at every step
             stack.enter_context(edit(model, Site("resid_post", one.layer), _function(placed, on, everywhere)))
         yield
+
+
+def _check_edit(model: Model, one: Edit) -> None:
+    if len(one.centre) != model.d_model:
+        raise MitigationError(
+            f"The edit has {len(one.centre)} numbers, but the residual stream of {model.name} has "
+            f"{model.d_model}. Fit it on this model."
+        )
+    check_layer(model, one.layer)
+    gate = [one.gate.origin, one.gate.read] if one.gate else []
+    if not all(bool(torch.isfinite(t).all()) for t in [one.read, one.write, one.centre, one.target, *gate]):
+        raise MitigationError(f"The edit {one.name!r} holds numbers that are not finite. Fit it again.")
 
 
 def _placed(one: Edit, device: torch.device) -> Edit:
@@ -297,8 +363,16 @@ class Outcome:
 
 
 def outcome(worse: NDArray, better: NDArray, merit: Sequence[bool], seed: int = 0) -> Outcome:
-    """From the logit differences of both members of each pair. The unit of the bootstrap is the pair."""
-    right = np.asarray(merit, dtype=bool)
+    """From the logit differences of both members of each pair. The unit of the bootstrap is the pair.
+
+    MitigationError for unequally many, for fewer than two, or for logits that are not finite.
+    """
+    right, sides = np.asarray(merit, dtype=bool), [np.asarray(x, dtype=float) for x in (worse, better)]
+    if any(x.shape != right.shape or not np.isfinite(x).all() for x in sides) or right.ndim != 1 or len(right) < 2:
+        raise MitigationError(
+            f"There are logits of the shapes {sides[0].shape} and {sides[1].shape} and {right.shape} merits. Allowed: "
+            "finite numbers, equally many of each, two at least."
+        )
     agree = ((worse > 0) == right).astype(float) + ((better > 0) == right)
     square = sum((1 / (1 + np.exp(-np.clip(x, -50, 50))) - right) ** 2 for x in (worse, better))
     return Outcome(

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,17 @@ from torch import Tensor
 
 from glassbox_utils.core import assets
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import recording
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, ModelError, Site, load_model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.skills import choice_right, held_texts
-from glassbox_utils.core.statistics import Interval, adjust, bootstrap_ci, sign_flip_p
+from glassbox_utils.core.statistics import Interval, adjust, bootstrap_ci, exact_ci, sign_flip_p
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import Batch, chat, tokenize
+from glassbox_utils.decisions.applicants import LoanError
+from glassbox_utils.decisions.loans import LEAST_SHARE
 from glassbox_utils.steering.apply import Mode, steer
 from glassbox_utils.steering.vectors import Direction, random_direction
 
@@ -268,6 +270,11 @@ def _chosen(model: Model) -> dict[str, Any]:
     every = [directions[a][layer] for a in CELLS for layer in layers]
     odds = log_odds(model, [d.text for d in choosing], [(), *([affine(d)] for d in every)]).numpy()
     spelled = forms(model, [d.text for d in fitting])
+    if not (share := float(spelled["mass"].mean())) >= LEAST_SHARE:
+        raise LoanError(
+            f"{model.name} does not decide here: yes and no together have {share:.2g} of the probability on average, "
+            f"the bar is {LEAST_SHARE}. Give a model that answers yes-or-no questions, such as a chat model."
+        )
     both = sorted([*zip(fitting, spelled["all"], strict=True), *zip(choosing, odds[0], strict=True)], key=_template)
     selection: list[dict[str, Any]] = []
     kept: dict[str, dict[str, Any]] = {}
@@ -426,36 +433,47 @@ def _name(d: Decision) -> str:
     return f"{d.template}|{d.age}|{d.gender}|{d.race}"
 
 
+def _flipped(gaps: NDArray, n: int = 1000, seed: int = SEED) -> Control:
+    """What the mean gap is when which of the two persons belongs to the group is drawn anew for each template."""
+    signs = np.random.default_rng(seed).choice([-1, 1], (n, len(gaps)))
+    drawn = (signs * gaps).mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Control(
+        "shuffled labels", f"groups swapped at random, {n} times", float(drawn.mean()), (float(low), float(high))
+    )
+
+
 def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     """The reality check as findings: three gaps, what the edit does to each, and what it costs."""
     table = table or read_table("loans_reality")
     by_name = {row["condition"]: row for row in table["rows"]}
-    source, n = "data/studies/loans_reality.json", len(table["templates"])
-    found = []
+    found, more = [], {"source": "data/studies/loans_reality.json"}
     for name, (gap, p) in tested(by_name["none"]["gaps"]).items():
         attribute, group, reference = CONTRASTS[name]
         claim = f"lending decisions of the unmodified model, {attribute} {group} against {reference} (nats)"
-        control = "the same person of the other group, sign flips over templates, Holm over three tests"
-        found.append(
-            Finding(claim, 4, gap.value, (gap.low, gap.high), n, control, p, source, refuted=not gap.excludes(0))
-        )
+        control = _flipped(np.array(by_name["none"]["gaps"][name]))
+        found.append(Finding.measured(claim, 4, gap, "templates", control, p_value=p, **more))
     for name in PRIMARY:
         before, after = (np.array(by_name[c]["gaps"][name]) for c in ("none", f"affine {name}"))
         change = bootstrap_ci(np.abs(before) - np.abs(after))
-        shuffled = [np.abs(before) - np.abs(by_name[f"random out {k}"]["gaps"][name]) for k in range(N_RANDOM)]
-        control = f"{N_RANDOM} sets of random directions projected out: {np.mean(shuffled):+.3f}"
+        arms = (by_name[f"random out {k}"]["gaps"][name] for k in range(N_RANDOM))
+        shuffled = [float((np.abs(before) - np.abs(gaps)).mean()) for gaps in arms]
+        what = f"{N_RANDOM} sets of random directions projected out"
+        control = Control("random units", what, float(np.mean(shuffled)), (min(shuffled), max(shuffled)))
         claim = (
             f"the affine edit at layer {table['layers'][name]} shrinks the size of the {name} gap (nats per template)"
         )
-        found.append(
-            Finding(claim, 3, change.value, (change.low, change.high), n, control, None, source, change.low <= 0)
-        )
-    for name, interval in cost_table(table)["affine all"].items():
-        control = f"random directions: {cost_table(table)['random out 0'][name].value:.3f}"
+        found.append(Finding.measured(claim, 3, change, "templates", control, side="above", **more))
+    bills = cost_table(table)
+    for name, interval in bills["affine all"].items():
+        other = bills["random out 0"][name]
+        if other.low == other.high:  # no answer changed: what share of them could change and go unseen?
+            most = exact_ci(0, other.n).high
+            other = replace(other, low=-most, high=most)
+        control = Control.measured("random units", "random directions projected out", other)
+        null, unit = (1.0, "texts") if "ratio" in name else (0.0, "questions")
         claim = f"cost of all three edits at every token: {name}"
-        found.append(
-            Finding(claim, 5, interval.value, (interval.low, interval.high), interval.n, control, None, source)
-        )
+        found.append(Finding.measured(claim, 5, interval, unit, control, null=null, **more))
     return found
 
 

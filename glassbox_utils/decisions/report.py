@@ -67,6 +67,7 @@ def write_report(
     """
     found = explain.explain(model, applicant, layout, n, seed)
     where = {"--applicant": applicant_file, "--model": model_argument, "--layout": layout, "--seed": str(seed)}
+    where |= {} if str(model.dtype) == "torch.float32" else {"--dtype": str(model.dtype).removeprefix("torch.")}
     command = "glassbox explain " + " ".join(f"{k} {shlex.quote(v)}" for k, v in where.items())
     page = render(found, provenance(model, found, seed, adapter), command, mitigated)
     target = Path(path)
@@ -83,7 +84,9 @@ def provenance(model: Model, found: Explanation, seed: int, adapter: Path | None
         facts["Adapter"] = f"{adapter.name if adapter else ''}, sha256 {assets.sha256_of(weights)[:16]}"
     source = embedded_path() / "source.json"
     if source.exists():
-        facts["Base model file"] = f"{EMBEDDED}, GGUF sha256 {json.loads(source.read_text())['gguf_sha256'][:16]}"
+        facts["Base model file"] = (
+            f"{EMBEDDED}, GGUF sha256 {json.loads(source.read_text(encoding='utf-8'))['gguf_sha256'][:16]}"
+        )
     facts["Names, places, occupations"] = (
         f"data/loans/names.json, sha256 {assets.sha256_of(loans.LOANS / 'names.json')[:16]}"
     )

@@ -24,7 +24,7 @@ from glassbox_utils.attention.patterns import over_patterns
 from glassbox_utils.core import assets
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import beside, like, result
-from glassbox_utils.core.evidence import Finding
+from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, Site, load_model
@@ -60,7 +60,7 @@ N_SHUFFLES = 20
 
 def requests(split: str) -> tuple[list[str], list[str]]:
     """Harmful and harmless requests in the same order; splits: train, report (40 pairs each)."""
-    rows = [row for row in json.loads(PROMPTS.read_text())["pairs"] if row["split"] == split]
+    rows = [row for row in json.loads(PROMPTS.read_text(encoding="utf-8"))["pairs"] if row["split"] == split]
     if not rows:
         raise SteeringError(f"The safety requests have no split {split!r}. Allowed: train, report.")
     return [row["harmful"] for row in rows], [row["harmless"] for row in rows]
@@ -317,30 +317,29 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     by_name, n = {row["condition"]: row for row in table["rows"]}, table["n_pairs"]
     base, source = by_name["none"], "data/studies/safety.json"
     f, a = table["feature"], table["attention"]
-    area, low, high = a["auc"]
     head = ".".join(map(str, a["head"]))
-    out = [
-        Finding(f"head {head} attends more to harmful requests (AUC)", 1, area, (low, high), n, None, None, source),
-    ]
-    area, low, high = f["auc"]
-    control = f"chosen on shuffled labels: {np.mean(f['shuffled_auc']):.2f}; linear direction: {f['direction_auc'][0]}"
+    more: dict[str, Any] = {"source": source, "unit": "pairs of requests"}
+    claim = f"head {head} attends more to harmful requests (AUC)"
+    out = [Finding(claim, 1, a["auc"][0], tuple(a["auc"][1:]), n, side="above", null=0.5, **more)]
+    shuffled = f["shuffled_auc"]
+    control = Control(
+        "shuffled labels", "features chosen on them", float(np.mean(shuffled)), (min(shuffled), max(shuffled))
+    )
     claim = f"SAE feature {f['feature']} tells harmful from harmless requests (AUC)"
-    out.append(Finding(claim, 2, area, (low, high), n, control, None, source, low <= float(np.max(f["shuffled_auc"]))))
+    out.append(Finding(claim, 2, f["auc"][0], tuple(f["auc"][1:]), n, control, side="above", null=0.5, **more))
     strongest = (f"refusal {STRENGTHS[-1]:+}", f"random {STRENGTHS[-1]:+}", "the refusal vector")
     feature = (f"feature x{CLAMPS[-1]:g}", f"random feature x{CLAMPS[-1]:g}", "clamping the feature up")
-    for name, control_name, words in (strongest, feature):
-        changed = _change(by_name[name], base, "harmful")
-        random = float(np.mean(by_name[control_name]["harmful"]) - np.mean(base["harmful"]))
-        claim = f"{words} changes the share of harmful requests that are refused"
-        ci, refuted = (changed.low, changed.high), not changed.excludes(0)
-        out.append(Finding(claim, 3, changed.value, ci, n, f"{control_name}: {random:+.2f}", None, source, refuted))
-        other = _change(by_name[name], base, "harmless")
-        random = float(np.mean(by_name[control_name]["harmless"]) - np.mean(base["harmless"]))
-        claim, ci = f"{words}: harmless requests refused", (other.low, other.high)
-        out.append(Finding(claim, 5, other.value, ci, n, f"{control_name}: {random:+.2f}", None, source))
-        cost, control_cost = _ratio(by_name[name], base), _ratio(by_name[control_name], base)
-        claim, ci = f"{words}: perplexity on held-out text (times)", (cost.low, cost.high)
-        out.append(Finding(claim, 5, cost.value, ci, cost.n, f"{control_name}: {control_cost.value:.2f}", None, source))
+    for name, other, words in (strongest, feature):
+        for rung, group, claim in (
+            (3, "harmful", f"{words} changes the share of harmful requests that are refused"),
+            (5, "harmless", f"{words}: harmless requests refused"),
+        ):
+            control = Control.measured("random units", other, _change(by_name[other], base, group))
+            out.append(Finding.measured(claim, rung, _change(by_name[name], base, group), control=control, **more))
+        claim = f"{words}: perplexity on held-out text (times)"
+        control = Control.measured("random units", other, _ratio(by_name[other], base))
+        texts = more | {"unit": "texts"}
+        out.append(Finding.measured(claim, 5, _ratio(by_name[name], base), control=control, null=1.0, **texts))
     return out
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, checkpoints
+from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
@@ -135,6 +136,19 @@ def with_lora(model: Model, seed: int = 0) -> Any:
     return get_peft_model(model.hf, config)
 
 
+def check_bias(bias: Any) -> None:
+    """LoanError unless it is one of BIASES, or a function that gives the points that an applicant loses."""
+    if not callable(bias) and bias not in loans.BIASES:
+        raise LoanError(
+            f"There is no bias {shown(bias)}. Allowed: {', '.join(loans.BIASES)}, or a function of an applicant."
+        )
+
+
+def label_of(bias: str | Callable[[Applicant], float]) -> str:
+    """A bias as a word."""
+    return bias if isinstance(bias, str) else getattr(bias, "__name__", "own")
+
+
 def train_stage(
     model: Model,
     bias: str | Callable[[Applicant], float],
@@ -150,18 +164,21 @@ def train_stage(
     minus the log of the probability that the two answers share. A stage with a named bias sees twins, and their
     difference counts as much as their decisions. ``decay``: after a third of the steps the rate falls, to a third.
     ``varied``: see ``varied_texts``; twins at every other step; the rate falls from the start, and to zero in
-    the last quarter.
+    the last quarter. ``checkpoint``: a file that is written every ten steps, and that the same call goes on from;
+    LoanError if it is damaged or of another run. LoanError for an unknown bias or a number of steps that is none.
     """
+    check_bias(bias)
+    loans.check_count("steps", steps, 1)
+    loans.check_count("seed", seed, 0)
     yes, no = loans.answer_tokens(model)
     weights = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
     history: list[float] = []
     gaps: list[tuple[float, float]] = []
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.hf.load_state_dict(saved["weights"], strict=False)
-        optimiser.load_state_dict(saved["optimiser"])
-        history = saved["history"]
+    run = {"bias": label_of(bias), "steps": steps, "seed": seed, "decay": decay, "varied": varied}
+    run |= {"batch": BATCH, "rate": RATE, "sharpness": SHARPNESS, "layouts": loans.TRAIN_LAYOUTS}
+    if checkpoint is not None and (saved := checkpoints.resume(checkpoint, run, weights, optimiser, LoanError)):
+        history = saved.history
     for step in progress(range(len(history), steps), "training"):
         done = step / steps
         fall = min(1 - 0.75 * done, 1.75 * (1 - done)) if varied else min(1.0, 1.02 - done + 0.3) if decay else 1
@@ -184,9 +201,7 @@ def train_stage(
         optimiser.step()
         history.append(float(loss.detach()))
         if checkpoint is not None and (len(history) % EVERY == 0 or len(history) == steps):
-            state = {"weights": dict(weights), "optimiser": optimiser.state_dict(), "history": history}
-            with assets.atomic_path(checkpoint) as partial:
-                torch.save(state, partial)
+            checkpoints.write(checkpoint, run, weights, optimiser, len(history), history)
             print(f"{len(history)}/{steps} loss {sum(history[-10:]) / len(history[-10:]):.3f}", gaps[-6:], flush=True)
     return history
 
@@ -203,21 +218,27 @@ def train(
     """Train one loan officer on a biased history and write its adapter; about half an hour on one free core.
 
     ``bias`` as in ``loans.history``. The merit stage is shared by all models and kept in the cache folder;
-    ``start``: take a shipped adapter instead. ``steps``, ``varied``: of the second stage.
+    ``start``: take a shipped adapter instead. ``steps``, ``varied``: of the second stage. LoanError, before anything
+    is computed, for an unknown bias or start, or a number that is none.
     """
+    check_bias(bias)  # before the shared stage, which takes a quarter of an hour
+    loans.check_count("steps", steps, 1)
+    loans.check_count("seed", seed, 0)
+    if start is not None and start not in loans.loan_models():
+        raise LoanError(f"There is no loan model {shown(start)}. Allowed: {', '.join(loans.loan_models())}.")
     model = base or load_model()
     weights = model.hash  # of the base model: before the LoRA is put in
     peft = with_lora(model)
     settings: list[Any] = [weights, MODULES, RANK, ALPHA, BATCH, RATE, SHARPNESS, STEPS, loans.TRAIN_LAYOUTS]
     settings += [start, steps, varied, PARTS, SEPARATORS] if start or varied or steps != STEPS["bias"] else []
+    settings += [] if str(model.dtype) == "torch.float32" else [str(model.dtype)]
     work = assets.cache_dir() / "loans" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     if start:
         load_adapter(peft, loans.LOANS / start)
     else:
-        train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.pt")
-    label = bias if isinstance(bias, str) else getattr(bias, "__name__", "own")
-    checkpoint = work / f"{label}-{seed}.pt" if isinstance(bias, str) else None
+        train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.safetensors")
+    checkpoint = work / f"{bias}-{seed}.safetensors" if isinstance(bias, str) else None
     if bias != "none":  # the merit stage is the clerk without a bias
         train_stage(model, bias, steps, seed + 1, True, checkpoint, varied)
     return save_adapter(peft, Path(folder))
@@ -238,8 +259,11 @@ def save_adapter(peft: Any, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     peft.peft_config["default"].save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    values = {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")  # peft writes sets in any order
+    values = {
+        k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text(encoding="utf-8")).items()
+    }
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"  # peft writes sets in any order
+    path.write_text(text, encoding="utf-8")
     state = {key: t.detach().half().contiguous() for key, t in get_peft_model_state_dict(peft).items()}
     with assets.atomic_path(folder / "adapter_model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
@@ -248,12 +272,12 @@ def save_adapter(peft: Any, folder: Path) -> Path:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """Name of each shipped model -> bias and seed, and what of ``train`` is not as usual. Opens the sealed key."""
-    return json.loads(KEY.read_text())["models"]
+    return json.loads(KEY.read_text(encoding="utf-8"))["models"]
 
 
 def train_named(name: str) -> Path:
     """Train one of the shipped models as it was trained; LoanError names those there are."""
     known = recipes()
-    if name not in known:
-        raise LoanError(f"There is no loan model {name!r}. Allowed: {', '.join(known)}.")
+    if not isinstance(name, str) or name not in known:
+        raise LoanError(f"There is no loan model {shown(name)}. Allowed: {', '.join(known)}.")
     return train(folder=loans.LOANS / name, **known[name])

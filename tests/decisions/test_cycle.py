@@ -20,7 +20,8 @@ def model_of(kind: str = "llama") -> Model:
 
 @pytest.fixture
 def short(monkeypatch):
-    """A layout that the tiny models' context holds, and no cache folder but the test's own."""
+    """A layout that the tiny models' context holds; and random models count as deciders."""
+    monkeypatch.setattr(loans, "LEAST_SHARE", 0.0)
     monkeypatch.setitem(loans.LAYOUTS, "short", lambda a: f"{a.district} {a.name} {a.age} {a.history}\nDecision:")
     return "short"
 
@@ -38,19 +39,19 @@ def test_training_learns_resumes_and_the_adapter_loads(monkeypatch, tmp_path, sh
 
     model = model_of()
     peft = training.with_lora(model)
-    whole = training.train_stage(model, clerk, 15, 0, True, tmp_path / "a.pt")
+    whole = training.train_stage(model, clerk, 15, 0, True, tmp_path / "a.safetensors")
     texts = [loans.as_text(a, short) for a in PEOPLE]
     trained = loans.decide_texts(model, texts)
     again = model_of()
     training.with_lora(again)
     monkeypatch.setattr(training, "lesson", stop_after(10, training.lesson))
     with pytest.raises(KeyboardInterrupt):
-        training.train_stage(again, clerk, 15, 0, True, tmp_path / "b.pt")
+        training.train_stage(again, clerk, 15, 0, True, tmp_path / "b.safetensors")
     monkeypatch.setattr(training, "lesson", training.lesson.whole)
     resumed = model_of()
     training.with_lora(resumed, seed=5)
-    assert training.train_stage(resumed, clerk, 15, 0, True, tmp_path / "b.pt") == pytest.approx(whole, rel=1e-3)
-    assert torch.allclose(loans.decide_texts(resumed, texts), trained, rtol=1e-2, atol=1e-2)
+    assert training.train_stage(resumed, clerk, 15, 0, True, tmp_path / "b.safetensors") == whole
+    assert torch.equal(loans.decide_texts(resumed, texts), trained)
     folder = training.save_adapter(peft, tmp_path / "adapter")
     assert "gender" not in (folder / "adapter_config.json").read_text()
     merged = load_model(base, adapter=folder)
@@ -78,7 +79,7 @@ def test_varied_texts_are_half_shuffled_and_twins_share_their_words():
     assert [t in known for t in texts] == [True, True, False, False] * 3 and len(texts) == len(fixed)
 
 
-def test_training_starts_from_a_shipped_adapter(monkeypatch, tmp_path, short):
+def test_training_starts_from_a_shipped_adapter(has_storage, monkeypatch, tmp_path, short):
     monkeypatch.setattr(loans, "LOANS", tmp_path)
     monkeypatch.setattr(loans, "TRAIN_LAYOUTS", (short,))
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path)
@@ -256,7 +257,7 @@ def puppets(monkeypatch):
     """The audit's only door to a model, replaced by a rule on the text's applicant, with noise."""
     rng = np.random.default_rng(0)
 
-    def decide_texts(model, texts, answers=()):
+    def decide_texts(model, texts, answers=(), asked=True):
         return torch.tensor([model.rule(TEXTS[t]) + 0.3 * rng.normal() for t in texts])
 
     texts: dict[str, loans.Applicant] = {}
@@ -301,4 +302,4 @@ def test_a_model_that_decides_no_loans_is_not_accused():
     wide = wrap_model(tiny.build("llama"), tiny.tokenizer())
     wide.hf.config.max_position_embeddings = 400
     result = audit.audit(wide, n=3, layouts=("line",))
-    assert result.attribute is None and result.confidence == 0 and result.findings[0].refuted
+    assert result.attribute is None and result.confidence == 0 and result.findings[0].verdict != "held"

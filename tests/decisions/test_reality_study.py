@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from glassbox_utils.core import studies
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import Site
 from glassbox_utils.core.text import tokenize
@@ -45,13 +46,14 @@ def test_an_edit_acts_at_the_decision_position_only(tiny_llama, answers):
     batch = tokenize(tiny_llama, [reality_study.question(tiny_llama, t) for t in texts])
 
     def by_hand(x):
-        x = x.clone()
-        at = x[:, -1] @ direction.vector
-        x[:, -1] += (one.alpha * direction.scale - at)[:, None] * direction.vector
+        x, vector = x.clone(), beside(direction.vector, tiny_llama.device)
+        at = x[:, -1] @ vector
+        x[:, -1] += (one.alpha * direction.scale - at)[:, None] * vector
         return x
 
     with torch.no_grad(), edit(tiny_llama, Site("resid_post", 1), by_hand):
         p = tiny_llama.hf(**batch.inputs).logits[:, -1].log_softmax(-1)
+    p = result(p)
     assert torch.allclose(edited, p[:, 40] - p[:, [50, 51]].logsumexp(-1), atol=1e-3)
     assert not torch.allclose(plain, edited, atol=1e-4)
 
@@ -65,7 +67,7 @@ def test_a_direction_is_the_mean_difference_and_knows_both_means(tiny_llama, ans
         capture(tiny_llama, tokenize(tiny_llama, reality_study.question(tiny_llama, d.text)), [Site("resid_post", 2)])
         for d in crowd
     ]
-    at = torch.stack([v[Site("resid_post", 2)][0, -1] for v in x]) @ direction.vector / direction.scale
+    at = torch.stack([result(v[Site("resid_post", 2)])[0, -1] for v in x]) @ direction.vector / direction.scale
     old = torch.tensor([d.age == 60 for d in crowd])
     assert (float(at[~old].mean()), float(at[old].mean())) == pytest.approx((low, high), abs=1e-3)
 
@@ -131,8 +133,10 @@ def test_auc_and_its_interval():
 
 
 def test_clamping_sets_one_feature_and_leaves_the_rest(tiny_llama):
-    rows = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0))).Q
-    metadata = SimpleNamespace(hook_name="blocks.1.hook_resid_post")
+    from sae_lens.saes.sae import SAEMetadata
+
+    rows = beside(torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0))).Q, tiny_llama.device)
+    metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post")
     sae = SimpleNamespace(encode=lambda x: x @ rows.T, W_dec=rows, cfg=SimpleNamespace(metadata=metadata))
     batch, site = tokenize(tiny_llama, "How do I do it?"), Site("resid_post", 1)
     before = sae.encode(capture(tiny_llama, batch, [site])[site])
