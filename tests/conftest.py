@@ -20,6 +20,7 @@ from glassbox_utils.core import devices, models
 from glassbox_utils.core.models import Model, load_model
 
 PACKAGE = Path(models.__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser):
@@ -27,6 +28,20 @@ def pytest_addoption(parser):
         "--device", default="cpu", help="where models live: cpu, cuda, mps, or far (simulated, see far.py)"
     )
     parser.addoption("--every-function", action="store_true", help="fail if a function that takes a model was not run")
+
+
+def compared_on_the_cpu(function):
+    """``torch.allclose`` and its like, for tensors of two devices when a test (and nobody else) calls it."""
+
+    def near(x):
+        return x.detach().cpu() if isinstance(x, torch.Tensor) else x
+
+    def compare(*args, **options):
+        if sys._getframe(1).f_code.co_filename.startswith(str(TESTS)):
+            args = [near(x) for x in args]
+        return function(*args, **options)
+
+    return compare
 
 
 def takers_of_a_model():
@@ -75,8 +90,24 @@ def pytest_configure(config):
         context.__enter__()
         config.add_cleanup(lambda: context.__exit__(None, None, None))
     if device != "cpu":
+        torch.allclose, torch.equal = compared_on_the_cpu(torch.allclose), compared_on_the_cpu(torch.equal)
+        torch.testing.assert_close = compared_on_the_cpu(torch.testing.assert_close)
         models.wrap_model = lambda hf, *args, **options: wrap(hf.to(device), *args, **options)
     devices.available = lambda: list(dict.fromkeys([device, "cpu"]))
+
+
+@pytest.fixture
+def on_cpu(request):
+    """The test is about the CPU's own answer."""
+    if request.config.getoption("--device") != "cpu":
+        pytest.skip("about the CPU only")
+
+
+@pytest.fixture
+def has_storage(request):
+    """The test looks at memory, or writes the model's own tensors, which the simulated device does not have."""
+    if request.config.getoption("--device") == "far":
+        pytest.skip("the simulated device has no memory of its own")
 
 
 @pytest.fixture(scope="session", params=tiny.KINDS)

@@ -59,6 +59,12 @@ class FarTensor(torch.Tensor):
     def __repr__(self):
         return f"far({self.inner!r})"
 
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = FarTensor(self.inner.detach().clone(), self.requires_grad)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if hasattr(self, "_is_param") else copied
+        return memo[id(self)]
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.Tensor.tolist:
@@ -130,8 +136,11 @@ def far():
     """Inside the block the device ``far`` exists."""
     device, before = register(), torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="far") is made on the CPU, then moved
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to keeps tied weights tied, as on a GPU
     try:
         with _Making():
             yield device
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+        torch.__future__.set_swap_module_params_on_conversion(swap)

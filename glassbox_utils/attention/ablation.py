@@ -1,7 +1,7 @@
 """Take heads out of the computation: put zero, their mean, or their output on another prompt in their place."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +36,14 @@ def head_means(model: Model, batches: Sequence[Batch]) -> HeadMeans:
     sites = [Site("z", layer) for layer in range(model.n_layers)]
     for batch in batches:
         mask = not_first(batch)
+        if not mask.any():
+            continue
         for site, z in capture(model, batch, sites).items():
             total[site.layer] += exact(z[mask]).sum(0)
         count += int(mask.sum())
-    mean = (total / max(count, 1)).float().view(model.n_layers, model.n_heads, model.d_head)
+    if not count:
+        raise ModelError("There is no token to average over. Give batches with prompts of at least two tokens.")
+    mean = (total / count).float().view(model.n_layers, model.n_heads, model.d_head)
     return HeadMeans(like(mean, next(model.hf.parameters())), count)
 
 
@@ -57,9 +61,13 @@ def ablate_heads(
     ``zero`` puts 0 in place of the head's output; ``mean`` its average over a reference set (a
     ``HeadMeans``, see ``head_means``); ``resample`` its output on another prompt: a reference ``Batch``
     with as many positions, its rows drawn by ``seed``. Mean ablation is the default: zero is far from
-    anything that the model ever sees. Raises ModelError for unknown heads or a missing reference.
+    anything that the model ever sees. Raises ModelError for unknown heads or none, or a missing reference.
     """
     checked = check_heads(model, heads)
+    if not checked:
+        raise ModelError(
+            "There is no head to ablate: the list is empty. Give pairs of layer and head, such as [(5, 3)]."
+        )
     by_layer: dict[int, list[int]] = {}
     for layer, head in checked:
         by_layer.setdefault(layer, []).append(head)
@@ -99,3 +107,8 @@ def ablate_heads(
 
     with edits(model, {Site("z", layer): ablation(layer, chosen) for layer, chosen in by_layer.items()}):
         yield
+
+
+def ablated(model: Model, heads: Sequence[Head], reference: HeadMeans) -> AbstractContextManager[None]:
+    """Mean ablation of a set of heads; of the empty set, the control of a series, nothing."""
+    return ablate_heads(model, heads, reference=reference) if heads else nullcontext()

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.patterns import attention_modules, eager, output_weights, project
+from glassbox_utils.core import anatomy, readout
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import Head, edit, edits, position_mask, recording
-from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_layer, find_part
+from glassbox_utils.core.models import Kind, Model, ModelError, Site, check_heads, check_layer, find_part, is_whole
+from glassbox_utils.core.readout import final_norm as _final_norm
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import Batch
 
@@ -62,9 +64,13 @@ def resume(model: Model, start: int, resid: Float[Tensor, "batch pos d_model"], 
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
+    def with_pattern(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+    given = with_pattern if any(layer.returns_tuple for layer in model.anatomy) else forward
     try:
         for layer in skipped:
-            layer.forward = forward  # on the instance: the class stays as it is
+            layer.forward = given  # on the instance: the class stays as it is
         with edit(model, Site("resid_pre", start), lambda _: resid):
             yield
     finally:
@@ -75,21 +81,29 @@ def resume(model: Model, start: int, resid: Float[Tensor, "batch pos d_model"], 
 # --- direct effects -----------------------------------------------------------------------------------
 
 
-def _final_norm(model: Model) -> nn.Module:
-    return find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
-
-
 @torch.no_grad()
 def logit_lens(model: Model, batch: Batch, positions: int = -1) -> Float[Tensor, "layer batch vocab"]:
-    """Logits that the final norm and the unembedding read off the residual stream after every layer.
+    """Logits that the model would give if the residual stream after each layer were its last one.
 
-    nostalgebraist, "interpreting GPT: the logit lens", 2020. The last layer's are the model's own.
+    Everything after the last layer is the model's own: final norm, unembedding, scale or soft cap. So the last layer's
+    logits are those of the model; ModelError if they are not. nostalgebraist, "interpreting GPT: the logit lens", 2020.
     """
+    if not is_whole(positions):
+        raise ModelError(f"The position of a logit lens is {positions!r}. Give one whole number, such as -1, the last.")
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
-    with recording(model, sites, keep=lambda x: x[:, positions]) as store:
-        model.hf(**batch.inputs, logits_to_keep=1)
-    norm, unembed = _final_norm(model), model.hf.get_output_embeddings()
-    return torch.stack([result(unembed(norm(store[site]))) for site in sites])
+    ends: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        position_mask(x, positions)  # raises for one that is not there
+        ends[:] = [x[:, -1]]
+        return x[:, positions]
+
+    with recording(model, sites, keep=keep) as store:
+        own = model.hf(**batch.inputs, logits_to_keep=1).logits[:, -1]
+    lens = [readout.logits_of(model, store[site]) for site in sites]
+    last = lens[-1] if positions == -1 else readout.logits_of(model, ends[0])
+    readout.check_same(model, last, own, "The logit lens")
+    return torch.stack([result(logits) for logits in lens])
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ class DirectAttribution:
     heads: Float[Tensor, "batch layer head"]
     mlps: Float[Tensor, "batch layer"]
     rest: Float[Tensor, " batch"]
-    """embeddings and biases (on models with a norm after attention: also what that norm changes)"""
+    """embeddings and biases"""
     total: Float[Tensor, " batch"]
 
 
@@ -107,38 +121,65 @@ class DirectAttribution:
 def direct_logit_attribution(
     model: Model, batch: Batch, target: Int[Tensor, " batch"], other: Int[Tensor, " batch"]
 ) -> DirectAttribution:
-    """What each head and MLP writes along ``target - other``, with the final norm's scale held fixed.
+    """What each head and MLP writes along ``target - other``, with the scale of every norm on its way held fixed.
 
     Only the direct path: a head that acts through later layers shows nothing here. Elhage et al. 2021,
-    "A Mathematical Framework for Transformer Circuits". A final soft-capping of logits is not included.
+    "A Mathematical Framework for Transformer Circuits". ``total`` is the model's own difference of logits, also
+    where an
+    architecture has a norm or a factor between a sublayer and the stream, scales its logits, or caps them softly (every
+    part then keeps the same share). ModelError for one whose parts do not add up: see ``core.anatomy``.
     """
-    last = model.n_layers - 1
-    sites = [Site(k, i) for k in ("z", "mlp_out") for i in range(model.n_layers)] + [Site("resid_post", last)]
-    with recording(model, sites, keep=lambda x: x[:, -1].float()) as store:
-        model.hf(**batch.inputs, logits_to_keep=1)
-    resid, norm = store[Site("resid_post", last)], _final_norm(model)
-    unembed = model.hf.get_output_embeddings().weight
-    target, other = (beside(ids, unembed) for ids in (target, other))
-    direction = unembed[target].float() - unembed[other].float()
-    bias = getattr(model.hf.get_output_embeddings(), "bias", None)
-    offset = resid.new_zeros(len(resid)) if bias is None else (bias[target] - bias[other]).float()
-    if isinstance(norm, nn.LayerNorm):
-        gain = direction * norm.weight
-        gain = gain - gain.mean(-1, keepdim=True)  # centring is linear: move it into the direction
-        scale = (resid.var(-1, unbiased=False) + norm.eps).rsqrt()
-        offset = offset + (direction * norm.bias).sum(-1)
-    else:  # an RMS norm maps ones to its gain, whatever its parametrisation
-        gain = direction * norm(torch.ones_like(resid[:1]).type_as(unembed)).float()
-        scale = resid.pow(2).mean(-1).rsqrt()
-    gain = gain * scale[:, None]
-    total = (resid * gain).sum(-1) + offset
+    n, size = len(batch.input_ids), model.hf.get_output_embeddings().weight.shape[0]
+    for name, ids in (("target", target), ("other", other)):
+        if tuple(ids.shape) != (n,) or not bool(((ids >= 0) & (ids < size)).all()):
+            raise ModelError(
+                f"The tokens of {name} are {ids.tolist()}. Give one token for each of the {n} prompts, 0 to {size - 1}."
+            )
+    readout.require(model, range(model.n_layers), "The direct attribution")
+    kinds: tuple[Kind, ...] = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
+    sites = [Site(k, i) for k in kinds for i in range(model.n_layers)]
+    with recording(model, sites, keep=lambda x: x[:, -1]) as store:
+        own = model.hf(**batch.inputs, logits_to_keep=1).logits[:, -1]
+    resid, norm, head = store[sites[-1]], _final_norm(model), model.hf.get_output_embeddings()
+    target, other = (beside(ids, head.weight) for ids in (target, other))
+    direction = head.weight[target].float() - head.weight[other].float()
+    gain, offset = readout.through_norm(model, norm, resid, direction)
+    if (bias := getattr(head, "bias", None)) is not None:
+        offset = offset + (bias[target] - bias[other]).float()
+    share = readout.through_head(model, head(norm(resid)), own, target, other)
+    gain, offset = gain * share[:, None], offset * share
+    total = (resid.float() * gain).sum(-1) + offset
+    rows = torch.arange(n, device=own.device)
+    size_of = own.float().abs().amax(-1)
+    readout.check_same(
+        model, torch.stack([total, size_of]), torch.stack([(own[rows, target] - own[rows, other]).float(), size_of]),
+        "The direct attribution",
+    )  # fmt: skip
     heads, mlps = [], []
     for layer in range(model.n_layers):
-        z = store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
-        heads.append(torch.einsum("bhd,hdm,bm->bh", z, output_weights(model, layer).float(), gain))
-        mlps.append((store[Site("mlp_out", layer)] * gain).sum(-1))
+        pre, z, attn_out, mlp_out, post = (store[Site(k, layer)] for k in kinds)
+        if layer and not torch.equal(pre, store[Site("resid_post", layer - 1)]):
+            raise ModelError(
+                f"{model.name} changes its residual stream between layers {layer - 1} and {layer}, so what earlier "
+                "layers write has no direct path to the logits. Use ablation or patching instead."
+            )
+        form, ways = model.anatomy[layer], []
+        for kind, out in (("attention", attn_out), ("mlp", mlp_out)):
+            way: anatomy.Way = getattr(form, kind)
+            raw = out if way.factor == 1 else out / way.factor
+            ways.append(gain if way.norm is None else _before(model, layer, way.norm, raw, gain))
+            pre = pre + readout.written(model, layer, kind, raw)
+        readout.check_same(model, pre, post, f"The sum of what layer {layer} writes")
+        parts = z.float().unflatten(-1, (model.n_heads, model.d_head))
+        heads.append(torch.einsum("bhd,hdm,bm->bh", parts, output_weights(model, layer).float(), ways[0]))
+        mlps.append((mlp_out.float() * ways[1]).sum(-1))
     by_head, by_mlp, total = result(torch.stack(heads, 1)), result(torch.stack(mlps, 1)), result(total)
     return DirectAttribution(by_head, by_mlp, total - by_head.sum((1, 2)) - by_mlp.sum(1), total)
+
+
+def _before(model: Model, layer: int, norm: str, x: Tensor, gain: Tensor) -> Tensor:
+    """The gain in front of a norm that comes after a sublayer."""
+    return readout.through_norm(model, readout.part(model, layer, norm), x, gain)[0]
 
 
 # --- total effects ------------------------------------------------------------------------------------
@@ -285,14 +326,21 @@ def key_changes(
     """How the keys of ``receiver`` change when only the direct path from one sender into them is replaced.
 
     The sender's output is taken from ``donor``, the residual stream that the receiver reads is otherwise the
-    clean one. Path patching, Wang et al., arXiv 2211.00593; Goldowsky-Dill et al., arXiv 2304.05969. Exact on
-    models that add head outputs to the residual stream unnormalised (all but gemma-2 and later).
+    clean one. Path patching, Wang et al., arXiv 2211.00593; Goldowsky-Dill et al., arXiv 2304.05969. Exact: a norm or a
+    factor that an architecture has between the sender's attention and the stream is part of the path. ModelError for
+    one whose parts do not add up.
     """
     (layer, head), chosen = check_heads(model, [receiver])[0], check_heads(model, senders)
     late = [s for s in chosen if s[0] >= layer]
     if late:
         raise ModelError(f"Head {late[0]} can't feed head {receiver}: senders must be in layers 0 to {layer - 1}.")
-    with recording(model, [Site("z", i) for i in range(layer)] + [Site("resid_pre", layer)]) as store:
+    readout.require(model, sorted({i for i, _ in chosen}), "The path into the keys")
+    sites = [
+        *(Site("z", i) for i in range(layer)),
+        *(Site("attn_out", i) for i in range(layer)),
+        Site("resid_pre", layer),
+    ]
+    with recording(model, sites) as store:
         model.hf(**clean.inputs, logits_to_keep=1)
     other, resid = _donor(model, donor), store[Site("resid_pre", layer)]
     before = project(model, layer, resid).k
@@ -301,6 +349,11 @@ def key_changes(
     for i, h in chosen:
         z = store[Site("z", i)].unflatten(-1, (model.n_heads, model.d_head))[:, :, h]
         write = (like(other(i), z)[:, :, h] - z) @ output_weights(model, i)[h]
+        if model.anatomy[i].attention.norm is not None:
+            raw, factor = store[Site("attn_out", i)], model.anatomy[i].attention.factor
+            before_norm = (raw / factor, (raw + write) / factor)
+            out, moved = (readout.written(model, i, "attention", x) for x in before_norm)
+            write = moved - out
         changes.append((project(model, layer, resid + write).k - before)[..., group, :])
     return torch.stack(changes)
 

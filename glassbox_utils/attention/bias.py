@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.attention import attribution
-from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
+from glassbox_utils.attention.ablation import HeadMeans, ablated, head_means
 from glassbox_utils.attention.heads import Split, attend, first_id, read_prompts
 from glassbox_utils.core import assets
 from glassbox_utils.core.devices import array, beside
@@ -166,7 +166,7 @@ def pronoun_gap(
     metric = attribution.logit_difference(choice.he, choice.she)
     rows = []
     for heads in progress(sets, "pronouns"):
-        with torch.no_grad(), ablate_heads(model, heads, reference=reference):
+        with torch.no_grad(), ablated(model, heads, reference):
             rows.append(stereotype_units(metric(attribution.last_logits(model, choice.batch)), choice))
     return np.stack(rows)
 
@@ -232,7 +232,7 @@ def winobias_preference(
     rows = []
     texts = [s.pro for s in schemas] + [s.anti for s in schemas]
     for heads in progress(sets, "winobias"):
-        with ablate_heads(model, heads, reference=reference):
+        with ablated(model, heads, reference):
             losses, _ = text_losses(model, texts, batch_size=32)
         rows.append(losses[len(schemas) :] - losses[: len(schemas)])
     return np.stack(rows)

@@ -12,9 +12,9 @@ from torch import Tensor
 from glassbox_utils.attention import patterns
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import beside, result
-from glassbox_utils.core.interventions import Head, capture
+from glassbox_utils.core.interventions import Head, capture, not_first
 from glassbox_utils.core.models import Model, ModelError, Site
-from glassbox_utils.core.text import Batch
+from glassbox_utils.core.text import Batch, following
 
 Split = Literal["selection", "report"]
 
@@ -54,13 +54,18 @@ def random_heads(model: Model, heads: Sequence[Head], seed: int, avoid: Sequence
 
 @torch.no_grad()
 def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
-    """Mean length of what each head adds to the residual stream."""
+    """Mean length of what each head adds to the residual stream, over all tokens but the first of each row.
+
+    Before the norm that some architectures have there (Gemma-2, OLMo-2).
+    """
+    real = not_first(batch)
     z = capture(model, batch, [Site("z", layer) for layer in range(model.n_layers)])
     norms = []
     for layer in range(model.n_layers):
         heads = z[Site("z", layer)][:, 1:].unflatten(-1, (model.n_heads, model.d_head))
-        norms.append(result(torch.einsum("bphd,hdm->bphm", heads, patterns.output_weights(model, layer)).norm(dim=-1)))
-    return torch.stack([n.mean((0, 1)) for n in norms])
+        lengths = torch.einsum("bphd,hdm->bphm", heads, patterns.output_weights(model, layer)).norm(dim=-1)
+        norms.append(result(lengths[real[:, 1:]]))
+    return torch.stack([n.mean(0) for n in norms])
 
 
 def norm_matched(
@@ -74,6 +79,10 @@ def norm_matched(
     for head in heads:
         order = [divmod(int(i), norms.shape[1]) for i in (norms - norms[head]).abs().flatten().argsort()]
         free = [h for h in order if h not in taken]
+        if not free:
+            raise ModelError(
+                f"There are too few heads: {norms.numel()}, of which {len(taken)} are taken or to be avoided."
+            )
         chosen.append(free[min(rank, len(free) - 1)])
         taken.add(chosen[-1])
     return chosen
@@ -85,4 +94,5 @@ def shuffled(items: Sequence[Any], n: int, seed: int) -> list[Any]:
 
 
 def first_id(model: Model, word: str) -> int:
-    return model.tokenizer(" " + word, add_special_tokens=False)["input_ids"][0]
+    """The first token of a word inside of a text."""
+    return following(model, " " + word)[0]

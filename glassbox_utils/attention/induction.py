@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.attention import attribution, patterns
-from glassbox_utils.attention.ablation import HeadMeans, ablate_heads, head_means
+from glassbox_utils.attention.ablation import HeadMeans, ablated, head_means
 from glassbox_utils.attention.heads import norm_matched, output_norms, random_heads
 from glassbox_utils.core import corpora
 from glassbox_utils.core.devices import beside, result
@@ -35,6 +35,8 @@ def circuit_scores(model: Model, batch: Batch) -> CircuitScores:
     previous token is the attention sink.
     """
     ids = batch.input_ids
+    if not batch.attention_mask.all():
+        raise ModelError("Circuit scores are for rows of equal length without padding, such as repeated_tokens gives.")
     after = patterns.induction_targets(batch)
     same = (ids[:, :, None] == ids[:, None, :]).tril(-1)
 
@@ -94,7 +96,7 @@ def repeat_losses(
     losses = []
     with attribution.resume(model, start, resid):
         for heads in progress(sets, "ablation"):
-            with ablate_heads(model, heads, reference=reference):
+            with ablated(model, heads, reference):
                 logits = model.hf(**batch.inputs, logits_to_keep=length, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), batch.input_ids[:, -length + 1 :].flatten(), reduction="none"
@@ -159,7 +161,7 @@ def in_context_score(
     reference = head_means(model, [other])
     scores, means = [], []
     for heads in progress(sets, "text"):
-        with ablate_heads(model, heads, reference=reference):
+        with ablated(model, heads, reference):
             loss = torch.cat([token_losses(model, Batch(*(t[i : i + 4] for t in batch))) for i in range(0, n, 4)])
         scores.append(loss[:, -tokens // 4 :].nanmean(-1) - loss[:, 10:50].nanmean(-1))
         means.append(loss.nanmean(-1))

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from glassbox_utils.core import readout
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import not_first, recording
-from glassbox_utils.core.models import Model, ModelError, Site, check_heads, find_part, hook_name
+from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_layer, find_part, hook_name, is_whole
 from glassbox_utils.core.text import Batch, find_token, first_token, str_tokens, tokenize
 
 Pattern = Float[Tensor, "batch head dst src"]
@@ -52,7 +53,7 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
     where = slice(0)
 
     def look(module: Any, args: tuple, output: Any) -> None:
-        found.append(reduce(output[1].float(), where))
+        found.append(reduce(_checked(model, module, output), where))
 
     chunks = []
     handles = [layer.register_forward_hook(look) for layer in attention_modules(model)]
@@ -69,6 +70,22 @@ def over_patterns(model: Model, batch: Batch, reduce: Reduce, rows: int = 32) ->
     return torch.cat(chunks)
 
 
+def _checked(model: Model, module: nn.Module, output: Any) -> Pattern:
+    """The pattern of a layer; ModelError if it has none, or if its rows are no whole (gpt-oss keeps a part for a
+    sink that is no token: entropy, chance and shares would be of something else than one thinks)."""
+    if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
+        raise ModelError(f"{type(module).__name__} of {model.name} gives no attention pattern: it is not supported.")
+    pattern = output[1].float()
+    gap = 0.0 if pattern.is_meta else float((pattern.sum(-1) - 1).abs().max())
+    if not gap <= (1e-3 if output[1].dtype == torch.float32 else 5e-2):
+        raise ModelError(
+            f"The attention of {type(module).__name__} in {model.name} does not add up to 1 over the tokens (it "
+            f"is off by {gap:.2g}), so its patterns can't be scored or drawn as shares. Use ablation or patching of "
+            "its heads."
+        )
+    return pattern
+
+
 def attention(model: Model, text: str) -> tuple[list[str], Float[Tensor, "layer head dst src"]]:
     """Tokens and patterns of one prompt, ready for ``figures.attention_heads``."""
     batch = tokenize(model, text)
@@ -79,7 +96,8 @@ def attention(model: Model, text: str) -> tuple[list[str], Float[Tensor, "layer 
 class HeadScores:
     """Scores of every head on every prompt, each [prompt, layer, head]; see ``head_scores``.
 
-    ``chance`` holds, under the same names, what a head that spreads its attention evenly would score.
+    ``chance`` holds, under the same names, what a head would score that spreads its attention evenly over the tokens
+    that it sees: one number if all layers see equally far, else (sliding windows) one for each layer, [layer, 1].
     """
 
     previous: Float[Tensor, "prompt layer head"]
@@ -87,7 +105,12 @@ class HeadScores:
     first: Float[Tensor, "prompt layer head"]
     duplicate: Float[Tensor, "prompt layer head"]
     entropy: Float[Tensor, "prompt layer head"]
-    chance: dict[str, float]
+    chance: dict[str, float | Float[Tensor, "layer 1"]]
+
+    def chance_of(self, name: str, layer: int) -> float:
+        """The chance of a head of this layer."""
+        by_layer = self.chance[name]
+        return float(by_layer[layer, 0]) if isinstance(by_layer, Tensor) else by_layer
 
     def mean(self, name: str) -> Float[Tensor, "layer head"]:
         """One score averaged over the prompts that have it (no duplicate token: no duplicate score)."""
@@ -104,15 +127,32 @@ def head_scores(model: Model, batch: Batch) -> HeadScores:
     prompt's first token (the usual sink). ``duplicate``: total attention to earlier copies of the same
     token, over tokens that have one (NaN for a prompt without any). ``entropy``: bits, of the pattern's row.
     """
-    scores = over_patterns(
-        model, batch, lambda pattern, where: _five_scores(pattern, Batch(*(t[where] for t in batch)))
-    )
-    # Even attention over the visible tokens goes through the same code: chance is measured, not guessed.
-    even = batch.attention_mask[:, None, None, :].expand(-1, 1, batch.input_ids.shape[1], -1).tril().float()
-    chance = _five_scores(even / even.sum(-1, keepdim=True).clamp_min(1), batch).nanmean((0, 1))
-    return HeadScores(
-        **dict(zip(SCORES, scores.unbind(-1), strict=True)), chance=dict(zip(SCORES, chance.tolist(), strict=True))
-    )
+
+    def score(pattern: Pattern, where: slice) -> Float[Tensor, "batch head score"]:
+        rows = Batch(*(t[where] for t in batch))
+        # Even attention over what the layer sees goes through the same code: chance is measured, not guessed.
+        return torch.cat([_five_scores(pattern, rows), _five_scores(_even(pattern, rows), rows)], 1)
+
+    scores = over_patterns(model, batch, score)
+    by_layer = scores[:, :, -1].nanmean(0)
+    alike = bool((by_layer == by_layer[:1]).logical_or(by_layer.isnan()).all())
+    chance = {n: float(by_layer[0, i]) if alike else by_layer[:, i : i + 1] for i, n in enumerate(SCORES)}
+    return HeadScores(**dict(zip(SCORES, scores[:, :, :-1].unbind(-1), strict=True)), chance=chance)
+
+
+def _even(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch 1 dst src"]:
+    """The pattern of a head that looks at all tokens alike that this layer lets it see.
+
+    How far that is shows in the patterns themselves: behind a window every head's weights are exactly zero. An
+    architecture may say it in its mask, in its configuration, or in the attention's own code.
+    """
+    mask, n = batch.attention_mask, pattern.shape[-1]
+    real = (mask[:, :, None] * mask[:, None, :]).bool()[:, None]
+    place = torch.arange(n, device=pattern.device)
+    back = (place[:, None] - place).expand_as(pattern)
+    window = 1 + int(back[(pattern > 0) & real].max())
+    even = mask[:, None, None, :].expand(-1, 1, n, -1).tril().triu(1 - window).float()
+    return even / even.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _five_scores(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch head score"]:
@@ -208,11 +248,23 @@ def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src
 
 
 def output_weights(model: Model, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of every head of a layer, read from the output projection (Linear or GPT-2's Conv1D)."""
-    projection: Any = model.sites[Site("z", layer)][0]
+    """W_O of every head of a layer, read from the output projection (Linear or GPT-2's Conv1D).
+
+    A factor on the way into the residual stream (Granite) is part of it; a norm there (Gemma-2, OLMo-2) can't be.
+    ModelError for a projection that is no matrix of the heads, such as a quantised one.
+    """
+    site = Site("z", check_layer(model, layer))
+    projection: Any = model.sites[site][0]
     weight = projection.weight.detach()
     flat = weight if type(projection).__name__ == "Conv1D" else weight.T
-    return flat.unflatten(0, (model.n_heads, model.d_head))
+    if flat.shape != (model.n_heads * model.d_head, model.d_model) or not flat.is_floating_point():
+        raise ModelError(
+            f"The output projection of layer {layer} of {model.name} is a {type(projection).__name__} of shape "
+            f"{tuple(weight.shape)}, not a matrix from {model.n_heads} heads of {model.d_head} to "
+            f"{model.d_model}: this architecture is not supported there."
+        )
+    factor = model.factor(Site("attn_out", site.layer))
+    return (flat if factor == 1 else flat * factor).unflatten(0, (model.n_heads, model.d_head))
 
 
 def head_name(head: tuple[int, int]) -> str:
@@ -222,8 +274,8 @@ def head_name(head: tuple[int, int]) -> str:
 
 def top_heads(scores: Float[Tensor, "layer head"], k: int, model: Model | None = None) -> list[tuple[int, int]]:
     """The k heads with the largest scores, largest first; NaN counts as smallest."""
-    if not 0 < k <= scores.numel():
-        raise ModelError(f"k is {k}, but there are {scores.numel()} heads. Choose 1 to {scores.numel()}.")
+    if not is_whole(k) or not 0 < k <= scores.numel():
+        raise ModelError(f"k is {k!r}, but there are {scores.numel()} heads. Choose 1 to {scores.numel()}.")
     order = scores.nan_to_num(float("-inf")).flatten().argsort(descending=True)[:k]
     heads = [divmod(int(i), scores.shape[1]) for i in order]
     return check_heads(model, heads) if model else heads
@@ -239,7 +291,10 @@ def repeated_tokens(model: Model, n: int, length: int = 50, seed: int = 0) -> Ba
     repeat inside a half, and special tokens do not occur: nothing but the repetition helps to predict.
     """
     special = set(model.tokenizer.all_special_ids)
-    allowed = torch.tensor([i for i in range(len(model.tokenizer)) if i not in special])
+    known = min(len(model.tokenizer), model.hf.get_input_embeddings().weight.shape[0])
+    allowed = torch.tensor([i for i in range(known) if i not in special])
+    if not is_whole(n) or n < 1 or not is_whole(length):
+        raise ModelError(f"{n!r} rows of {length!r} tokens can't be drawn. Give whole numbers, at least one row.")
     if not 2 <= length <= min(len(allowed), (model.n_context - 1) // 2):
         raise ModelError(
             f"Repeats of {length} tokens do not fit {model.name}, which has {len(allowed)} ordinary tokens and "
@@ -293,8 +348,15 @@ def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) ->
     Knows the three layouts that decoders use: separate projections, GPT-2's ``c_attn`` (q, k, v side by
     side) and GPT-NeoX's ``query_key_value`` (q, k, v of one head side by side).
     """
+    layer = check_layer(model, layer)
     block = model.sites[Site("resid_pre", layer)][0]
-    x = find_part(block, "input_layernorm", "ln_1", "input_norm", "layer_norm_1")(like(resid, next(block.parameters())))
+    x, reads = like(resid, next(block.parameters())), model.anatomy[layer].reads
+    if reads is None:
+        raise ModelError(
+            f"What the attention of layer {layer} of {model.name} reads is not one norm of the residual stream: this "
+            "architecture is not supported."
+        )
+    x = block.get_submodule(reads)(x) if reads else x
     attention = attention_modules(model)[layer]
     shape = (-1, model.d_head)
     if hasattr(attention, "k_proj"):
@@ -304,6 +366,12 @@ def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) ->
     else:
         fused = find_part(attention, "query_key_value")(x).unflatten(-1, (-1, 3, model.d_head))
         parts = list(fused.unbind(-2))
+    n_q, n_k, n_v = (part.shape[-2] for part in parts)
+    if n_q != model.n_heads or n_k != n_v or n_q % n_k:
+        raise ModelError(
+            f"{type(attention).__name__} of {model.name} does not lay out queries, keys and values in one of the three "
+            f"known ways: {n_q} queries, {n_k} keys and {n_v} values for {model.n_heads} heads."
+        )
     return Projections(*parts)
 
 
@@ -321,7 +389,7 @@ def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
     sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
     with recording(model, sites, keep=lambda x: x[keep]) as resid:
         model.hf(**batch.inputs, logits_to_keep=1)
-    norm = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
+    norm = readout.final_norm(model)
     unembed = model.hf.get_output_embeddings().weight[ids]
     different = ids[:, None] != ids[None, :]
     scores = []
@@ -329,6 +397,8 @@ def copying_scores(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
         v = project(model, layer, resid[site]).v
         v = v.repeat_interleave(model.n_heads // v.shape[1], dim=1)
         moved = torch.einsum("thd,hdm->htm", v, output_weights(model, layer))
+        if (after := model.anatomy[layer].attention.norm) is not None:
+            moved = readout.part(model, layer, after)(moved)
         logits = (norm(moved) - norm(torch.zeros_like(moved))) @ unembed.T  # the final norm's bias says nothing here
         beats = (logits.diagonal(0, -2, -1)[..., None] > logits) & different
         scores.append(result(beats.sum((-2, -1)) / different.sum()))

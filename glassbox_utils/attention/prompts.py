@@ -16,8 +16,8 @@ from torch import Tensor
 
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import beside
-from glassbox_utils.core.models import Model, ModelError
-from glassbox_utils.core.text import Batch, find_token, tokenize
+from glassbox_utils.core.models import Model, ModelError, is_whole
+from glassbox_utils.core.text import Batch, find_token, following, tokenize
 
 PROMPTS = DATA / "prompts"
 FAMILIES = ("indirect_object", "capital", "agreement")
@@ -58,8 +58,10 @@ def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[D
     half = 0 if split == "select" else 1
     found = {"indirect_object": _indirect_object, "capital": _capital, "agreement": _agreement}[family](content, half)
     unique = sorted(set(found))
-    if n > len(unique):
-        raise ModelError(f"{family} has {len(unique)} {split} prompts, {n} were asked for. Choose 1 to {len(unique)}.")
+    if not is_whole(n) or not 1 <= n <= len(unique):
+        raise ModelError(
+            f"{family} has {len(unique)} {split} prompts, {n!r} were asked for. Choose 1 to {len(unique)}."
+        )
     return rng.sample(unique, n)
 
 
@@ -95,7 +97,7 @@ def _agreement(content: dict, half: int) -> list[Decisive]:
 
 def measurable(model: Model, prompts: Sequence[Decisive]) -> list[Decisive]:
     """The prompts whose answer and foil begin with different tokens for this model's tokenizer."""
-    first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
+    first = [[following(model, w)[0] for w in p[2:]] for p in prompts]
     return [p for p, (answer, foil) in zip(prompts, first, strict=True) if answer != foil]
 
 
@@ -103,7 +105,7 @@ def to_batch(model: Model, prompts: Sequence[Decisive]) -> DecisiveBatch:
     """Tokenise; answers and foils count by their first token, decisive words by their last."""
     batch = tokenize(model, [p.text for p in prompts])
     where = [find_token(model, ids, p.decisive) for ids, p in zip(batch.input_ids, prompts, strict=True)]
-    first = [[model.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in p[2:]] for p in prompts]
+    first = [[following(model, w)[0] for w in p[2:]] for p in prompts]
     answer, foil = beside(torch.tensor(first), model.device).unbind(-1)
     return DecisiveBatch(batch, torch.tensor(where), answer, foil, [p.text for p in prompts])
 
@@ -114,5 +116,8 @@ def another_position(prompts: DecisiveBatch, seed: int = 0) -> Int[Tensor, " bat
     chosen = []
     for mask, decisive in zip(prompts.batch.attention_mask, prompts.decisive.tolist(), strict=True):
         start = int(mask.argmax()) + 1
-        chosen.append(rng.choice([p for p in range(start, len(mask) - 1) if p != decisive]))
+        free = [p for p in range(start, len(mask) - 1) if p != decisive]
+        if not free:
+            raise ModelError(f"A prompt of {int(mask.sum())} tokens has no other position: give longer prompts.")
+        chosen.append(rng.choice(free))
     return torch.tensor(chosen)

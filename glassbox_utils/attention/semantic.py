@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention import attribution
-from glassbox_utils.attention.ablation import ablate_heads, head_means
+from glassbox_utils.attention.ablation import ablated, head_means
 from glassbox_utils.attention.heads import Split, attend, read_prompts
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.session import progress
-from glassbox_utils.core.text import Batch, find_token, tokenize
+from glassbox_utils.core.text import Batch, find_token, following, tokenize
 
 
 class WordLists(NamedTuple):
@@ -31,7 +31,7 @@ def _vocabulary(model: Model, split: Split) -> dict[str, list[tuple[str, int]]]:
     """Category -> its words that are one token after a space, with their token."""
     known: dict[str, list[tuple[str, int]]] = {}
     for name, entry in read_prompts("semantic")["categories"].items():
-        tokens = [(w, model.tokenizer(" " + w, add_special_tokens=False)["input_ids"]) for w in entry["words"]]
+        tokens = [(w, following(model, " " + w)) for w in entry["words"]]
         words = [(w, ids[0]) for w, ids in tokens if len(ids) == 1]
         if entry["split"] == split and len(words) >= 5:
             known[name] = words
@@ -106,7 +106,7 @@ def category_preference(
     reference = head_means(model, [word_lists(model, split, 24, seed + 7).control])
     result = []
     for heads in progress(sets, "lists"):
-        with ablate_heads(model, heads, reference=reference):
+        with ablated(model, heads, reference):
             logits = attribution.last_logits(model, batch)
         result.append(
             torch.stack(

@@ -86,21 +86,21 @@ def by_transformers(
     # Its generate() fills what a caller leaves open from the model's own configuration, so the model gets a plain one:
     # a shallow copy shares modules and hooks, and other threads never see another configuration.
     plain = copy.copy(model.hf)
-    plain.generation_config = GenerationConfig(eos_token_id=_ends(model), pad_token_id=model.tokenizer.pad_token_id)
+    plain.generation_config = GenerationConfig(eos_token_id=ends(model) or None, pad_token_id=model.padding)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": None, "top_k": 0}
     out = plain.generate(
         input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-        pad_token_id=model.tokenizer.pad_token_id, **options,
+        pad_token_id=model.padding, **options,
     )  # fmt: skip
     return out[:, input_ids.shape[1] :]
 
 
-def _ends(model: Model) -> list[int] | None:
+def ends(model: Model) -> list[int]:
     """Tokens that end a text."""
-    ends = getattr(model.hf.generation_config, "eos_token_id", None)
-    return [ends] if isinstance(ends, int) else ends
+    found = getattr(model.hf.generation_config, "eos_token_id", None)
+    return [found] if isinstance(found, int) else list(found or ())
 
 
 # --- a step of fixed shape ----------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def decode(
     The prompt and the first step run as they are; ``record`` gets the second, and gives what repeats it if it can.
     """
     hf, (rows, filled) = model.hf, input_ids.shape
-    ends = torch.tensor(_ends(model) or [], dtype=torch.long, device=input_ids.device)
-    pad = model.tokenizer.pad_token_id
+    last = torch.tensor(ends(model), dtype=torch.long, device=input_ids.device)
+    pad = model.padding
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(hf.forward).parameters else {}
     out = hf(
@@ -190,7 +190,7 @@ def decode(
 
     def accept(logits: Float[Tensor, "batch vocab"]) -> None:
         new = choose(logits, temperature).masked_fill(done, pad)
-        done.logical_or_((new[:, None] == ends).any(-1))
+        done.logical_or_((new[:, None] == last).any(-1))
         newest.copy_(new[:, None])
         written.index_copy_(1, at, newest)
 
@@ -198,7 +198,7 @@ def decode(
     length = -(-(filled + max_new_tokens) // BLOCK) * BLOCK
     kept = _static(out.past_key_values, length, filled, slot) if max_new_tokens > 1 else None
     if kept is None:
-        return _ended(written, ends) if max_new_tokens == 1 else None
+        return _ended(written, last) if max_new_tokens == 1 else None
     seen, slots = _prompt_mask(attention_mask, length, model.dtype), torch.arange(length, device=input_ids.device)
     del out
 
@@ -214,7 +214,7 @@ def decode(
 
     run = step
     for count in range(1, max_new_tokens):
-        if len(ends) and (count < 4 or count % 8 == 0) and bool(done.all()):  # asking waits for the device
+        if len(last) and (count < 4 or count % 8 == 0) and bool(done.all()):  # asking waits for the device
             break
         if count == 1:
             try:
@@ -228,7 +228,7 @@ def decode(
             run = record(step) or step
         else:
             run()
-    return _ended(written, ends)
+    return _ended(written, last)
 
 
 def choose(logits: Float[Tensor, "batch vocab"], temperature: float) -> Int[Tensor, " batch"]:
@@ -259,9 +259,9 @@ def _masks(model: Model, seen: Tensor, slots: Tensor, slot: Tensor) -> Tensor | 
     return {kind: mask(kind) for kind in sorted(set(kinds))} if kinds else mask("sliding_attention")
 
 
-def _ended(written: Tensor, ends: Tensor) -> Tensor:
+def _ended(written: Tensor, last: Tensor) -> Tensor:
     """Without the columns that come after the last row's end."""
-    ended = ((written[..., None] == ends).any(-1).cumsum(-1) > 0).all(0)
+    ended = ((written[..., None] == last).any(-1).cumsum(-1) > 0).all(0)
     return written[:, : len(ended) - max(int(ended.sum()) - 1, 0)]
 
 

@@ -3,3 +3,8 @@
 
 class GlassboxError(Exception):
     """Something that the user can mend; the message names the value, what is allowed, and the fix."""
+
+
+class ModelError(GlassboxError, ValueError):
+    """A model, layer, head, hook, token or prompt that does not exist, or parts that do not add up; the message names
+    what does."""

@@ -34,7 +34,8 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
     generated token arrives alone: pos is 1) and returns one of the same shape; it must not change its
     input in place. What it returns is brought to the stream's device and type, so that a float32 vector or a constant
     on the CPU can't change those. ``scope`` restricts the edit to prompt or to generated tokens. Raises ModelError for
-    an unknown site or scope, and in the pass for a result of another shape.
+    an unknown site or scope, in the pass for a result of another shape, and at the end of the block if the model ran
+    in it but the site did not.
 
     When ``text.generate`` writes on a GPU, only the tensor operations of ``function`` are repeated for every token, not
     its Python code: see ``decoding``.
@@ -47,8 +48,18 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
             yield
         return
 
+    factor, passes, acted = model.factor(site), 0, 0
+
     def changed(x: Tensor) -> Tensor:
-        return _fitting(function(x), x, site)
+        nonlocal acted
+        acted += 1
+        if factor == 1:
+            return _fitting(function(x), x, site)
+        return _fitting(function(x * factor), x, site) / factor
+
+    def count(_module: Any, _args: tuple) -> None:
+        nonlocal passes
+        passes += 1
 
     def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -62,12 +73,20 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
 
     handles: list[Any] = []
     try:
+        for root in (model.hf, model.twin):
+            handles.append(root.register_forward_pre_hook(count))
         for module in model.sites[site]:
             if site.kind in ("resid_pre", "z"):
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(after))
         yield
+        if passes and not acted:
+            raise ModelError(
+                f"The edit at {site.kind} of layer {site.layer} never acted: {model.name} ran {passes} times inside "
+                "the block, but that part of it did not run. Was the part replaced after the model was wrapped (wrap "
+                "it again), or the layer skipped (attribution.resume)?"
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -207,6 +226,8 @@ def recording(model: Model, sites: Sequence[Site], keep: Callable[[Tensor], Tens
 
     from glassbox_utils.core.decoding import unrecorded  # imports transformers, which is there once a model is
 
+    if not sites:
+        raise ModelError("There is no site to record. Give at least one, such as Site('resid_post', 14).")
     with unrecorded(), edits(model, {site: reader(site) for site in (check_site(model, site) for site in sites)}):
         yield store
 
@@ -238,6 +259,12 @@ def patch(
     source must have the same batch size and number of positions. Source: Meng et al., arXiv 2202.05262.
     """
     chosen = check_heads(model, heads) if heads is not None else None
+    if not source or chosen == []:
+        raise ModelError("There is nothing to patch: no site or no head is given. heads=None patches all heads.")
+    if chosen is not None and (idle := {layer for layer, _ in chosen} - {s[1] for s in source if s[0] == "z"}):
+        raise ModelError(
+            f"Heads of layer {min(idle)} are named, but the source has no Site('z', {min(idle)}) for them."
+        )
 
     def patching(site: Site, donor: Tensor) -> Callable[[Tensor], Tensor]:
         def function(x: Tensor) -> Tensor:
@@ -262,6 +289,10 @@ def patch(
 def position_mask(x: Tensor, positions: Positions) -> Tensor:
     """Boolean [batch, pos]: the positions that an intervention applies to."""
     batch, pos = x.shape[:2]
+    if isinstance(positions, bool):
+        raise ModelError(
+            f"Positions are {positions!r}. Give a whole number, a slice, a list of numbers, or None for all."
+        )
     if positions is None:
         return torch.ones(batch, pos, dtype=torch.bool, device=x.device)
     where = torch.zeros(batch, pos, dtype=torch.bool, device=x.device)
@@ -275,6 +306,10 @@ def position_mask(x: Tensor, positions: Positions) -> Tensor:
         where[:, positions] = True
         return where
     index = torch.as_tensor(positions, device=x.device)
+    if not index.numel() or index.is_floating_point():
+        raise ModelError(
+            f"Positions are {positions!r:.80}. Give whole numbers, at least one, or None for all positions."
+        )
     if index.numel() and (int(index.max()) >= pos or int(index.min()) < -pos):
         raise ModelError(f"Positions {index.tolist()} exceed this prompt, which has positions 0 to {pos - 1}.")
     if isinstance(positions, Tensor):  # one position for each row

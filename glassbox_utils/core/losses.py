@@ -14,10 +14,10 @@ from torch import Tensor
 
 from glassbox_utils.core.devices import array, result
 from glassbox_utils.core.interventions import not_first
-from glassbox_utils.core.models import Model, ModelError
+from glassbox_utils.core.models import Model, ModelError, is_whole
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
-from glassbox_utils.core.text import Batch, chat, tokenize
+from glassbox_utils.core.text import Batch, answered, chat, tokenize
 
 
 @torch.no_grad()
@@ -43,34 +43,28 @@ def text_losses(
     """
     if not texts:
         raise ModelError("There is no text to score. Give at least one.")
+    for name, value, least in (("max_tokens", max_tokens, 2), ("batch_size", batch_size, 1)):
+        if not is_whole(value) or value < least:
+            raise ModelError(f"{name} is {value!r}. Allowed: a whole number from {least} on.")
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     length = {i: len(t) for i, t in enumerate(texts)}
     order = sorted(length, key=lambda i: length[i])  # texts of similar length share a batch: little padding
     for start in progress(range(0, len(order), batch_size), "loss"):
         rows = order[start : start + batch_size]
-        batch = tokenize(model, [texts[i] for i in rows])
-        loss = token_losses(model, _cut(batch, max_tokens))
+        loss = token_losses(model, tokenize(model, [texts[i] for i in rows], max_tokens=max_tokens))
         losses[rows] = array(loss.nansum(-1))
         counts[rows] = (~loss.isnan()).sum(-1).numpy()
     return losses, counts
 
 
-def _cut(batch: Batch, max_tokens: int) -> Batch:
-    """Keep the first ``max_tokens`` real tokens of each row of a left-padded batch."""
-    if batch.input_ids.shape[1] <= max_tokens:
-        return batch
-    ids = torch.full((len(batch.input_ids), max_tokens), 0, dtype=torch.long, device=batch.input_ids.device)
-    mask = torch.zeros_like(ids)
-    for i in range(len(ids)):
-        real = batch.input_ids[i][batch.attention_mask[i].bool()][:max_tokens]
-        ids[i, max_tokens - len(real) :] = real
-        mask[i, max_tokens - len(real) :] = 1
-    return Batch(ids, mask)
-
-
 def perplexity(model: Model, texts: Sequence[str], max_tokens: int = 256, batch_size: int = 8) -> Interval:
     """Perplexity per token over the texts, with a bootstrap interval over texts."""
     losses, counts = text_losses(model, texts, max_tokens, batch_size)
+    if not counts.sum():
+        raise ModelError(
+            f"{len(texts)} texts have no token that {model.name} predicts: a text needs at least two tokens, the "
+            "first one included. Give longer texts."
+        )
     if len(texts) < 2:
         value = float(np.exp(losses.sum() / counts.sum()))
         return Interval(value, value, value, len(texts))
@@ -105,16 +99,21 @@ def answer_losses(
 ) -> tuple[NDArray, NDArray]:
     """Summed loss (nats) and number of tokens of each answer, given its chat prompt; interventions apply.
 
-    A question is a user's turn, or a list of turns; ``system`` as in ``text.chat``. Empty answers have 0 tokens.
+    A question is a user's turn, or a list of turns; ``system`` as in ``text.chat``. Empty answers have 0 tokens. Prompt
+    and answer are tokenised apart (``text.answered``). ModelError for unequally many, or none.
     """
+    if not answers or len(questions) != len(answers):
+        raise ModelError(
+            f"There are {len(questions)} questions and {len(answers)} answers. Give one answer for each question, "
+            "and at least one."
+        )
     losses, counts = np.zeros(len(answers)), np.zeros(len(answers), dtype=int)
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         before = [chat(model, questions[i], system) for i in rows]
-        batch = tokenize(model, [b + answers[i] for b, i in zip(before, rows, strict=True)])
-        n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
-        mask = batch.attention_mask.cumsum(-1).cpu() > n_before[:, None]
+        batch, counted = answered(model, before, [answers[i] for i in rows])
+        mask = counted.cpu()
         longest = int(mask.sum(-1).max())
         if longest == 0:
             continue

@@ -20,36 +20,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
-from glassbox_utils.core import devices, identity
+from glassbox_utils.core import anatomy, devices, identity
+from glassbox_utils.core.anatomy import KINDS as KINDS
+from glassbox_utils.core.anatomy import Kind as Kind
+from glassbox_utils.core.anatomy import Site as Site
+from glassbox_utils.core.anatomy import find_part as find_part
+from glassbox_utils.core.anatomy import sites as sites
 from glassbox_utils.core.embedded import EMBEDDED, embedded_folder
-from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core.errors import ModelError as ModelError
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
-KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
-
-
-class ModelError(GlassboxError, ValueError):
-    """A model, layer, head, hook, token or prompt that does not exist; the message names what does."""
-
-
-class Site(NamedTuple):
-    """A place in the forward pass: ``Site("resid_post", 14)`` is the residual stream after layer 14.
-
-    Shapes: ``resid_pre resid_post attn_out mlp_out`` are [batch, pos, d_model]; ``z`` is
-    [batch, pos, n_heads * d_head], the heads' outputs side by side before the output projection.
-    """
-
-    kind: Kind
-    layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,18 +60,42 @@ class Model:
         """The TransformerBridge (booted on first use): hooks, caches, circuitsvis-ready patterns."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        # The bridge looks the tokenizer up by its folder; one that was made in memory needs a name.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            bridge = TransformerBridge.boot_transformers(
-                self.tokenizer.name_or_path or self.name,
-                hf_model=self.twin,
-                tokenizer=copy.deepcopy(self.tokenizer),
-                device=str(self.device),
-                dtype=self.dtype,
-            )
+        # Without a name and this flag TransformerLens would read the tokenizer from its folder again: one that was made
+        # in memory has none, a folder may have moved, and tokens that were added since would be missing.
+        words = copy.deepcopy(self.tokenizer)
+        words.init_kwargs = {**words.init_kwargs, "name_or_path": self.name, "add_bos_token": True}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                bridge = TransformerBridge.boot_transformers(
+                    self.tokenizer.name_or_path or self.name,
+                    hf_model=self.twin,
+                    tokenizer=words,
+                    device=str(self.device),
+                    dtype=self.dtype,
+                )
+        except Exception as error:  # whatever a foreign library raises for an architecture that it does not know
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelError(
+                f"TransformerLens can't make a bridge of {self.name} ({type(self.hf).__name__}): {reason}. Use what "
+                "needs no bridge (attention, head_scores, capture, edit, ablate_heads, steer), or a model that it "
+                "supports."
+            ) from error
         bridge.eval()
         return bridge
+
+    @cached_property
+    def anatomy(self) -> list[anatomy.Layer]:
+        """How each layer writes into the residual stream, measured on first use: see ``anatomy``."""
+        return anatomy.measure(self.hf, self.tokenizer.bos_token_id or 0)
+
+    def factor(self, site: Site) -> float:
+        """What a sublayer's output is multiplied with on its way into the residual stream (1 but for "
+        "Granite's kind)."""
+        if site.kind not in ("attn_out", "mlp_out"):
+            return 1.0
+        layer = self.anatomy[site.layer]
+        return (layer.attention if site.kind == "attn_out" else layer.mlp).factor
 
     @cached_property
     def hash(self) -> str:
@@ -105,6 +117,13 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.hf.parameters()).dtype
+
+    @property
+    def padding(self) -> int:
+        """The id that fills rows up. It is masked everywhere, so any will do where the tokenizer has none "
+        "of its own."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
 
     @property
     def n_layers(self) -> int:
@@ -146,8 +165,8 @@ def load_model(
     ``name_or_path``: ``SmolLM2-135M-Instruct`` (the default; needs no hub), a folder written by
     ``save_pretrained``, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
     best one there is. ``dtype``: ``float32``, ``bfloat16`` or ``float16`` (as text or of torch); None is
-    float32 on every device, so that results do not depend on the machine. Raises ModelError for a name,
-    folder, adapter or type that can't be used, devices.DeviceError for the device, and assets.AssetError
+    GLASSBOX_MODEL_DTYPE, else float32 on every device, so that results do not depend on the machine. Raises ModelError
+    for a name, folder, adapter or type that can't be used, devices.DeviceError for the device, and assets.AssetError
     if the embedded model can't be fetched.
     """
     place, kind = devices.choose(device), dtype_of(dtype)
@@ -161,8 +180,9 @@ def load_model(
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The number type that is meant; None is float32. ModelError lists what is allowed."""
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    """The number type that is meant; None is GLASSBOX_MODEL_DTYPE, else float32. ModelError lists what is allowed."""
+    dtype = os.environ.get("GLASSBOX_MODEL_DTYPE") or "float32" if dtype is None else dtype
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ModelError(
             f"The dtype {dtype!r} can't be used. Allowed: {', '.join(DTYPES)} (as text, or torch.float32 and so on), "
@@ -180,12 +200,12 @@ def wrap_model(hf: Any, tokenizer: Any, name: str = "model", origin: identity.Or
     """Make a ``Model`` of a transformers model that is already in memory (no tensor is copied)."""
     hf.eval()
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     shared = {id(t): t for t in [*hf.parameters(), *hf.buffers()]}
     twin = copy.deepcopy(hf, shared)
     twin.set_attn_implementation("eager")
-    mine, other = _sites(hf), _sites(twin)
+    mine, other = sites(hf), sites(twin)
     return Model(name, hf, tokenizer, twin, {s: (mine[s], other[s]) for s in mine}, origin)
 
 
@@ -194,23 +214,42 @@ def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any
 
     if not Path(path).exists() and name.count("/") > 1:
         raise ModelError(f"There is no folder {name}. Give a folder that holds config.json, or {supported()}.")
-    local = Path(path).exists() or not _hub_answers()
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        held = sorted(p.name for p in Path(path).iterdir())[:5] if Path(path).is_dir() else ["a file"]
+        raise ModelError(
+            f"{path} is no model folder: config.json is missing (it holds {', '.join(held) or 'nothing'}). Give a "
+            f"folder that model.save_pretrained and tokenizer.save_pretrained wrote, or {supported()}."
+        )
+    local = Path(path).exists() or not hub_answers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
-        near = get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5)
-        reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=local, output_loading_info=True
+        )
+        hf, loaded = found
+    except Exception as error:  # damaged files raise whatever their reader raises
+        near = [n for n in get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5) if n != name]
         raise ModelError(
-            f"The model {name!r} can't be loaded: {reason}."
+            f"The model {name!r} can't be loaded: {_first_line(error)}."
             + (f" Did you mean {near[0]!r}?" if near else "")
             + f" Allowed: {supported()}. Without a network, use the embedded model, or a folder with config.json, "
             "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
         ) from error
+    if absent := sorted(map(str, loaded["missing_keys"])):
+        raise ModelError(
+            f"The weights of {name!r} are incomplete: {len(absent)} tensors of a {type(hf).__name__} are not "
+            f"stored, such as {absent[0]}. They would be random numbers. Use a checkpoint of this very class "
+            "(config.json: architectures), or save the model again with model.save_pretrained."
+        )
     return hf, tokenizer
 
 
-def _hub_answers() -> bool:
+def _first_line(error: Exception) -> str:
+    words = str(error).strip() or type(error).__name__
+    return words.splitlines()[0][:200].rstrip(".")
+
+
+def hub_answers() -> bool:
     """Is the Hugging Face hub there? Asked once, because its client retries for most of a minute offline."""
     from huggingface_hub import constants
 
@@ -235,8 +274,8 @@ def supported() -> str:
 
 
 def _merge(hf: Any, adapter: Path) -> Any:
-    """Merge a LoRA folder (peft format) into the weights."""
-    from peft import PeftModel
+    """Merge a LoRA folder (peft format) into the weights; ModelError if a tensor of either has no counterpart."""
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(
@@ -244,68 +283,71 @@ def _merge(hf: Any, adapter: Path) -> Any:
             "(adapter_config.json and adapter_model.safetensors), or leave adapter=None."
         )
     try:
-        return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is an error here
+            merged = PeftModel.from_pretrained(hf, str(adapter))
+        stored = {key for file in identity.weight_files(adapter, *["adapter_model"] * 2) for key in _keys(file)}
+        expected = set(get_peft_model_state_dict(merged))
+    except Exception as error:
         raise ModelError(
-            f"The adapter {adapter} does not fit this model: {reason}. Use it with the base model that its card names."
+            f"The adapter {adapter} does not fit this model: {_first_line(error)}. Use it with the base model that its "
+            "card names."
         ) from error
+    if odd := sorted(stored ^ expected):
+        where = (
+            "of the adapter has no place in the model" if odd[0] in stored else "that the model expects is not stored"
+        )
+        raise ModelError(
+            f"The adapter {adapter} does not fit this model: the tensor {odd[0]} {where} "
+            f"({len(stored - expected)} stored "
+            f"ones have no place, {len(expected - stored)} of {len(expected)} expected ones are missing). Use it "
+            "with the base model that its card names."
+        )
+    return merged.merge_and_unload()
+
+
+def _keys(file: Path) -> list[str]:
+    """Names of the tensors in a file of weights."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    return list(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
 
 
 # --- the places in a model ----------------------------------------------------------------------------
 
 
-def _sites(hf: Any) -> dict[Site, nn.Module]:
-    """The module whose input or output is each site, for any decoder that transformers builds."""
-    n_layers = hf.config.get_text_config().num_hidden_layers
-    stacks = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    if not stacks:
-        raise ModelError(f"{type(hf).__name__} has no list of {n_layers} decoder layers, so nothing can be hooked.")
-    found: dict[Site, nn.Module] = {}
-    for index, layer in enumerate(stacks[0]):
-        attention = find_part(layer, "self_attn", "attn", "attention")
-        projection = find_part(
-            find_part(attention, "attention", optional=True), "o_proj", "c_proj", "dense", "out_proj"
-        )
-        mlp = find_part(
-            find_part(layer, "mlp", "feed_forward"), "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out"
-        )
-        for kind, module in zip(KINDS, (layer, layer, projection, projection, mlp), strict=True):
-            found[Site(kind, index)] = module
-    return found
-
-
-def find_part(module: nn.Module, *names: str, optional: bool = False) -> nn.Module:
-    for name in names:
-        if isinstance(child := getattr(module, name, None), nn.Module):
-            return child
-    if optional:
-        return module
-    raise ModelError(
-        f"{type(module).__name__} has none of the parts {', '.join(names)}: this architecture is not supported. "
-        f"Its parts are {', '.join(n for n, _ in module.named_children())}."
-    )
+def is_whole(x: Any) -> bool:
+    """A whole number, also of numpy; True and False are none."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def check_layer(model: Model, layer: int) -> int:
     """The layer's index (negative ones count from the end); ModelError names the allowed range."""
-    if not isinstance(layer, int) or not -model.n_layers <= layer < model.n_layers:
+    if not is_whole(layer) or not -model.n_layers <= layer < model.n_layers:
         raise ModelError(f"{model.name} has no layer {layer!r}. Allowed: 0 to {model.n_layers - 1}.")
-    return layer % model.n_layers
+    return int(layer) % model.n_layers
 
 
 def check_heads(model: Model, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """(layer, head) pairs, checked against the model; ModelError names the allowed range."""
     checked = []
-    for layer, head in heads:
-        if not isinstance(head, int) or not 0 <= head < model.n_heads:
+    for pair in heads:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ModelError(f"{pair!r} is no head. Give pairs of layer and head, such as [(5, 3), (7, 0)].")
+        layer, head = pair
+        if not is_whole(head) or not 0 <= head < model.n_heads:
             raise ModelError(f"{model.name} has no head {head!r} in layer {layer}. Allowed: 0 to {model.n_heads - 1}.")
-        checked.append((check_layer(model, layer), head))
+        checked.append((check_layer(model, layer), int(head)))
     return checked
 
 
 def check_site(model: Model, site: Site) -> Site:
     """The site with a non-negative layer; ModelError names the kinds and the range of layers."""
+    if not isinstance(site, tuple) or len(site) != 2:
+        raise ModelError(f"{site!r} is no site. Give a kind and a layer, such as Site('resid_post', 14).")
     if site[0] not in KINDS:
         near = get_close_matches(str(site[0]), KINDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -5,6 +5,7 @@ import torch
 
 from glassbox_utils.attention import patterns
 from glassbox_utils.attention.patterns import _five_scores
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import capture
 from glassbox_utils.core.models import ModelError, Site, hook_name
 from glassbox_utils.core.text import Batch, find_token, tokenize
@@ -52,7 +53,7 @@ def test_patterns_are_those_of_the_bridge(tiny_model):
     ids = tokenize(tiny_model, TEXTS[0]).input_ids
     name = hook_name(tiny_model, "attn.hook_pattern", 1)
     _, cache = tiny_model.bridge.run_with_cache(ids, names_filter=[name])
-    assert (cache[name][0] - pattern[1]).abs().max() < 1e-5
+    assert (result(cache[name][0]) - pattern[1]).abs().max() < 1e-5
     assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -87,10 +88,10 @@ def test_value_weighting_follows_the_values(tiny_model):
     _, pattern = patterns.attention(tiny_model, TEXTS[0])
     assert torch.allclose(weighted.sum(-1), torch.ones(()), atol=1e-4)
     site, head = Site("z", 1), 3
-    z = capture(tiny_model, tokenize(tiny_model, TEXTS[0]), [site])[site][0].unflatten(-1, (6, -1))[:, head]
+    z = result(capture(tiny_model, tokenize(tiny_model, TEXTS[0]), [site])[site])[0].unflatten(-1, (6, -1))[:, head]
     to_first, to_itself = pattern[1, head, 1, :2]
     values = torch.stack([z[0], (z[1] - to_first * z[0]) / to_itself])
-    moved = (values @ patterns.output_weights(tiny_model, 1)[head]).norm(dim=-1) * pattern[1, head, 1, :2]
+    moved = (values @ result(patterns.output_weights(tiny_model, 1)[head])).norm(dim=-1) * pattern[1, head, 1, :2]
     assert torch.allclose(weighted[1, head, 1, :2], moved / moved.sum(), atol=1e-3)
 
 

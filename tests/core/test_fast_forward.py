@@ -29,8 +29,11 @@ def test_block_attention_is_causal_attention(length, kv_heads):
 def test_the_quick_model_is_as_near_as_bfloat16_is(tmp_path, kind, padded):
     model = load_model(tiny.save(kind, tmp_path))
     before = {name: p.clone() for name, p in model.hf.named_parameters()}
-    fast, plain = fast_forward.quick(model, torch.bfloat16), AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.randint(2, 200, (4, 100), generator=torch.Generator().manual_seed(0))
+    fast, plain = (
+        fast_forward.quick(model, torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(tmp_path).to(model.device),
+    )
+    tokens = torch.randint(2, 200, (4, 100), generator=torch.Generator().manual_seed(0)).to(model.device)
     mask = torch.ones_like(tokens)
     if padded:
         mask[1, :30] = 0
@@ -57,7 +60,7 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_no_second_copy_in_the_old_type_is_made(tmp_path, kind):
+def test_no_second_copy_in_the_old_type_is_made(tmp_path, kind, has_storage):
     """The peak is the model and its copy: 8B parameters of float32 need 48 GB, not 80."""
     model, made = load_model(tiny.save(kind, tmp_path)), Made()
     made.sizes = {}
@@ -77,7 +80,7 @@ def test_only_plain_gated_layers_are_replaced(tmp_path):
     for kind, replaced in {"llama": True, "gemma3": False, "gpt2": False}.items():
         fast = fast_forward.quick(load_model(tiny.save(kind, tmp_path / kind)), torch.bfloat16)
         own = [module for module in fast.hf.modules() if "forward" in vars(module)]
-        assert bool(own) == replaced, kind
+        assert bool(own) == (replaced and fast.device.type == "cpu"), kind
 
 
 def test_the_type_can_be_set_and_a_wrong_one_is_named(monkeypatch):

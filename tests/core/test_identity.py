@@ -56,7 +56,7 @@ def rewrite(folder, change):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_every_type_of_load_and_every_way_to_hold_the_weights_is_one_model(tmp_path, kind):
+def test_every_type_of_load_and_every_way_to_hold_the_weights_is_one_model(tmp_path, kind, has_storage):
     folder = tiny.save(kind, tmp_path / "one")
     models = [load_model(folder, dtype=dtype) for dtype in DTYPES]
     models += [quick(models[0], torch.bfloat16), quick(models[0], torch.float16), quick(models[1], torch.float32)]
@@ -134,7 +134,7 @@ def test_what_is_changed_is_another_model(tmp_path, dtype):
         assert trained.hash == others[0]  # the same change, in the file and in memory
 
 
-def test_an_adapter_is_another_model_and_the_same_in_every_type(tmp_path):
+def test_an_adapter_is_another_model_and_the_same_in_every_type(tmp_path, has_storage):
     folder = tiny.save("llama", tmp_path / "base")
     adapter = add_lora(tmp_path / "adapter")
     hashes = {load_model(folder, adapter=adapter, dtype=dtype).hash for dtype in DTYPES}

@@ -78,7 +78,7 @@ def test_raw_text_gets_one_bos_and_a_chat_prompt_no_second(smol):
     assert ids == smol.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def test_the_type_is_given_as_text_or_of_torch_and_shown_if_it_is_not_the_usual_one(tmp_path):
+def test_the_type_is_given_as_text_or_of_torch_and_shown_if_it_is_not_the_usual_one(tmp_path, on_cpu):
     folder = tiny.save("llama", tmp_path)
     half = load_model(folder, device="cpu", dtype="bfloat16")
     assert half.dtype == load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -106,7 +106,7 @@ def test_an_adapter_is_merged(tiny_llama, tmp_path):
     merged = load_model(folder, adapter=tmp_path / "adapter")
     batch = tokenize(merged, SENTENCE)
     with torch.no_grad():
-        expected = lora.eval()(**batch.inputs).logits
+        expected = lora.eval().to(merged.device)(**batch.inputs).logits
         assert (merged.hf(**batch.inputs).logits - expected).abs().max() < 1e-3
         assert (merged.bridge(batch.input_ids) - expected).abs().max() < 1e-3
     assert merged.hash != tiny_llama.hash
