@@ -358,20 +358,28 @@ def project(model: Model, layer: int, resid: Float[Tensor, "*place d_model"]) ->
         )
     x = block.get_submodule(reads)(x) if reads else x
     attention = attention_modules(model)[layer]
-    shape = (-1, model.d_head)
     if hasattr(attention, "k_proj"):
-        parts = [find_part(attention, name)(x).unflatten(-1, shape) for name in ("q_proj", "k_proj", "v_proj")]
+        flat = [find_part(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
     elif hasattr(attention, "c_attn"):
-        parts = [part.unflatten(-1, shape) for part in find_part(attention, "c_attn")(x).chunk(3, dim=-1)]
+        flat = list(find_part(attention, "c_attn")(x).chunk(3, dim=-1))
     else:
-        fused = find_part(attention, "query_key_value")(x).unflatten(-1, (-1, 3, model.d_head))
-        parts = list(fused.unbind(-2))
-    n_q, n_k, n_v = (part.shape[-2] for part in parts)
-    if n_q != model.n_heads or n_k != n_v or n_q % n_k:
+        fused = find_part(attention, "query_key_value")(x)
+        by_head = (
+            fused.unflatten(-1, (-1, 3, model.d_head)) if fused.shape[-1] % (3 * model.d_head) == 0 else fused[None]
+        )
+        flat = [part.flatten(-2) for part in by_head.unbind(-2)][:3]
+    widths = [part.shape[-1] for part in flat]
+    if (
+        widths[0] != model.n_heads * model.d_head
+        or widths[1] != widths[-1]
+        or widths[1] % model.d_head
+        or model.n_heads % (widths[1] // model.d_head)
+    ):
         raise ModelError(
             f"{type(attention).__name__} of {model.name} does not lay out queries, keys and values in one of the three "
-            f"known ways: {n_q} queries, {n_k} keys and {n_v} values for {model.n_heads} heads."
+            f"known ways: their widths are {widths}, for {model.n_heads} heads of {model.d_head}. It is refused."
         )
+    parts = [part.unflatten(-1, (-1, model.d_head)) for part in flat]
     return Projections(*parts)
 
 

@@ -9,7 +9,7 @@ attributes something in it refuses it in words: ``readout.require``.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from glassbox_utils.core.devices import exact
 from glassbox_utils.core.errors import ModelError
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -78,11 +79,10 @@ def _holds_hooks(name: str) -> bool:
 
 @torch.no_grad()
 def measure(whole_model: Any, first: int) -> list[Layer]:
-    """The anatomy of every layer of a transformers model (``Model.anatomy`` keeps it); ``first``: a "
-    "text's first token."""
+    """The anatomy of every layer of a transformers model (``Model.anatomy`` keeps it); ``first`` begins a text."""
     hf = bare_copy(whole_model)
     places = sites(hf)
-    n = len(places) // len(KINDS)
+    n = sum(site.kind == "resid_pre" for site in places)
     layers = [places[Site("resid_pre", i)] for i in range(n)]
     for layer in layers:
         layer.__dict__.pop("forward", None)  # attribution.resume may have replaced it for a while
@@ -128,7 +128,9 @@ def measure(whole_model: Any, first: int) -> list[Layer]:
         handles.append(layer.register_forward_pre_hook(before(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(note((i, "post"))))
         for kind, site in (("attention", "attn_out"), ("mlp", "mlp_out")):
-            inner = places[Site(site, i)]  # type: ignore[arg-type]
+            inner = places.get(Site(site, i))  # type: ignore[arg-type]
+            if inner is None:
+                continue
             handles.append(inner.register_forward_hook(note((i, kind))))
             outer = next(m for m in layer.children() if any(inner is part for part in m.modules()))
             handles.append(outer.register_forward_hook(_out(seen, (i, f"{kind} out"))))
@@ -146,11 +148,14 @@ def measure(whole_model: Any, first: int) -> list[Layer]:
         whole = _first(post)
         reads = next((name for (j, name), out in fed.items() if j == i and out is read), None)
         reads = "" if read is seen[i, "pre"] else reads
+        if any((i, f"{kind} out") not in seen for kind in ("attention", "mlp")):  # a part of it was not found
+            found.append(Layer(reads, gap=float("inf"), returns_tuple=isinstance(post, tuple)))
+            continue
         if whole.is_meta:  # shapes only: there is nothing to measure
             found.append(Layer(reads, returns_tuple=isinstance(post, tuple)))
             continue
-        added = (whole.double() - seen[i, "pre"].double()).flatten(0, 1)
-        parts = [_first(seen[i, f"{kind} out"]).double().view_as(added) for kind in ("attention", "mlp")]
+        added = (exact(whole) - exact(seen[i, "pre"])).flatten(0, 1)
+        parts = [exact(_first(seen[i, f"{kind} out"])).view_as(added) for kind in ("attention", "mlp")]
         factors, gap = _factors(layer, parts, added)
         paths = [Way(norms.get((i, k)), f) for k, f in zip(("attention", "mlp"), factors, strict=True)]
         found.append(Layer(reads, paths[0], paths[1], gap, isinstance(post, tuple)))
@@ -200,25 +205,51 @@ def text_stack(hf: Any) -> tuple[nn.Module, nn.ModuleList]:
     return next((s for s in stacks if any(embedding is part for part in s[0].modules())), stacks[0])
 
 
-def sites(hf: Any) -> dict[Site, nn.Module]:
+class Places(dict[Site, Any]):
+    """What lies at each site. For one that was not found: ModelError, with the reason."""
+
+    def __init__(self, found: Mapping[Site, Any], missing: Mapping[Site, ModelError]) -> None:
+        super().__init__(found)
+        self.missing = missing
+
+    def __missing__(self, site: Site) -> Any:
+        reason = self.missing.get(site, "there is no such site")
+        raise ModelError(f"{site[0]} of layer {site[1]} can't be reached: {reason}")
+
+
+def sites(hf: Any) -> Places:
     """The module whose input or output is each site, for any decoder that transformers builds.
 
-    ``mlp_out`` of a mixture of experts is the output of the whole block.
+    ``mlp_out`` of a mixture of experts is the output of the whole block. Where attention or MLP are laid out otherwise
+    (OPT, Falcon), their sites are missing, and the residual stream is there all the same.
     """
     found: dict[Site, nn.Module] = {}
+    missing: dict[Site, ModelError] = {}
     for index, layer in enumerate(text_stack(hf)[1]):
-        attention = find_part(layer, "self_attn", "attn", "attention")
-        projection = find_part(
-            find_part(attention, "attention", optional=True), "o_proj", "c_proj", "dense", "out_proj"
-        )
-        block = find_part(layer, "mlp", "feed_forward", "block_sparse_moe")
-        if hasattr(block, "experts"):
-            mlp = block
-        else:
-            mlp = find_part(block, "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
-        for kind, module in zip(KINDS, (layer, layer, projection, projection, mlp), strict=True):
-            found[Site(kind, index)] = module
-    return found
+        found[Site("resid_pre", index)] = found[Site("resid_post", index)] = layer
+        parts: tuple[tuple[Callable[[nn.Module], nn.Module], tuple[Kind, ...]], ...]
+        parts = (_output_projection, ("z", "attn_out")), (_mlp_output, ("mlp_out",))
+        for find, kinds in parts:
+            try:
+                part = find(layer)
+            except ModelError as reason:
+                missing |= {Site(kind, index): reason for kind in kinds}
+            else:
+                found |= {Site(kind, index): part for kind in kinds}
+    return Places(found, missing)
+
+
+def _output_projection(layer: nn.Module) -> nn.Module:
+    attention = find_part(layer, "self_attn", "attn", "attention")
+    inner = find_part(attention, "attention", optional=True)
+    return find_part(inner, "o_proj", "c_proj", "dense", "out_proj")
+
+
+def _mlp_output(layer: nn.Module) -> nn.Module:
+    block = find_part(layer, "mlp", "feed_forward", "block_sparse_moe")
+    if hasattr(block, "experts"):
+        return block
+    return find_part(block, "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
 
 
 def find_part(module: nn.Module, *names: str, optional: bool = False) -> nn.Module:

@@ -15,6 +15,7 @@ Three conventions hold everywhere, and are decided here once:
 import copy
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Model:
     twin: Any
     """a second tree of modules over the same tensors, with eager attention; the bridge takes it over"""
     sites: dict[Site, tuple[nn.Module, nn.Module]]
-    """the module of each site, in ``hf`` and in ``twin``"""
+    """the module of each site, in ``hf`` and in ``twin``; ModelError for one that this architecture has not"""
     origin: identity.Origin | None = None
     """the files that the weights were loaded from, for ``hash``"""
 
@@ -90,8 +91,7 @@ class Model:
         return anatomy.measure(self.hf, self.tokenizer.bos_token_id or 0)
 
     def factor(self, site: Site) -> float:
-        """What a sublayer's output is multiplied with on its way into the residual stream (1 but for "
-        "Granite's kind)."""
+        """What a sublayer's output is multiplied with on its way into the stream (1 but for Granite's kind)."""
         if site.kind not in ("attn_out", "mlp_out"):
             return 1.0
         layer = self.anatomy[site.layer]
@@ -120,8 +120,7 @@ class Model:
 
     @property
     def padding(self) -> int:
-        """The id that fills rows up. It is masked everywhere, so any will do where the tokenizer has none "
-        "of its own."""
+        """The id that fills rows up; masked everywhere, so any will do where the tokenizer has none."""
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
@@ -143,7 +142,9 @@ class Model:
 
     @property
     def n_context(self) -> int:
-        return self.config.max_position_embeddings
+        """Tokens that fit; for an architecture that names no limit (ALiBi) as many as there are numbers."""
+        named = (getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length"))
+        return next((n for n in named if n), sys.maxsize)
 
     def __repr__(self) -> str:
         place = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
@@ -206,7 +207,9 @@ def wrap_model(hf: Any, tokenizer: Any, name: str = "model", origin: identity.Or
     twin = copy.deepcopy(hf, shared)
     twin.set_attn_implementation("eager")
     mine, other = sites(hf), sites(twin)
-    return Model(name, hf, tokenizer, twin, {s: (mine[s], other[s]) for s in mine}, origin)
+    return Model(
+        name, hf, tokenizer, twin, anatomy.Places({s: (mine[s], other[s]) for s in mine}, mine.missing), origin
+    )
 
 
 def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -352,7 +355,9 @@ def check_site(model: Model, site: Site) -> Site:
         near = get_close_matches(str(site[0]), KINDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"There is no site {site[0]!r}.{hint} Allowed: {', '.join(KINDS)}.")
-    return Site(site[0], check_layer(model, site[1]))
+    checked = Site(site[0], check_layer(model, site[1]))
+    _ = model.sites[checked]  # raises for a part that this architecture has elsewhere
+    return checked
 
 
 def hook_name(model: Model, name: str, layer: int | None = None) -> str:

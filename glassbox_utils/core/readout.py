@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from glassbox_utils.core import anatomy
+from glassbox_utils.core.devices import exact, like
 from glassbox_utils.core.models import Model, ModelError, Site, find_part
 
 
@@ -101,8 +102,8 @@ def through_norm(
         gain = (norm(probe).float() - bias) / probe.float()
         inner = inner - inner.mean(-1, keepdim=True)
     out, shaped = norm(x).float() - bias, inner * gain
-    scale = (out.double() * shaped).sum(-1) / shaped.double().pow(2).sum(-1).clamp_min(1e-300)
-    scale = scale.float()
+    wide = exact(shaped)  # a least-squares fit: float64, and therefore on the CPU
+    scale = like((exact(out) * wide).sum(-1) / wide.pow(2).sum(-1).clamp_min(1e-300), shaped)
     check_same(model, shaped * scale[:, None], out, f"The linear account of {type(norm).__name__}")
     back = direction * gain
     if centres:
@@ -130,9 +131,8 @@ def through_head(
     """What is left of ``raw(target) - raw(other)`` in the model's own logits: a factor for each row.
 
     1 for most models; the scale where logits are scaled; where they are bent (soft cap) the ratio of the two
-    differences,
-    so that every part keeps the same share. ModelError if the model's logits are no increasing function of the raw
-    ones.
+    differences, so that every part keeps the same share. ModelError if the model's logits are no increasing function of
+    the raw ones.
     """
     raw, own = raw.float(), own.float()
     if raw.shape == own.shape:

@@ -35,6 +35,7 @@ def dashboard(model: Model, sae: Any, scanned: Scan, feature: int) -> str:
         raise FeatureError(
             f"The scan is of {scanned.d_sae} features, this SAE has {sae.cfg.d_sae}. Scan with it first."
         )
+    check_feature(scanned, feature)
     positions, values = firing(scanned, feature)
     kinds = {"Strongest": False, "From strongest to weakest": True} if len(positions) else {}
     return pages.render(
@@ -53,13 +54,11 @@ def dashboard(model: Model, sae: Any, scanned: Scan, feature: int) -> str:
 
 def write_dashboards(model: Model, sae: Any, scanned: Scan, features: Sequence[int], folder: Path) -> list[Path]:
     """A page for each feature; returns the files. Whatever is wrong is said before the first is written."""
-    for feature in features:
-        check_feature(scanned, feature)
+    written = {feature: dashboard(model, sae, scanned, feature) for feature in features}
     folder = files.check_output(folder, "folder", folder=True)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"feature-{feature}.html" for feature in features]
-    for path, feature in zip(paths, features, strict=True):
-        page = dashboard(model, sae, scanned, feature)
+    paths = [folder / f"feature-{feature}.html" for feature in written]
+    for path, page in zip(paths, written.values(), strict=True):
         with assets.atomic_path(path) as partial:
             partial.write_text(page, encoding="utf-8")
     return paths

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glassbox_utils.core import schema
+from glassbox_utils.core import readout, schema
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import Model, Site, check_site, find_part
+from glassbox_utils.core.models import Model, Site, check_site
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import str_tokens
 from glassbox_utils.saes import reading
@@ -209,14 +209,14 @@ def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffe
     """
     site = reading.check_fits(model, sae)
     reading.check_index(feature, sae.cfg.d_sae, FeatureError), reading.check_count("n", n, FeatureError)
-    unembedding = model.hf.get_output_embeddings().weight.detach()
+    unembedding = model.hf.get_output_embeddings().weight.detach()[: len(model.tokenizer)]  # the rest is padding
     direction = beside(sae.W_dec[feature].detach().float(), unembedding)
     if site.kind == "z":
         project = cast(Any, model.sites[site][0])
         with torch.no_grad():
             one = like(direction, unembedding)[None, None]
             direction = (project(one) - project(torch.zeros_like(one)))[0, 0].float()
-    norm: Any = find_part(model.hf.base_model, "norm", "ln_f", "final_layer_norm")
+    norm: Any = readout.final_norm(model)
     weight = norm.weight.detach().float()
     direction = direction * (weight + 1 if "gemma" in model.config.model_type else weight)  # gemma keeps weight - 1
     logits = result(unembedding.float() @ direction)

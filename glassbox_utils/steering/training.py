@@ -94,7 +94,10 @@ SQUASH = 15.0
 def valences(tokenizer: Any) -> Float[Tensor, " vocabulary"]:
     """The lexicon's valence (-4 to 4) of each token that is a whole word of it after a space; 0 for the others."""
     lexicon = style.lexicon()
-    words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    ids = range(len(tokenizer))
+    words, pieces = tokenizer.batch_decode([[i] for i in ids]), tokenizer.convert_ids_to_tokens(ids)
+    # SentencePiece drops a token's space where it stands alone: the piece still has it
+    words = [p.replace("▁", " ") if p and p.startswith("▁") else w for p, w in zip(pieces, words, strict=True)]
     return torch.tensor([lexicon.get(w[1:].lower(), 0.0) if w.startswith(" ") else 0.0 for w in words])
 
 

@@ -307,12 +307,29 @@ def test_the_bridge_agrees_or_says_why_not(kind):
                 assert torch.allclose(bridge(ids), model.hf(ids).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["OPT", "Falcon"])
-def test_a_decoder_that_is_laid_out_otherwise_is_refused_in_words(architecture):
+@pytest.mark.parametrize("architecture", ["OPT", "Falcon", "Bloom", "Mpt"])
+def test_a_decoder_that_is_laid_out_otherwise_is_steered_and_the_rest_refused_in_words(architecture):
     import transformers as tf
 
-    config = getattr(tf, f"{architecture}Config")(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32
-    )
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    config = getattr(tf, f"{architecture}Config")(**sizes, word_embed_proj_dim=32, bos_token_id=0, eos_token_id=None)
+    torch.manual_seed(0)
+    hf = getattr(tf, f"{'OPT' if architecture == 'OPT' else architecture}ForCausalLM")(config)
+    model = models.wrap_model(hf.eval(), zoo.tokenizer(), architecture)
+    value = torch.randn(32)
+    with edit(model, Site("resid_post", 0), lambda x: x + value):
+        pushed = generate(model, "w1 w2 w3", 3)
+        assert len(pushed) == 1
     with pytest.raises(ModelError, match="this architecture is not supported"):
-        models.wrap_model(getattr(tf, f"{architecture}ForCausalLM")(config), zoo.tokenizer(), "x")
+        capture(model, tokenize(model, "w1 w2"), [Site("mlp_out", 1), Site("attn_out", 1)])
+    with pytest.raises(ModelError):
+        attribution.direct_logit_attribution(model, tokenize(model, "w1 w2"), torch.tensor([1]), torch.tensor([2]))
+    assert hooks(model) == 0
+
+
+def test_heads_that_share_one_key_are_refused_where_their_layout_is_not_known():
+    import transformers as tf
+
+    model = models.wrap_model(tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**zoo.GPT)).eval(), zoo.tokenizer(), "code")
+    with pytest.raises(ModelError, match="queries, keys and values"):
+        project(model, 0, torch.zeros(1, 32))

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from wired import VOCABULARY
 from worded import build, logits, several
 
@@ -113,6 +116,18 @@ def test_valences_are_those_of_whole_words():
         assert float(found[token]) == pytest.approx(style.lexicon().get(word.strip(), 0.0))
         assert sign * float(found[token]) >= abs(sign)
     assert 1000 < int((found != 0).sum()) < 7500
+
+
+def test_valences_are_found_in_sentencepiece_vocabularies():
+    """A piece that begins a word is written with a mark, and decoded alone without its space."""
+    pieces = ["<unk>", "▁wonderful", "▁terrible", "wonderful", "▁table", "▁"]
+    whole = Tokenizer(tokenizers.models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "<unk>"))
+    whole.pre_tokenizer, whole.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "wonderful"
+    lexicon = style.lexicon()
+    expected = [0, lexicon["wonderful"], lexicon["terrible"], 0, 0, 0]
+    assert training.valences(tokenizer).tolist() == pytest.approx(expected)
 
 
 def test_the_second_ruler_agrees_with_people_and_with_what_the_table_says_of_it():
