@@ -322,9 +322,8 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     claim = f"head {head} attends more to harmful requests (AUC)"
     out = [Finding(claim, 1, a["auc"][0], tuple(a["auc"][1:]), n, side="above", null=0.5, **more)]
     shuffled = f["shuffled_auc"]
-    control = Control(
-        "shuffled labels", "features chosen on them", float(np.mean(shuffled)), (min(shuffled), max(shuffled))
-    )
+    what = f"features chosen on them (a linear direction: {f['direction_auc'][0]:.2f})"
+    control = Control("shuffled labels", what, float(np.mean(shuffled)), (min(shuffled), max(shuffled)))
     claim = f"SAE feature {f['feature']} tells harmful from harmless requests (AUC)"
     out.append(Finding(claim, 2, f["auc"][0], tuple(f["auc"][1:]), n, control, side="above", null=0.5, **more))
     strongest = (f"refusal {STRENGTHS[-1]:+}", f"random {STRENGTHS[-1]:+}", "the refusal vector")
