@@ -39,7 +39,9 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/lint-imports --no-logo
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not browser" -n 2 --dist loadfile
+	$(BIN)/pytest tests -m browser
+	$(BIN)/pytest $(FAR) --device far --every-function -m "not slow and not browser and not ranks"
 	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
