@@ -8,6 +8,12 @@ MODEL    ?=
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 
+# what the simulated device runs in every test; `pytest tests --device far` runs all
+FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py losses.py text.py fast_forward.py) \
+	$(addprefix steering/test_,apply.py fit.py training.py) \
+	$(addprefix saes/test_,features.py clamping.py reading.py quality.py absorption.py) \
+	$(addprefix decisions/test_,cycle.py reality_study.py))
+
 .PHONY: help run lab test lint bench assets clean
 .DEFAULT_GOAL := help
 
@@ -41,7 +47,7 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 test: assets lint  ## unit tests, every notebook as a test, browser tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not browser" -n 2 --dist loadfile
 	$(BIN)/pytest tests -m browser
-	$(BIN)/pytest $(FAR) --device far --every-function -m "not slow and not browser and not ranks"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) --device far -m "not slow and not ranks" -k "not gpt2 and not gemma3"
 	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 

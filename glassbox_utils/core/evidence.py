@@ -43,8 +43,7 @@ class Control:
     """which ones, in words"""
     value: float
     ci: tuple[float, float] | None = None
-    """interval, or lowest and highest draw: needed for random units and shuffled labels. A control that comes out the
-    same each time could not have sunk the claim, and is refused"""
+    """interval, or lowest and highest draw: needed for random units and shuffled labels"""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -61,11 +60,12 @@ class Control:
             )
         if self.ci is not None and not _ordered(self.ci):
             raise EvidenceError(f"The interval {self.ci} of the control {self.what!r} is not (low, high).")
-        if drawn and self.ci is not None and self.ci[0] == self.ci[1]:
-            raise EvidenceError(
-                f"The control {self.what!r} ({self.kind}) came out as {self.value:g} each time, so it could not have "
-                "sunk the claim (units that are silent, a direction that is orthogonal). Choose one that acts."
-            )
+
+    @property
+    def can_fail(self) -> bool:
+        """Random draws that come out the same each time could not have sunk any claim: silent units, an orthogonal
+        direction. A finding with such a control is not testable."""
+        return self.kind not in ("random units", "shuffled labels") or self.ci is None or self.ci[0] < self.ci[1]
 
     def __str__(self) -> str:
         spread = "" if self.ci is None else f" [{self.ci[0]:.2f}, {self.ci[1]:.2f}]"
@@ -144,11 +144,14 @@ class Finding:
     @property
     def verdict(self) -> Verdict:
         """*held*: the interval lies where the claim puts it, beyond the control's number and the null, and the effect
-        outside the control's spread · *refuted*: on the other side · *null*: can't be told apart · *not testable*."""
+        outside the control's spread · *refuted*: on the other side · *null*: can't be told apart · *not testable*: the
+        control came out the same each time, or was declared unfit."""
         return self.declared or self._computed
 
     @cached_property
     def _computed(self) -> Verdict:
+        if self.control is not None and not self.control.can_fail:
+            return "not testable"
         if self.p_value is not None and self.p_value >= 0.05:
             return "null"
         low, high = self.ci

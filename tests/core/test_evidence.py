@@ -51,7 +51,6 @@ def test_a_finding_that_claims_too_much_is_refused(change, message):
         (("base rate", "all heads", math.nan), "measured number"),
         (("base rate", "all heads", "0.1"), "measured number"),
         (("random units", "ten heads", 0.1), "no spread"),
-        (("random units", "silent features", 0.0, (0.0, 0.0)), "could not have sunk the claim"),
         (("shuffled labels", "twenty", 0.5, (0.7, 0.4)), r"not \(low, high\)"),
     ],
 )
@@ -69,6 +68,10 @@ def test_the_verdict_comes_from_the_numbers():
     assert finding(p_value=0.3).verdict == "null"
     assert finding(declared="not testable").verdict == "not testable"
     assert finding(ci=(0.6, 1.2), null=1.0).verdict == "null", "a ratio whose interval holds one"
+    silent = Control("random units", "features that are never active", 0.0, (0.0, 0.0))
+    assert finding(control=silent).verdict == "not testable", "it could not have sunk the claim"
+    with pytest.raises(EvidenceError, match="say not testable"):
+        finding(control=silent, declared="held")
     below = Control("trained opponent", "fine-tuning", 2.0)
     assert finding(control=below, side="below", null=None).verdict == "held"
 

@@ -17,6 +17,7 @@ from glassbox_utils.attention.heads import first_id, output_norms
 from glassbox_utils.attention.induction import circuit_scores
 from glassbox_utils.attention.patterns import attention, head_scores, repeated_tokens
 from glassbox_utils.core import models
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import capture, edit, patch
 from glassbox_utils.core.losses import answer_losses, perplexity, text_losses
 from glassbox_utils.core.models import ModelError, Site, check_heads, check_layer, load_model
@@ -149,7 +150,7 @@ def test_padding_counts_nowhere():
     alone = tokenize(BYTES, "The key")
     both = torch.stack([output_norms(BYTES, tokenize(BYTES, t)) for t in ("The key", "The key")]).mean(0)
     assert torch.allclose(output_norms(BYTES, alone), both)
-    n = (batch.attention_mask.sum(-1) - 1).float()
+    n = result(batch.attention_mask.sum(-1) - 1).float()
     parts = [output_norms(BYTES, tokenize(BYTES, t)) for t in ("The key", "The doctor asked the nurse about the key.")]
     assert torch.allclose(output_norms(BYTES, batch), (parts[0] * n[0] + parts[1] * n[1]) / n.sum(), atol=1e-5)
     with pytest.raises(ModelError, match="without padding"):

@@ -26,7 +26,7 @@ def short(monkeypatch):
     return "short"
 
 
-def test_training_learns_resumes_and_the_adapter_loads(monkeypatch, tmp_path, short):
+def test_training_learns_resumes_and_the_adapter_loads(has_storage, monkeypatch, tmp_path, short):
     """A killed run goes on where it was, with the same result; the merged model decides as the trained one."""
     monkeypatch.setattr(loans, "TRAIN_LAYOUTS", (short,))
     monkeypatch.setattr(training, "EVERY", 5)

@@ -10,6 +10,7 @@ from worded import LAYERS, PROMPTS, WIDTH, fails_at, logits, record, untouched
 
 from glassbox_utils import cli
 from glassbox_utils.core.assets import DATA
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import ModelError, Site, load_model
 from glassbox_utils.core.text import chat, generate, tokenize
@@ -54,8 +55,8 @@ def feature(model, sae, index=3, unit=2.0):
 def test_clamps_prompt_and_generated_tokens_and_keeps_the_error(model, sae):
     one = feature(model, sae)
     inner = []
-    with edit(model, one.site, lambda x: (inner.append(x.clone()), x)[1]), clamping.clamp(model, one, 1.5):
-        outer = record(model, 1, lambda: generate(model, PROMPTS, 4))
+    with edit(model, one.site, lambda x: (inner.append(result(x)), x)[1]), clamping.clamp(model, one, 1.5):
+        outer = [result(x) for x in record(model, 1, lambda: generate(model, PROMPTS, 4))]
     assert [x.shape[1] for x in outer] == [7, 1, 1, 1]  # left-padded prompts, then single tokens from the cache
     for before, after in zip(inner, outer, strict=True):
         activation = sae.encode(before)[..., one.index]

@@ -10,6 +10,7 @@ from small import small_model
 
 from glassbox_utils.core import corpora
 from glassbox_utils.core.corpora import Document
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.models import Site
 from glassbox_utils.saes import dashboard, detection, features, labels
 from glassbox_utils.saes.config import hook_of
@@ -149,9 +150,9 @@ def test_neurons_are_scanned_like_features(model, scanned):
     neurons = features.scan_neurons(model, 1, scanned.rows, scanned.documents, scanned.usual)
     assert neurons.d_sae == 64
     seen = []
-    handle = model.hf.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    handle = model.hf.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.append(result(a[0])))
     with torch.no_grad():
-        model.hf(scanned.rows.tokens[:8])
+        model.hf(beside(scanned.rows.tokens[:8], model.device))
     handle.remove()
     expected = (seen[0][..., 5].relu() * scanned.usual[:8]).detach()
     torch.testing.assert_close(features.dense(neurons, 5)[:8], expected, atol=1e-4, rtol=1e-3)

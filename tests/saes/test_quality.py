@@ -7,6 +7,7 @@ import torch
 from shards import HOOK, SITE
 
 from glassbox_utils.core import corpora
+from glassbox_utils.core.devices import beside
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.saes.config import SAES, site_of
 from glassbox_utils.saes.harvest import activations, measure_scaling, ordinary, read_shard, shard_path
@@ -35,7 +36,7 @@ class Nothing(Exact):
         self.mean = mean
 
     def decode(self, code):
-        return self.mean.expand_as(code)
+        return beside(self.mean, code).expand_as(code)
 
 
 def test_metrics_at_their_ends(model, shards):

@@ -10,6 +10,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 from worded import PROMPTS
 
 from glassbox_utils.core.corpora import Document, token_rows
+from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import KINDS, Site
 from glassbox_utils.core.text import tokenize
@@ -46,7 +47,7 @@ def random_sae(model, site, topk=False, seed=0, hook=None, **declared):
 def there(model, site, texts=PROMPTS):
     """What stands at a site, by a hook of our own."""
     batch, seen = tokenize(model, list(texts)), []
-    with torch.no_grad(), edit(model, site, lambda x: seen.append(x.clone()) or x):
+    with torch.no_grad(), edit(model, site, lambda x: seen.append(result(x)) or x):
         model.hf(**batch.inputs)
     return batch, seen[0]
 
@@ -58,7 +59,8 @@ def test_everything_reads_the_saes_own_hook(model, kind):
     batch, x = there(model, site)
     code = sae.encode(x)
     torch.testing.assert_close(clamping.last_codes(model, sae, PROMPTS), code[:, -1], atol=1e-4, rtol=1e-4)
-    real = batch.attention_mask.bool() & (batch.attention_mask.cumsum(-1) > 1)
+    mask = result(batch.attention_mask)
+    real = mask.bool() & (mask.cumsum(-1) > 1)
     strongest = (code * real[..., None]).amax(1)
     torch.testing.assert_close(detection.text_scores(model, sae, PROMPTS), strongest, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(clamping.natural_maxima(model, sae, PROMPTS), strongest.amax(0), atol=1e-4, rtol=1e-4)
@@ -66,8 +68,8 @@ def test_everything_reads_the_saes_own_hook(model, kind):
     scanned = features.scan(model, sae, rows, [Document("", "s", "l")])
     with torch.no_grad():
         packed = [[]]
-        with edit(model, site, lambda y: packed[0].append(y) or y):
-            model.hf(rows.tokens)
+        with edit(model, site, lambda y: packed[0].append(result(y)) or y):
+            model.hf(beside(rows.tokens, model.device))
     want = sae.encode(torch.cat(packed[0]))
     one = int(want[:, 1:].amax((0, 1)).argmax())
     torch.testing.assert_close(features.dense(scanned, one)[:, 1:], want[:, 1:, one], atol=1e-4, rtol=1e-4)
