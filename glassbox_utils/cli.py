@@ -107,11 +107,12 @@ def _train_sae(args: argparse.Namespace) -> int:
     from glassbox_utils.core.files import check_output
     from glassbox_utils.core.models import load_model
     from glassbox_utils.saes import detection
-    from glassbox_utils.saes.config import read_config
+    from glassbox_utils.saes.config import check_training, read_config
     from glassbox_utils.saes.training import train_from_config
 
     with distributed.ranks():
         config, target = read_config(args.config), Path(args.config)
+        check_training(config)  # before half an hour of harvest
         check_output(target if target.is_dir() else target.parent, "the folder of the SAE", folder=True)
         check_output(assets.cache_dir(), "the cache", folder=True)
         if not config.stream:
