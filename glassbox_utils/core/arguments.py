@@ -4,6 +4,7 @@ What people write into files is checked by ``schema``; this is for arguments, wh
 """
 
 import math
+import reprlib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -46,10 +47,22 @@ def items(
     return found
 
 
+def some_texts(name: str, value: Any, error: type[GlassboxError]) -> list[str]:
+    """A list of at least one text, none of them empty."""
+    found = items(name, value, error)
+    if empty := [i for i, text in enumerate(found) if not text]:
+        raise error(f"{name}[{empty[0]}] is empty. Allowed: texts of at least one character.")
+    return found
+
+
+_words = reprlib.Repr()
+_words.maxlevel, _words.maxdict, _words.maxstring, _words.maxother = 3, 3, 70, 70
+
+
 def shown(value: Any) -> str:
-    """A value in a message, cut where it would not fit into one."""
+    """A value in a message, in some words however large or deep it is."""
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(_words.repr(value).split())
     except (ValueError, RecursionError):  # a number of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

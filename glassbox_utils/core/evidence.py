@@ -8,7 +8,7 @@ The verdict is computed from the numbers: nobody can call a claim *held* whose i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
@@ -75,6 +75,14 @@ class Control:
     def measured(cls, kind: Kind, what: str, x: Interval) -> Self:
         """A control whose number is an interval."""
         return cls(kind, what, x.value, (x.low, x.high))
+
+    @classmethod
+    def drawn(cls, kind: Kind, what: str, values: Iterable[float]) -> Self:
+        """A control that was drawn several times: the mean, with the lowest and the highest draw."""
+        draws = [float(x) for x in values]
+        if not draws:
+            raise EvidenceError(f"The control {what!r} ({kind}) has no draws. Give the number of each.")
+        return cls(kind, f"{len(draws)} {what}", sum(draws) / len(draws), (min(draws), max(draws)))
 
 
 @dataclass(frozen=True)

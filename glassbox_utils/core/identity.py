@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glassbox_utils.core import assets, devices
+from glassbox_utils.core import assets, devices, files
 
 RULE = 1
 """Raise it when the same model would get other digits: what was kept under another rule is not read."""
@@ -239,7 +239,7 @@ def _kept(key: Any, work: Callable[[], str]) -> str:
     start = time.perf_counter()
     digest = work()
     if time.perf_counter() - start > KEPT_FROM:
-        with suppress(OSError), assets.atomic_path(path) as unfinished:
+        with suppress(OSError), files.atomic_path(path) as unfinished:
             unfinished.write_text(json.dumps({"digest": digest, "of": key}), encoding="utf-8")
     return digest
 

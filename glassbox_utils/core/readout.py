@@ -92,23 +92,35 @@ def through_norm(
     For any norm that divides by a length, with or without centring, whatever its parametrisation: gain, bias and scale
     are read off its outputs. ModelError if it is something else.
     """
-    flat = torch.ones_like(x[:1])
-    bias = norm(torch.zeros_like(flat)).float()
-    gain = norm(flat).float() - bias
-    centres = bool((gain.abs() <= 1e-6).all())  # ones without their mean are nothing
-    inner = x.float()
-    if centres:
-        probe = _balanced(flat)
-        gain = (norm(probe).float() - bias) / probe.float()
-        inner = inner - inner.mean(-1, keepdim=True)
-    out, shaped = norm(x).float() - bias, inner * gain
+    gain, bias, centres = _weights(norm, x)
+    out, shaped = norm(x).float() - bias, _centred(x.float(), centres) * gain
     wide = exact(shaped)  # a least-squares fit: float64, and therefore on the CPU
     scale = like((exact(out) * wide).sum(-1) / wide.pow(2).sum(-1).clamp_min(1e-300), shaped)
     check_same(model, shaped * scale[:, None], out, f"The linear account of {type(norm).__name__}")
-    back = direction * gain
-    if centres:
-        back = back - back.mean(-1, keepdim=True)  # centring is linear: move it into the direction
+    back = _centred(direction * gain, centres)  # centring is linear: move it into the direction
     return back * scale[:, None], (direction * bias).sum(-1)
+
+
+@torch.no_grad()
+def through_weights(norm: nn.Module, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    """What a norm makes of ``x`` but for its division by a length and its bias: centred if it centres, and its gain."""
+    gain, _, centres = _weights(norm, x)
+    return _centred(x.float(), centres) * gain
+
+
+def _weights(norm: nn.Module, x: Float[Tensor, "row d_model"]) -> tuple[Tensor, Tensor, bool]:
+    """Gain and bias of a norm, whatever its parametrisation, and whether it centres: read off its outputs."""
+    flat = like(torch.ones(1, x.shape[-1]), next(norm.parameters(), x))
+    bias = norm(torch.zeros_like(flat)).float()
+    gain = norm(flat).float() - bias
+    if centres := bool((gain.abs() <= 1e-6).all()):  # ones without their mean are nothing
+        probe = _balanced(flat)
+        gain = (norm(probe).float() - bias) / probe.float()
+    return gain, bias, centres
+
+
+def _centred(x: Tensor, centres: bool) -> Tensor:
+    return x - x.mean(-1, keepdim=True) if centres else x
 
 
 def _balanced(flat: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ of what was read from a file; ``read_mapping`` reads the file. Nothing is conver
 """
 
 import json
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.errors import GlassboxError
 
 T = TypeVar("T")
@@ -109,16 +109,6 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, str) and float(value) is not None
     except ValueError:
         return False
-
-
-_words = reprlib.Repr()
-_words.maxlevel, _words.maxdict, _words.maxstring, _words.maxother = 3, 3, 70, 70
-
-
-def shown(value: Any) -> str:
-    """A value in some words, however large or deep it is."""
-    text = " ".join(_words.repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_mapping(path: Path, error: type[GlassboxError], example: str, largest: int = 1_000_000) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, files
 from glassbox_utils.core.models import Model
 
 STUDIES = assets.DATA / "studies"
@@ -35,7 +35,7 @@ def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
     with suppress(FileNotFoundError, ValueError):  # not there, or damaged: computed again
         return json.loads(path.read_text(encoding="utf-8"))
     result = json.dumps(work(*args))
-    with assets.atomic_path(path) as partial:
+    with files.atomic_path(path) as partial:
         partial.write_text(result, encoding="utf-8")
     return json.loads(result)
 
@@ -56,7 +56,7 @@ def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path
     STUDIES.mkdir(parents=True, exist_ok=True)
     lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
     path = STUDIES / f"{name}.json"
-    with assets.atomic_path(path) as partial:
+    with files.atomic_path(path) as partial:
         partial.write_text(lines.replace("}, {", "},\n{") + "\n", encoding="utf-8")
     return path
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import files
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.studies import SEED, resumed, write_table
 from glassbox_utils.decisions import audit, cycle, loans, study
@@ -58,7 +58,7 @@ def study_cause(n: int = 24) -> Path:
         "heads": resumed("loans_cause", [*key, "heads"], heads),
     }
     sae = load_sae(study.SAE)
-    about = [*key, "features", study.SAE, str(assets.sha256_of(SAES / study.SAE / "sae_weights.safetensors"))]
+    about = [*key, "features", study.SAE, str(files.sha256_of(SAES / study.SAE / "sae_weights.safetensors"))]
     out["features"] = resumed("loans_cause", about, _features, model, sae, pairs)
     return write_table("loans_cause", model, time.time() - start, **out, layout=CAUSE_LAYOUT, fields=cycle.FIELDS)
 

@@ -25,6 +25,7 @@ from glassbox_utils.core.text import Batch, tokenize
 from glassbox_utils.decisions import loans
 from glassbox_utils.decisions.loans import Applicant
 from glassbox_utils.decisions.mitigation import contrast
+from glassbox_utils.saes import reading
 
 FIELDS = tuple(f.name for f in fields(Applicant))
 PLACES = ("name", "between", "decision")
@@ -200,7 +201,7 @@ def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple
     LoanError for more features than the SAE has.
     """
     k = whole("k", k, 1, loans.LoanError, sae.cfg.d_sae)
-    codes = (result(sae.encode(like(x, sae.W_dec))) for x in (worse, better))
+    codes = (result(reading.encode(sae, x)) for x in (worse, better))
     difference = (next(codes) - next(codes)).mean(0)
     top = difference.abs().topk(k).indices
     return top, difference[top]
@@ -208,7 +209,7 @@ def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple
 
 def like_features(sae: Any, states: Float[Tensor, "n d_model"], features: Tensor, seed: int) -> Tensor:
     """As many other features of about the same mean activation on these states: the control of an ablation."""
-    mean = result(sae.encode(like(states, sae.W_dec))).mean(0)
+    mean = result(reading.encode(sae, states)).mean(0)
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []
     for feature in features.tolist():
@@ -233,8 +234,8 @@ def ablate_at_name(model: Model, pairs: Pairs, sae: Any, features: Tensor, layer
     metric, site, found = _metric(model, pairs), Site("resid_post", layer), []
     for batch in (pairs.worse, pairs.better):
         x = capture(model, batch, [site])[site]
-        code = beside(sae, x)
-        part = code.encode(like(x, code.W_dec))[..., features] @ code.W_dec[features]
+        code = reading.encode(sae, x)[..., features]
+        part = code @ like(reading.rows(sae)[features], code) * reading.gain(sae, x)
         resid = torch.where(beside(pairs.name[..., None], x), x - like(part, x), x)
         with resume(model, layer + 1, resid):
             found.append(metric(loans.final_logits(model, batch)))

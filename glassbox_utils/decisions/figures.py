@@ -5,6 +5,7 @@ notebook can print and assert it.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from numpy.typing import NDArray
 from glassbox_utils.core import figures, studies
 from glassbox_utils.core.evidence import RUNGS, Control, Finding
 from glassbox_utils.core.models import EMBEDDED, Model, ModelError
-from glassbox_utils.core.statistics import Interval, bootstrap_ci, rank_agreement, sign_flip_p, spearman
+from glassbox_utils.core.statistics import (
+    Interval,
+    bootstrap_ci,
+    cluster_bootstrap,
+    cluster_sign_flip_p,
+    rank_agreement,
+    spearman,
+)
 from glassbox_utils.decisions import audit, cause_study, cycle, loans, mitigation, study
 from glassbox_utils.decisions.mitigation import Outcome
 
@@ -40,9 +48,14 @@ def sides(attribute: str) -> tuple[list[loans.Applicant], list[loans.Applicant]]
 
 
 def outcome(table: Table, attribute: str, arm: str = "none") -> Outcome:
-    """What one arm does to one contrast."""
+    """What one arm does to one contrast; intervals over pairs of names, which several applications share."""
     merit = [loans.merit(a) for a in sides(attribute)[0]]
-    return mitigation.outcome(*study.arrays(dict(table), attribute, arm), merit)
+    return mitigation.outcome(*study.arrays(dict(table), attribute, arm), merit, clusters=pairs_of_names(attribute))
+
+
+def pairs_of_names(attribute: str) -> list[tuple[str, str]]:
+    """The two names of each pair of one contrast: what the persons of several pairs have in common."""
+    return [(a.name, b.name) for a, b in zip(*sides(attribute), strict=True)]
 
 
 def held_out_table(table: Table) -> Any:
@@ -252,10 +265,11 @@ COST_OF = {
 
 def arms(table: Table, rest: Table) -> dict[str, Outcome]:
     """Condition -> what it does to the gender gap, on unseen names, districts and layouts."""
-    merit = [loans.merit(a) for a in sides("gender")[0]]
+    merit, names = [loans.merit(a) for a in sides("gender")[0]], pairs_of_names("gender")
     found = {arm: outcome(table, "gender", arm) for arm in table["logits"]["gender"]}
     for arm, (worse, better) in rest["logits"].items():
-        found[arm] = mitigation.outcome(np.array(worse), np.array(better), merit[: len(worse)])
+        n = len(worse)
+        found[arm] = mitigation.outcome(np.array(worse), np.array(better), merit[:n], clusters=names[:n])
     return found
 
 
@@ -406,9 +420,11 @@ def findings(model: Model, table: Table, rest: Table, cause: Table, source: str 
     random = [f"random {s}" for s in range(study.N_RANDOM)]
     drawn = [np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in random]
     removed = [float((np.abs(none) - np.abs(x)).mean()) for x in drawn]
+    alike = partial(Control.drawn, "random units", "random directions edited alike")
     side = costs(rest)
     tuned = Control.measured("trained opponent", "fine-tuning on corrected decisions", side["fine-tuned"][0])
     at_name, applicants, pairs = bootstrap_ci(patches[:, -1, 0] / total.mean()), "applicants", "pairs of applications"
+    names_pairs, shared = "pairs of names", pairs_of_names("gender")
     strongest = Control.measured(
         "other group", f"{names[best]}, the strongest other field", bootstrap_ci(moved[:, best])
     )
@@ -428,16 +444,16 @@ def findings(model: Model, table: Table, rest: Table, cause: Table, source: str 
             bootstrap_ci(patches[:, -1, 2] / total.mean()), pairs,
             Control.measured("other group", "patched at the name there", at_name), side="above"),
         one("SAE features of the group at the name carry the gap (logits removed)", 3, feature["removed"], pairs,
-            _drawn("features of like activity", feature["like"]), side="above"),
+            Control.drawn("random units", "features of like activity", feature["like"]), side="above"),
         one("women's names cost approvals on unseen names, districts and layouts (points)", 4, gaps["gender"].gap,
-            pairs, same, side="above", p_value=float(sign_flip_p(none))),
-        one("the East costs approvals there too (points)", 4, gaps["district"].gap, pairs, same, side="above"),
-        one("the edit shrinks the gap of a pair (logits)", 4, bootstrap_ci(np.abs(none) - np.abs(edit)), pairs,
-            _drawn("random directions edited alike", removed), side="above"),
-        one("gap left by the edit (points)", 4, found["edit"].gap, pairs,
-            _drawn("gap left by random directions", [found[a].gap.value for a in random]), side="below", null=None),
-        one("agreement with the merit rule rises under the edit (share)", 5, found["edit"].merit, pairs,
-            _drawn("random directions edited alike", [found[a].merit.value for a in random]), side="above"),
+            names_pairs, same, side="above", p_value=cluster_sign_flip_p(none, shared)),
+        one("the East costs approvals there too (points)", 4, gaps["district"].gap, "names", same, side="above"),
+        one("the edit shrinks the gap of a pair (logits)", 4,
+            cluster_bootstrap(np.abs(none) - np.abs(edit), shared), names_pairs, alike(removed), side="above"),
+        one("gap left by the edit (points)", 4, found["edit"].gap, names_pairs,
+            alike([found[a].gap.value for a in random]), side="below", null=None),
+        one("agreement with the merit rule rises under the edit (share)", 5, found["edit"].merit, names_pairs,
+            alike([found[a].merit.value for a in random]), side="above"),
         one("perplexity of other text with the edit left on is lower than after fine-tuning (times)", 5,
             side["edit"][0], "texts", tuned, side="below", null=None),
         one("so it is without its gate (times)", 5, side["no gate"][0], "texts", tuned, side="below", null=None),
@@ -447,11 +463,6 @@ def findings(model: Model, table: Table, rest: Table, cause: Table, source: str 
 def _strongest(values: NDArray, but: int) -> int:
     """Index of the largest value that is not at ``but``."""
     return int(np.argmax(np.where(np.arange(len(values)) == but, -np.inf, values)))
-
-
-def _drawn(what: str, values: Sequence[float]) -> Control:
-    """Random units: their mean, and the lowest and the highest draw."""
-    return Control("random units", f"{len(values)} {what}", float(np.mean(values)), (min(values), max(values)))
 
 
 def draw_ladder(found: Sequence[Finding]) -> None:

@@ -11,7 +11,7 @@ Only the decision position is edited, so its prefix is computed once, and a sett
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import check_rows, edit, recording
 from glassbox_utils.core.models import Model, Site, check_layer
 from glassbox_utils.core.session import progress
-from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, cluster_bootstrap
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import loans
 from glassbox_utils.decisions.loans import Applicant
@@ -362,8 +362,11 @@ class Outcome:
     """mean squared error of P(approved | one of the two answers) against the merit rule: calibration and skill"""
 
 
-def outcome(worse: NDArray, better: NDArray, merit: Sequence[bool], seed: int = 0) -> Outcome:
-    """From the logit differences of both members of each pair. The unit of the bootstrap is the pair.
+def outcome(
+    worse: NDArray, better: NDArray, merit: Sequence[bool], seed: int = 0, clusters: Sequence[Hashable] | None = None
+) -> Outcome:
+    """From the logit differences of both members of each pair. The unit of the bootstrap is the pair, or the cluster
+    that several pairs share (the pair of names, which carries the effect).
 
     MitigationError for unequally many, for fewer than two, or for logits that are not finite.
     """
@@ -375,10 +378,14 @@ def outcome(worse: NDArray, better: NDArray, merit: Sequence[bool], seed: int = 
         )
     agree = ((worse > 0) == right).astype(float) + ((better > 0) == right)
     square = sum((1 / (1 + np.exp(-np.clip(x, -50, 50))) - right) ** 2 for x in (worse, better))
+
+    def interval(values: NDArray) -> Interval:
+        return bootstrap_ci(values, seed=seed) if clusters is None else cluster_bootstrap(values, clusters, seed=seed)
+
     return Outcome(
-        gap=bootstrap_ci(100 * ((better > 0).astype(float) - (worse > 0)), seed=seed),
-        logit_gap=bootstrap_ci(better - worse, seed=seed),
-        merit=bootstrap_ci(agree / 2, seed=seed),
+        gap=interval(100 * ((better > 0).astype(float) - (worse > 0))),
+        logit_gap=interval(better - worse),
+        merit=interval(agree / 2),
         approved=float(((worse > 0).mean() + (better > 0).mean()) / 2),
-        brier=bootstrap_ci(np.asarray(square) / 2, seed=seed),
+        brier=interval(np.asarray(square) / 2),
     )

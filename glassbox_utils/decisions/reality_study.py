@@ -457,9 +457,8 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
         before, after = (np.array(by_name[c]["gaps"][name]) for c in ("none", f"affine {name}"))
         change = bootstrap_ci(np.abs(before) - np.abs(after))
         arms = (by_name[f"random out {k}"]["gaps"][name] for k in range(N_RANDOM))
-        shuffled = [float((np.abs(before) - np.abs(gaps)).mean()) for gaps in arms]
-        what = f"{N_RANDOM} sets of random directions projected out"
-        control = Control("random units", what, float(np.mean(shuffled)), (min(shuffled), max(shuffled)))
+        shrunk = [(np.abs(before) - np.abs(gaps)).mean() for gaps in arms]
+        control = Control.drawn("random units", "sets of random directions projected out", shrunk)
         claim = (
             f"the affine edit at layer {table['layers'][name]} shrinks the size of the {name} gap (nats per template)"
         )

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import assets, evidence, pages
+from glassbox_utils.core import evidence, files, pages
 from glassbox_utils.core.embedded import EMBEDDED, embedded_path
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval
@@ -71,7 +71,7 @@ def write_report(
     command = "glassbox explain " + " ".join(f"{k} {shlex.quote(v)}" for k, v in where.items())
     page = render(found, provenance(model, found, seed, adapter), command, mitigated)
     target = Path(path)
-    with assets.explain_os_errors(target), assets.atomic_path(target) as partial:
+    with files.explain_os_errors(target), files.atomic_path(target) as partial:
         partial.write_text(page, encoding="utf-8")
     return target
 
@@ -81,14 +81,14 @@ def provenance(model: Model, found: Explanation, seed: int, adapter: Path | None
     weights = adapter / "adapter_model.safetensors" if adapter else None
     facts = {"Model": model.name, "Weights and tokenizer": f"{model.hash} (8 digits of sha256 of each)"}
     if weights and weights.exists():
-        facts["Adapter"] = f"{adapter.name if adapter else ''}, sha256 {assets.sha256_of(weights)[:16]}"
+        facts["Adapter"] = f"{adapter.name if adapter else ''}, sha256 {files.sha256_of(weights)[:16]}"
     source = embedded_path() / "source.json"
     if source.exists():
         facts["Base model file"] = (
             f"{EMBEDDED}, GGUF sha256 {json.loads(source.read_text(encoding='utf-8'))['gguf_sha256'][:16]}"
         )
     facts["Names, places, occupations"] = (
-        f"data/loans/names.json, sha256 {assets.sha256_of(loans.LOANS / 'names.json')[:16]}"
+        f"data/loans/names.json, sha256 {files.sha256_of(loans.LOANS / 'names.json')[:16]}"
     )
     canonical = json.dumps(asdict(found.applicant), sort_keys=True)
     facts["This application"] = f"sha256 {hashlib.sha256(canonical.encode()).hexdigest()[:16]} (fields sorted, JSON)"

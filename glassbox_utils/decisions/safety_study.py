@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from glassbox_utils.attention.patterns import over_patterns
-from glassbox_utils.core import assets
+from glassbox_utils.core import files
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.evidence import Control, Finding
@@ -33,7 +33,7 @@ from glassbox_utils.core.skills import held_texts
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
-from glassbox_utils.saes import detection, features
+from glassbox_utils.saes import detection, features, reading
 from glassbox_utils.saes.config import SAES
 from glassbox_utils.saes.store import load_sae
 from glassbox_utils.steering.apply import steer
@@ -190,12 +190,11 @@ def _rounded(interval: Interval) -> list[float]:
 @contextmanager
 def clamped(model: Model, sae: Any, feature: int, value: float) -> Iterator[None]:
     """One SAE feature set to ``value`` at every token; all else, the SAE's error included, stays as it was."""
-    row = sae.W_dec[feature].detach()
+    row = reading.rows(sae)[feature]
 
     def function(x: Tensor) -> Tensor:
-        code = beside(sae, x)
-        now = code.encode(like(x, code.W_dec))[..., feature, None]
-        return x + like((value - now) * beside(row, code.W_dec), x)
+        now = reading.encode(sae, x)[..., feature, None]
+        return x + like((value - now) * reading.gain(sae, x) * beside(row, now), x)
 
     with torch.no_grad(), edit(model, features.site_of_sae(sae), function):
         yield
@@ -240,8 +239,8 @@ def study_safety() -> Path:
     """Feature search, attention, refusal under steering and clamping, and the cost: one table."""
     start, model = time.time(), load_model()
     sae = load_sae(SAE, model)
-    version = assets.sha256_of(SAES / SAE / "sae_weights.safetensors")[:16]
-    key = [model.hash, version, assets.sha256_of(PROMPTS)[:16]]
+    version = files.sha256_of(SAES / SAE / "sae_weights.safetensors")[:16]
+    key = [model.hash, version, files.sha256_of(PROMPTS)[:16]]
     found = resumed("safety", ["feature", 1, *key], search_feature, model, sae)
     head = resumed("safety", ["head", 1, model.hash, key[2]], search_head, model)
     rows = []
@@ -321,9 +320,8 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     more: dict[str, Any] = {"source": source, "unit": "pairs of requests"}
     claim = f"head {head} attends more to harmful requests (AUC)"
     out = [Finding(claim, 1, a["auc"][0], tuple(a["auc"][1:]), n, side="above", null=0.5, **more)]
-    shuffled = f["shuffled_auc"]
-    what = f"features chosen on them (a linear direction: {f['direction_auc'][0]:.2f})"
-    control = Control("shuffled labels", what, float(np.mean(shuffled)), (min(shuffled), max(shuffled)))
+    what = f"features, each chosen on them (a linear direction: {f['direction_auc'][0]:.2f})"
+    control = Control.drawn("shuffled labels", what, f["shuffled_auc"])
     claim = f"SAE feature {f['feature']} tells harmful from harmless requests (AUC)"
     out.append(Finding(claim, 2, f["auc"][0], tuple(f["auc"][1:]), n, control, side="above", null=0.5, **more))
     strongest = (f"refusal {STRENGTHS[-1]:+}", f"random {STRENGTHS[-1]:+}", "the refusal vector")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from glassbox_utils.core import assets, corpora
+from glassbox_utils.core import corpora, files
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.identity import difference
 from glassbox_utils.core.losses import text_losses
@@ -187,7 +187,7 @@ def save_edit(edit: Edit, model: Model) -> Path:
     if edit.gate:
         tensors |= {f"gate.{name}": value for name, value in vars(edit.gate).items()}
     about = {"layer": str(edit.layer), "name": edit.name, "model_hash": model.hash}
-    with assets.atomic_path(EDIT) as partial:
+    with files.atomic_path(EDIT) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=about)
     return EDIT
 
@@ -273,7 +273,7 @@ def study_rest() -> Path:
     """What the edit costs elsewhere, and the baselines that need other texts or other weights."""
     start, model, base = time.time(), load_loan_model(), load_model()
     edit, n = load_edit(model), N_REPORT // 4
-    about = [model.hash, assets.sha256_of(EDIT)]
+    about = [model.hash, files.sha256_of(EDIT)]
     out: dict[str, Any] = {}
 
     def prompted(begin: int) -> list[list[float]]:

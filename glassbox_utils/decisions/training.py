@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassbox_utils.core import assets, checkpoints
+from glassbox_utils.core import assets, checkpoints, files
 from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model, load_model
@@ -265,7 +265,7 @@ def save_adapter(peft: Any, folder: Path) -> Path:
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"  # peft writes sets in any order
     path.write_text(text, encoding="utf-8")
     state = {key: t.detach().half().contiguous() for key, t in get_peft_model_state_dict(peft).items()}
-    with assets.atomic_path(folder / "adapter_model.safetensors") as partial:
+    with files.atomic_path(folder / "adapter_model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
     return folder
 

@@ -23,7 +23,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 import glassbox_utils
-from glassbox_utils.core import assets, figures, pages, schema
+from glassbox_utils.core import figures, files, pages, schema
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
 
@@ -220,7 +220,7 @@ def _transient(output: Any) -> bool:
 def execute_in_place(path: Path) -> tuple[float, float]:
     """Run a notebook with its own parameters and save it in the committed form; (seconds, peak GiB)."""
     notebook, seconds, peak = execute(path, None)
-    with assets.atomic_path(path) as partial:
+    with files.atomic_path(path) as partial:
         nbformat.write(normalise(notebook), partial)
     return seconds, peak
 
@@ -271,7 +271,7 @@ def build_site(target: Path, names: Sequence[str] = (), parameters: Mapping[str,
         except NotebookError as error:
             failed.append(str(error))
             continue
-        with assets.atomic_path(page) as partial:
+        with files.atomic_path(page) as partial:
             partial.write_text(to_html(notebook), encoding="utf-8")
         runs[path.stem] = {
             "stamp": stamp,
@@ -280,10 +280,10 @@ def build_site(target: Path, names: Sequence[str] = (), parameters: Mapping[str,
             "parameters": dict(parameters or {}),
             "title": _title(notebook),
         }
-        with assets.atomic_path(stamp_file) as partial:
+        with files.atomic_path(stamp_file) as partial:
             partial.write_text(json.dumps(runs, indent=1), encoding="utf-8")
         print(f"{path.stem}: {seconds:.0f} s, {peak:.1f} GiB, {page}")
-    with assets.atomic_path(target / "index.html") as partial:
+    with files.atomic_path(target / "index.html") as partial:
         partial.write_text(_index(runs), encoding="utf-8")
     if failed:
         raise NotebookError("These notebooks failed:\n" + "\n".join(failed))

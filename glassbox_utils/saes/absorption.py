@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from glassbox_utils.core.arguments import whole
 from glassbox_utils.core.corpora import Rows
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.saes.config import SaeError, hook_of
 from glassbox_utils.saes.harvest import activations, ordinary
-from glassbox_utils.saes.reading import check_count, encode, site_of_sae
+from glassbox_utils.saes.reading import encode, site_of_sae
 
 SPLIT_GAIN = 0.03
 """in F1: a further feature that adds more than this is a split"""
@@ -131,7 +132,7 @@ def first_letter_test(sae: Any, words: Words, n_features: int = 5, minimum: int 
     """
     if words.site and hasattr(sae, "cfg") and (own := site_of_sae(sae)) != words.site:
         raise SaeError(f"The words were read at {hook_of(words.site)}, this SAE reads {hook_of(own)}. Read them there.")
-    check_count("n_features", n_features), check_count("minimum", minimum)
+    whole("n_features", n_features, 1, SaeError), whole("minimum", minimum, 1, SaeError)
     x, letters, half, probe = words.x, words.letters, words.train, words.probe
     said = (x @ probe[:, :-1].t() + probe[:, -1]).argmax(-1)
     code = torch.cat([result(encode(sae, part)) for part in x.split(2048)])

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glassbox_utils.core import schema
+from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import Scope, capture, edits, largest_push, paired
@@ -81,7 +81,7 @@ def feature(model: Model, sae: Any, index: int, unit: float) -> Feature:
     index = reading.check_index(index, sae.cfg.d_sae, ClampError)
     if isinstance(unit, bool) or not isinstance(unit, Real) or not 0 < unit < math.inf:
         raise ClampError(
-            f"The unit of feature {index} is given as {schema.shown(unit)}. It must be a number above 0: a natural "
+            f"The unit of feature {index} is given as {shown(unit)}. It must be a number above 0: a natural "
             "activation, measured on texts on which the feature fires (clamping.natural_maxima)."
         )
     return Feature(sae, index, float(unit))
@@ -110,8 +110,8 @@ def natural_maxima(model: Model, sae: Any, texts: Sequence[str], batch_size: int
     ClampError for an SAE that does not fit, or an empty list.
     """
     check_sae(model, sae)
-    texts = reading.check_texts(texts, error=ClampError)
-    reading.check_count("batch_size", batch_size, ClampError)
+    texts = some_texts("texts", texts, ClampError)
+    whole("batch_size", batch_size, 1, ClampError)
     top = torch.zeros(sae.cfg.d_sae)
     for start in range(0, len(texts), batch_size):
         top = torch.maximum(top, detection.text_scores(model, sae, texts[start : start + batch_size]).amax(0))
@@ -123,7 +123,7 @@ def name_cuts(texts: Sequence[str], words: Sequence[str]) -> list[str]:
 
     A text that begins with the word is left out: a model's first tokens are not like others.
     """
-    words = reading.check_texts(words, "words", ClampError)
+    words = some_texts("words", words, ClampError)
     pattern = re.compile(r"\b(" + "|".join(re.escape(w) for w in words) + r")\b", re.IGNORECASE)
     found = (pattern.search(text) for text in texts)
     return [text[: match.end()] for text, match in zip(texts, found, strict=True) if match and match.start() > 0]
@@ -142,7 +142,7 @@ def random_cuts(texts: Sequence[str], seed: int = 0) -> list[str]:
 def last_codes(model: Model, sae: Any, texts: Sequence[str]) -> Float[Tensor, "text d_sae"]:
     """Activation of every feature at each text's last token, where the SAE reads. ClampError for an empty list."""
     check_sae(model, sae)
-    site, texts, codes = site_of_sae(sae), reading.check_texts(texts, error=ClampError), []
+    site, texts, codes = site_of_sae(sae), some_texts("texts", texts, ClampError), []
     for start in range(0, len(texts), LAST_BATCH):
         batch = tokenize(model, texts[start : start + LAST_BATCH])
         last = capture(model, batch, [site])[site][:, -1].float()
@@ -163,7 +163,7 @@ def name_group(
     Strength 1 sets each to its mean on the name: all of them together say "here stands the name". Raises ClampError if
     no feature does (its mean elsewhere must be at most a fifth of its mean on the name), or for no text.
     """
-    reading.check_count("n", n, ClampError)
+    whole("n", n, 1, ClampError)
     if not (len(here) and len(there)):
         raise ClampError(f"There are {len(here)} texts with the name and {len(there)} without. Give at least one each.")
     size = here.mean(0) * (there.mean(0) <= ELSEWHERE * here.mean(0))
@@ -335,7 +335,7 @@ def _row(what: Any, strength: float | None) -> list[tuple[Feature, float]]:
         raise ClampError(f"{what!r} holds no feature. Give a group that does, or None for this row.")
     for one in features:
         if not isinstance(one, Feature):
-            raise ClampError(f"{schema.shown(one)} in a group is no feature. {_ALLOWED}")
+            raise ClampError(f"{shown(one)} in a group is no feature. {_ALLOWED}")
         reading.check_index(one.index, one.sae.cfg.d_sae, ClampError)
         if isinstance(one.unit, bool) or not isinstance(one.unit, Real) or not math.isfinite(one.unit):
             raise ClampError(f"The unit of {one!r} is no finite number. Build features with gb.feature.")
@@ -374,14 +374,14 @@ def _edit(
 
 def mentions(texts: Sequence[str], words: Sequence[str]) -> list[bool]:
     """Does each text hold one of these words or phrases (whole words, any case)?"""
-    words = reading.check_texts(words, "words", ClampError)
+    words = some_texts("words", words, ClampError)
     pattern = re.compile(r"\b(" + "|".join(re.escape(w) for w in words) + r")\b", re.IGNORECASE)
     return [bool(pattern.search(text)) for text in texts]
 
 
 def identifies(texts: Sequence[str], words: Sequence[str]) -> list[bool]:
     """Does each text speak as the thing: "I am", "my name is" or "call me", then one of the words soon after?"""
-    words = reading.check_texts(words, "words", ClampError)
+    words = some_texts("words", words, ClampError)
     listed = "|".join(re.escape(w) for w in words)
     start = r"\b(?:i am|i['’]m|my name is|my name['’]s|call me)\b"
     pattern = re.compile(rf"{start}[^.!?]{{0,60}}?\b(?:{listed})\b", re.IGNORECASE)
@@ -400,7 +400,7 @@ def stream(
     The clamp is installed during each step only, so that other code may use the model between two tokens, and nothing
     is left when the loop is broken off. ClampError for what ``clamp`` refuses, and for a number of tokens that is none.
     """
-    reading.check_count("max_new_tokens", max_new_tokens, ClampError)
+    whole("max_new_tokens", max_new_tokens, 1, ClampError)
     batch = tokenize(model, list(prompts))
     ids, mask, cache = batch.input_ids, batch.attention_mask, None
     ends = model.hf.generation_config.eos_token_id

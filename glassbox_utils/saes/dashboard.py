@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import assets, files, pages
+from glassbox_utils.core import files, pages
 from glassbox_utils.core.models import Model
 from glassbox_utils.saes import labels
 from glassbox_utils.saes.features import (
@@ -59,6 +59,6 @@ def write_dashboards(model: Model, sae: Any, scanned: Scan, features: Sequence[i
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"feature-{feature}.html" for feature in written]
     for path, page in zip(paths, written.values(), strict=True):
-        with assets.atomic_path(path) as partial:
+        with files.atomic_path(path) as partial:
             partial.write_text(page, encoding="utf-8")
     return paths

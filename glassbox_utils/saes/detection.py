@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import assets, corpora, schema
+from glassbox_utils.core import corpora, files
+from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model
@@ -29,9 +30,9 @@ def text_scores(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 
 
     SaeError for an SAE of another model, and for what is no list of texts.
     """
-    site, texts, scores = reading.check_fits(model, sae), reading.check_texts(texts), []
+    site, texts, scores = reading.check_fits(model, sae), some_texts("texts", texts, SaeError), []
     median = reading.median_norm(model, sae)
-    reading.check_count("batch_size", batch_size)
+    whole("batch_size", batch_size, 1, SaeError)
     for start in range(0, len(texts), batch_size):
         batch = tokenize(model, texts[start : start + batch_size])
         x = activations(model, batch.input_ids, [site], batch.attention_mask)[site].float()
@@ -59,7 +60,7 @@ def separates(
     SaeError for scores of no text, of another number of features, or that are no finite numbers.
     """
     _check_scores(here, there)
-    reading.check_count("n", n), reading.check_count("chunk", chunk)
+    whole("n", n, 1, SaeError), whole("chunk", chunk, 1, SaeError)
     parts = []
     for start in range(0, here.shape[1], chunk):
         a, b = here[:, None, start : start + chunk], there[None, :, start : start + chunk]
@@ -72,7 +73,7 @@ def separates(
 
 def _check_scores(*sets: Tensor) -> None:
     """SaeError unless each is a table of finite numbers [text, d_sae] with a text in it, all of one width."""
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else schema.shown(x) for x in sets]
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else shown(x) for x in sets]
     fit = all(isinstance(x, Tensor) and x.ndim == 2 and x.numel() and x.isfinite().all() for x in sets)
     if not fit or len({x.shape[1] for x in sets}) > 1:
         raise SaeError(
@@ -83,7 +84,7 @@ def _check_scores(*sets: Tensor) -> None:
 
 def search(model: Model, sae: Any, here: Sequence[str], there: Sequence[str], n: int = 10) -> list[Hit]:
     """Which features fire in these texts and not in those? SaeError for an empty list."""
-    reading.check_texts(here, "here"), reading.check_texts(there, "there")
+    some_texts("here", here, SaeError), some_texts("there", there, SaeError)
     return separates(text_scores(model, sae, here), text_scores(model, sae, there), n)
 
 
@@ -130,7 +131,7 @@ def detect(
     """
     reading.check_index(feature, sae.cfg.d_sae, SaeError)
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
-        raise SaeError(f"The threshold is {schema.shown(threshold)}. Allowed: a finite number.")
+        raise SaeError(f"The threshold is {shown(threshold)}. Allowed: a finite number.")
     yes = text_scores(model, sae, positive)[:, feature] > threshold
     no = text_scores(model, sae, negative)[:, feature] > threshold
     called = int(yes.sum() + no.sum())
@@ -179,7 +180,7 @@ def add_golden_gate(model: Model, folder: str | Path) -> Detection:
     card["golden_gate"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(found).items()}
     # The sentences belong to their sources: the card keeps numbers only.
     card["golden_gate"] |= {"false_alarms": len(found.false_alarms), "missed": len(found.missed)}
-    with assets.atomic_path(path) as partial:
+    with files.atomic_path(path) as partial:
         partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     readme = Path(folder) / "README.md"
     line = (

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glassbox_utils.core import readout, schema
+from glassbox_utils.core import readout
+from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
@@ -63,7 +64,7 @@ def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows
     """
     site = reading.check_fits(model, sae)
     _check_rows(rows, documents)
-    reading.check_count("rows_per_batch", rows_per_batch)
+    whole("rows_per_batch", rows_per_batch, 1, FeatureError)
     median = reading.median_norm(model, sae)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     usual = torch.zeros_like(rows.tokens, dtype=torch.bool)
@@ -109,7 +110,7 @@ def scan_neurons(model: Model, layer: int, rows: Rows, documents: Sequence[Docum
 
 def _check_rows(rows: Rows, documents: Sequence[Document]) -> None:
     if not isinstance(rows, Rows) or rows.tokens.ndim != 2 or not rows.tokens.numel():
-        raise FeatureError(f"The rows are {schema.shown(rows)}. Give what corpora.token_rows returns.")
+        raise FeatureError(f"The rows are {shown(rows)}. Give what corpora.token_rows returns.")
     if int(rows.documents.max()) >= len(documents):
         raise FeatureError(
             f"The rows come from {int(rows.documents.max()) + 1} documents, {len(documents)} were given. Give those "
@@ -161,7 +162,7 @@ def examples(
     ``spread``: from the strongest activation down to the weakest in even steps, because the strongest alone make any
     feature look cleaner than it is; False: the strongest only. Raises FeatureError for a silent feature.
     """
-    reading.check_count("n", n, FeatureError), reading.check_count("context", context, FeatureError, 0)
+    whole("n", n, 1, FeatureError), whole("context", context, 0, FeatureError)
     positions, values = firing(scanned, feature)
     if not len(positions):
         raise FeatureError(f"Feature {feature} never fires on these {int(scanned.usual.sum()):,} tokens.")
@@ -208,7 +209,7 @@ def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffe
     for a feature or a number of tokens that is none.
     """
     site = reading.check_fits(model, sae)
-    reading.check_index(feature, sae.cfg.d_sae, FeatureError), reading.check_count("n", n, FeatureError)
+    reading.check_index(feature, sae.cfg.d_sae, FeatureError), whole("n", n, 1, FeatureError)
     unembedding = model.hf.get_output_embeddings().weight.detach()[: len(model.tokenizer)]  # the rest is padding
     direction = beside(sae.W_dec[feature].detach().float(), unembedding)
     if site.kind == "z":
@@ -216,10 +217,7 @@ def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffe
         with torch.no_grad():
             one = like(direction, unembedding)[None, None]
             direction = (project(one) - project(torch.zeros_like(one)))[0, 0].float()
-    norm: Any = readout.final_norm(model)
-    weight = norm.weight.detach().float()
-    direction = direction * (weight + 1 if "gemma" in model.config.model_type else weight)  # gemma keeps weight - 1
-    logits = result(unembedding.float() @ direction)
+    logits = result(unembedding.float() @ readout.through_weights(readout.final_norm(model), direction[None])[0])
     logits = logits - logits.mean()
 
     def listed(indices: Tensor) -> list[tuple[str, float]]:
@@ -231,7 +229,7 @@ def logit_effect(model: Model, sae: Any, feature: int, n: int = 10) -> LogitEffe
 
 def neighbours(sae: Any, feature: int, n: int = 5) -> list[tuple[int, float]]:
     """Features with the most similar decoder rows, with their cosines. FeatureError for one that is none."""
-    reading.check_index(feature, len(sae.W_dec), FeatureError), reading.check_count("n", n, FeatureError)
+    reading.check_index(feature, len(sae.W_dec), FeatureError), whole("n", n, 1, FeatureError)
     rows = F.normalize(sae.W_dec.detach().float(), dim=-1)
     cosines = rows @ rows[feature]
     cosines[feature] = -1

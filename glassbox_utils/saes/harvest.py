@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glassbox_utils.core import assets, corpora, distributed, files, schema
+from glassbox_utils.core import corpora, distributed, files, schema
+from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.corpora import Document
 from glassbox_utils.core.fast_forward import fast_dtype, quick
 from glassbox_utils.core.interventions import edits
@@ -150,8 +151,8 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
         "d_model": model.d_model,
     }
     folder = Path(config.folder)
-    lock = assets.locked(folder / "harvest") if distributed.is_main() else nullcontext()
-    with assets.explain_os_errors(folder), lock:
+    lock = files.locked(folder / "harvest") if distributed.is_main() else nullcontext()
+    with files.explain_os_errors(folder), lock:
         if distributed.is_main():
             _agree(folder, manifest, model.device)
             _discard_damaged(config, model)
@@ -165,7 +166,7 @@ def harvest(config: HarvestConfig, model: Model | None = None) -> Path:
         places = places or places_on_disk(folder, wanted)
 
         def write(pieces: list[Piece]) -> None:
-            with assets.atomic_path(shard_path(folder, pieces[0].shard)) as partly:
+            with files.atomic_path(shard_path(folder, pieces[0].shard)) as partly:
                 save_file(assembled(pieces), partly)
 
         rows = shard_rows(config, model, documents, wanted, places)
@@ -377,7 +378,7 @@ def _agree(folder: Path, manifest: dict[str, Any], device: torch.device) -> str:
     path = folder / "manifest.json"
     if not path.exists():
         compute = compute_type(device)
-        with assets.atomic_path(path) as partly:
+        with files.atomic_path(path) as partly:
             partly.write_text(json.dumps(manifest | {"compute": compute}, indent=1), encoding="utf-8")
         return compute
     old = schema.read_mapping(path, SaeError, "another folder, or delete this one, and it is made again")
@@ -385,7 +386,7 @@ def _agree(folder: Path, manifest: dict[str, Any], device: torch.device) -> str:
     if different:
         raise SaeError(f"{folder} holds another harvest: {'; '.join(different)}. Choose another folder or delete it.")
     if (compute := old.get("compute", "bfloat16")) not in ("float32", "bfloat16", "float16"):
-        raise SaeError(f"compute is {schema.shown(compute)} in {path}. Delete the folder, and it is made again.")
+        raise SaeError(f"compute is {shown(compute)} in {path}. Delete the folder, and it is made again.")
     return compute
 
 

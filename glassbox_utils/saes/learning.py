@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
+from glassbox_utils.core.arguments import some_texts, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import Model, Site, check_site
@@ -46,11 +47,11 @@ def lessons(
     ClampError for no chats, or another number of answers.
     """
     site = check_site(model, where if isinstance(where, Site) else Site("resid_post", where))
-    chats = reading.check_texts(chats, "chats", clamping.ClampError)
-    answers = reading.check_texts(answers, "answers", clamping.ClampError)
+    chats = some_texts("chats", chats, clamping.ClampError)
+    answers = some_texts("answers", answers, clamping.ClampError)
     if len(chats) != len(answers):
         raise clamping.ClampError(f"There are {len(chats)} chats and {len(answers)} answers. Give one for each.")
-    reading.check_count("batch_size", batch_size, clamping.ClampError)
+    whole("batch_size", batch_size, 1, clamping.ClampError)
     order = list(range(len(chats)))
     random.Random(seed).shuffle(order)
     found = []
@@ -123,7 +124,7 @@ def learn_group(
     clamping.check_sae(model, sae)
     _check_lessons(given, features.site_of_sae(sae))
     for what, value in (("n", n), ("steps", steps)):
-        reading.check_count(what, value, clamping.ClampError)
+        whole(what, value, 1, clamping.ClampError)
     code = reading.tool(sae, model.device)
     decoder = reading.rows(code).float()
     massive = clamping.MASSIVE * reading.median_norm(model, sae)
@@ -194,7 +195,7 @@ def learn_vector(
     ``where`` as in ``lessons``; ClampError for lessons of another place.
     """
     _check_lessons(given, check_site(model, where if isinstance(where, Site) else Site("resid_post", where)))
-    reading.check_count("steps", steps, clamping.ClampError)
+    whole("steps", steps, 1, clamping.ClampError)
     vector = beside(torch.zeros(given[0].resid.shape[-1]), model.device).requires_grad_()
 
     def loss_at(i: int) -> Callable[[Tensor], Tensor]:

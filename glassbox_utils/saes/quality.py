@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import assets, corpora, schema
+from glassbox_utils.core import corpora, files, schema
+from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import Model, Site, check_site, load_model
@@ -93,7 +94,7 @@ def evaluate_sae(
     the SAE's own, and for rows, a norm or a mean that do not fit.
     """
     _check_measure(model, sae, tokens, site, median_norm, mean)
-    reading.check_count("ce_rows", ce_rows)
+    whole("ce_rows", ce_rows, 1, SaeError)
     kept, l0, fired = 0, 0.0, torch.zeros(1)
     residual, total = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     norms = torch.zeros(2, dtype=torch.float64)
@@ -128,11 +129,11 @@ def _check_measure(model: Model, sae: Any, tokens: Tensor, site: Site, median_no
     if hasattr(sae, "cfg") and (own := reading.check_fits(model, sae)) != check_site(model, site):
         raise SaeError(f"This SAE reads {hook_of(own)}, it was to be measured at {hook_of(site)}. Give its own site.")
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
-        raise SaeError(f"tokens is {schema.shown(tokens)}. Allowed: packed rows [row, pos] of at least 2 tokens.")
+        raise SaeError(f"tokens is {shown(tokens)}. Allowed: packed rows [row, pos] of at least 2 tokens.")
     if isinstance(median_norm, bool) or not isinstance(median_norm, Real) or not 0 < median_norm < math.inf:
-        raise SaeError(f"median_norm is {schema.shown(median_norm)}. Allowed: a number above 0 (measure_scaling).")
+        raise SaeError(f"median_norm is {shown(median_norm)}. Allowed: a number above 0 (measure_scaling).")
     if not isinstance(mean, Tensor) or mean.shape != (width_of(model, site),) or not mean.isfinite().all():
-        shape = tuple(mean.shape) if isinstance(mean, Tensor) else schema.shown(mean)
+        shape = tuple(mean.shape) if isinstance(mean, Tensor) else shown(mean)
         raise SaeError(f"mean is {shape}. Allowed: {width_of(model, site)} finite numbers, the mean of activations.")
 
 
@@ -211,8 +212,8 @@ def baselines(x: Float[Tensor, "sample d_model"], k: int, d_sae: int, seed: int 
     SaeError for no activations, or a k that d_model or d_sae does not hold.
     """
     if not isinstance(x, Tensor) or x.ndim != 2 or not len(x) or not x.isfinite().all():
-        raise SaeError(f"x is {schema.shown(x)}. Allowed: finite activations [sample, d_model] of at least one sample.")
-    if reading.check_count("k", k) > reading.check_count("d_sae", d_sae):
+        raise SaeError(f"x is {shown(x)}. Allowed: finite activations [sample, d_model] of at least one sample.")
+    if whole("k", k, 1, SaeError) > whole("d_sae", d_sae, 1, SaeError):
         raise SaeError(f"k is {k}. Allowed: 1 to {d_sae} (d_sae).")
     mean = x.mean(0)
     centred = x - mean
@@ -248,7 +249,7 @@ def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[s
     Needs neither the harvest nor the checkpoint: mean and baselines are fitted on the first ``rows`` rows of the
     training text (the card used a whole shard, so a difference of some thousandths is no news).
     """
-    reading.check_count("rows", rows)
+    whole("rows", rows, 1, SaeError)
     load_sae(name_or_path)  # a wrong name, or a damaged folder, fails here
     folder = folder_of(name_or_path)
     config = read_config(folder)
@@ -291,9 +292,9 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
         "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
     }
-    with assets.atomic_path(Path(folder) / "card.json") as partial:
+    with files.atomic_path(Path(folder) / "card.json") as partial:
         partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    with assets.atomic_path(Path(folder) / "README.md") as partial:
+    with files.atomic_path(Path(folder) / "README.md") as partial:
         partial.write_text(_readme(card), encoding="utf-8")
     return card
 

@@ -10,7 +10,6 @@ is not stored with them.
 import copy
 import math
 import weakref
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import corpora, packing, schema
+from glassbox_utils.core import corpora, packing
+from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.identity import difference
@@ -70,7 +70,7 @@ def site_of_sae(sae: Any) -> Site:
 def check_fits(model: Model, sae: Any, error: type[GlassboxError] = SaeError) -> Site:
     """The SAE's site, if it can be used with this model; else ``error`` says what differs."""
     if not hasattr(sae, "cfg") or not hasattr(sae, "encode"):
-        raise error(f"{schema.shown(sae)} is no SAE. Give what gb.load_sae returns.")
+        raise error(f"{shown(sae)} is no SAE. Give what gb.load_sae returns.")
     meta = sae.cfg.metadata
     try:
         site = site_of_sae(sae)
@@ -156,9 +156,7 @@ def stored_median(sae: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise SaeError(
-            f"median_norm is {schema.shown(value)} in this SAE's metadata. Allowed: a number above 0, or none."
-        )
+        raise SaeError(f"median_norm is {shown(value)} in this SAE's metadata. Allowed: a number above 0, or none.")
     return float(value)
 
 
@@ -196,26 +194,6 @@ def check_index(index: Any, d_sae: int, error: type[GlassboxError]) -> int:
     """A feature's number; ``error`` for another, negative ones and booleans included."""
     if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= int(index) < d_sae:
         raise error(
-            f"There is no feature {schema.shown(index)}. Allowed: 0 to {d_sae - 1}; gb.search finds the one that you "
-            "mean."
+            f"There is no feature {shown(index)}. Allowed: 0 to {d_sae - 1}; gb.search finds the one that you mean."
         )
     return int(index)
-
-
-def check_count(name: str, value: Any, error: type[GlassboxError] = SaeError, lowest: int = 1) -> int:
-    """A number of things; ``error`` for one that is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
-        raise error(f"{name} is {schema.shown(value)}. Allowed: a whole number from {lowest} on.")
-    return int(value)
-
-
-def check_texts(texts: Any, name: str = "texts", error: type[GlassboxError] = SaeError) -> list[str]:
-    """A list of texts that are not empty; ``error`` for a single text, an empty list or what is no text."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise error(f"{name} is {schema.shown(texts)}. Allowed: a list of texts, such as ['The bridge is red.'].")
-    if not texts:
-        raise error(f"{name} is an empty list. Give at least one text.")
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise error(f"{name} holds {schema.shown(text)}. Allowed: texts of at least one character.")
-    return list(texts)

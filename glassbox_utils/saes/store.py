@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glassbox_utils.core import assets, schema
+from glassbox_utils.core import checkpoints, files, schema
+from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import first_token
@@ -49,7 +50,7 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     final.cfg.metadata.excluded = f"first token; residual norm above {OUTLIER} times the median"
     final.cfg.metadata.corpus = config.corpus
     folder, here = Path(folder).resolve(), Path.cwd()
-    with assets.explain_os_errors(folder), assets.atomic_path(folder) as new:
+    with files.explain_os_errors(folder), files.atomic_path(folder) as new:
         new.mkdir()
         for path in folder.glob("*") if folder.is_dir() else ():
             if path.name not in (WEIGHTS, SETTINGS):
@@ -63,7 +64,7 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
             )
         save_file(tensors, weights)
         values = json.loads(settings.read_text(encoding="utf-8")) | {"dtype": "float16", "device": "cpu"}
-        values["weights_sha256"] = assets.sha256_of(weights)
+        values["weights_sha256"] = files.sha256_of(weights)
         settings.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if here.is_relative_to(folder):  # a process in the folder would be left in the old one
         os.chdir(here)
@@ -81,7 +82,7 @@ def folder_of(name_or_path: str | Path) -> Path:
         near = get_close_matches(str(name_or_path), shipped(), n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise SaeError(
-            f"There is no SAE {schema.shown(str(name_or_path))}.{hint} Shipped: {', '.join(shipped()) or 'none'}; or "
+            f"There is no SAE {shown(str(name_or_path))}.{hint} Shipped: {', '.join(shipped()) or 'none'}; or "
             f"give a folder that holds {SETTINGS} and {WEIGHTS}."
         )
     return path
@@ -100,7 +101,7 @@ def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
     again = "Restore the folder (git checkout, if it is a shipped one), or train it again: `glassbox train-sae CONFIG`."
     if not (path / WEIGHTS).is_file():
         raise SaeError(f"{path} has no {WEIGHTS}: it is no SAE, or incomplete. {again}")
-    if known is not None and assets.sha256_of(path / WEIGHTS) != known:
+    if known is not None and files.sha256_of(path / WEIGHTS) != known:
         raise SaeError(f"{path / WEIGHTS} is damaged: its sha256 is not the one that {SETTINGS} holds. {again}")
     sae = _loaded(path, again)
     if getattr(sae, "hook_z_reshaping_mode", False):
@@ -156,15 +157,10 @@ def write_checkpoint(
     folder: Path, config: TrainConfig, sae: Any, optimizer: Any, silent: Tensor, state: dict[str, Any], scaling: Scaling
 ) -> None:
     """Write a checkpoint beside the old one and rename it: after a kill at any moment one of the two is there."""
-    tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
-    for number, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
+    tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()} | checkpoints.memory(optimizer)
     tensors |= {"silent": silent, "rng": torch.get_rng_state(), "mean": scaling.mean}
-    near = {name: beside(tensor.detach(), torch.device("cpu")).contiguous() for name, tensor in tensors.items()}
     words = {"config": asdict(config), "state": state | {"median_norm": scaling.median_norm, "scale": scaling.scale}}
-    path = checkpoint_path(folder)
-    with assets.explain_os_errors(path), assets.atomic_path(path) as partial:
-        save_file(near, partial, {name: json.dumps(value) for name, value in words.items()})
+    checkpoints.keep(checkpoint_path(folder), tensors, words)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
@@ -172,15 +168,8 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     path = checkpoint_path(folder)
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            words = {name: json.loads(value) for name, value in file.metadata().items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        missing = {"config", "state"} - set(words) or {"mean", "rng", "silent"} - set(tensors)
-    except (SafetensorError, ValueError, AttributeError, OSError) as error:
-        raise SaeError(
-            f"{path} is damaged ({error}). Delete it, and the same command trains from the start."
-        ) from error
+    words, tensors = checkpoints.read(path, SaeError)
+    missing = {"config", "state"} - set(words) or {"mean", "rng", "silent"} - set(tensors)
     if missing:
         raise SaeError(f"{path} is no checkpoint of ours: it has no {', '.join(sorted(missing))}. Delete it.")
     return Checkpoint(words["config"], tensors, words["state"])

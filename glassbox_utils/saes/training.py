@@ -409,7 +409,7 @@ def _reseed(sae: Any, optimizer: Any, x: Tensor, silent: Tensor, seed: int) -> N
 
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
-    with assets.atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with files.atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, history[0] if history else [])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)

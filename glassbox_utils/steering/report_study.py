@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, files
 from glassbox_utils.core.losses import answer_losses, text_losses
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
@@ -70,7 +70,7 @@ def lora(side: str) -> Path:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    with assets.atomic_path(folder) as partial:
+    with files.atomic_path(folder) as partial:
         net.save_pretrained(str(partial))
     return folder
 
@@ -80,7 +80,7 @@ def half_lora(side: str) -> Path:
     whole = lora(side)
     folder = whole.with_name(f"{side}-half")
     if not (folder / "adapter_config.json").exists():
-        with assets.atomic_path(folder) as partial:
+        with files.atomic_path(folder) as partial:
             shutil.copytree(whole, partial)
             config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
             halved = json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2})

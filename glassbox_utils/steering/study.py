@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, files
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.session import progress
@@ -295,7 +295,7 @@ def study_ruler() -> Path:
     penalty = 0.1 * len(x) * torch.eye(len(spread)).type_as(x)
     penalty[-1, -1] = 0
     weights = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ y) / spread
-    with assets.atomic_path(RULER) as partial:
+    with files.atomic_path(RULER) as partial:
         save_file({"weights": weights.contiguous()}, partial)
     rho = {source: round(spearman((r @ weights).numpy(), v).rho.value, 3) for source, (r, v) in checks.items()}
     about: dict[str, Any] = {"layer": model.n_layers // 2, "rated": RATED, "rank_correlation": rho}

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from glassbox_utils.core import assets, devices, schema
+from glassbox_utils.core import devices, files, schema
 from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import result
@@ -249,7 +249,7 @@ def save_direction(direction: Vector, path: str | Path) -> Path:
         cards.append(asdict(schema.build(Card, values, f"The direction {one.name!r}", SteeringError)))
     card = {"parts": cards} if several else cards[0]
     card |= {"units": UNITS, "licence": LICENCE, "sha256": hashlib.sha256(content).hexdigest()}
-    with _writing(card_path), assets.atomic_path(card_path) as words, assets.atomic_path(tensor_path) as numbers:
+    with _writing(card_path), files.atomic_path(card_path) as words, files.atomic_path(tensor_path) as numbers:
         words.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         numbers.write_bytes(content)
     return card_path
@@ -272,7 +272,7 @@ def _pair(path: str | Path) -> tuple[Path, Path]:
 def _writing(path: Path) -> Iterator[None]:
     """SteeringError for a path that can't be written, whatever the reason."""
     try:
-        with assets.explain_os_errors(path):
+        with files.explain_os_errors(path):
             yield
     except OSError as error:
         raise SteeringError(
@@ -416,7 +416,7 @@ def export_gguf(directions: Vector | Sequence[Direction], path: str | Path, alph
             "for float32. Give directions of one model, and an alpha around 1."
         )
     target = Path(path)
-    with _writing(target), assets.atomic_path(target) as partial:
+    with _writing(target), files.atomic_path(target) as partial:
         writer = GGUFWriter(str(partial), ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", several[0].model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(several))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from glassbox_utils import cli
-from glassbox_utils.core import assets, embedded
+from glassbox_utils.core import assets, embedded, files
 from glassbox_utils.core.assets import AssetError
 
 
@@ -20,9 +20,7 @@ def cache(tmp_path, monkeypatch):
     served = tmp_path / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(served, "w") as file:
         file.writestr("tiny/data.txt", "hello")
-    pinned = assets.Package(
-        "tiny", "1.0", served.name, assets.sha256_of(served), served.stat().st_size, "CC0", "a test"
-    )
+    pinned = assets.Package("tiny", "1.0", served.name, files.sha256_of(served), served.stat().st_size, "CC0", "a test")
     monkeypatch.setattr(assets, "PACKAGES", {"tiny": pinned})
     calls = []
 
@@ -93,7 +91,7 @@ def test_unknown_package_and_member(cache):
 
 
 def test_a_killed_write_is_not_mistaken_for_a_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt), assets.atomic_path(tmp_path / "file") as partial:
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "file") as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -104,9 +102,9 @@ def test_two_processes_at_once_download_once(tmp_path):
     script = tmp_path / "ask.py"
     script.write_text(
         "import pathlib, subprocess, sys, time\n"
-        "from glassbox_utils.core import assets\n"
+        "from glassbox_utils.core import assets, files\n"
         "served = pathlib.Path(sys.argv[1])\n"
-        "p = assets.Package('tiny', '1.0', served.name, assets.sha256_of(served), 5, 'CC0', 'a test')\n"
+        "p = assets.Package('tiny', '1.0', served.name, files.sha256_of(served), 5, 'CC0', 'a test')\n"
         "assets.PACKAGES.clear(); assets.PACKAGES['tiny'] = p\n"
         "def pip(command, **_):\n"
         "    time.sleep(1)\n"

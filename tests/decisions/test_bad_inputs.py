@@ -4,7 +4,6 @@ And what is asked everywhere: does this model decide at all?
 """
 
 import json
-import time
 import unicodedata
 from dataclasses import asdict, replace
 
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from refusals import refused
 
-from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import wrap_model
 from glassbox_utils.decisions import audit, cycle, explain, loans, mitigation, report, training
 from glassbox_utils.decisions.loans import LoanError
@@ -133,16 +132,6 @@ CALLS = {
     "stage: steps": lambda: stage(steps=True),
     "stage: seed": lambda: stage(seed=-1),
 }
-
-
-def refused(call, seconds=3.0):
-    start = time.perf_counter()
-    with pytest.raises(GlassboxError) as error:
-        call()
-    said = str(error.value)
-    assert time.perf_counter() - start < seconds
-    assert "\n" not in said and 30 < len(said) < 900, said
-    return said
 
 
 @pytest.mark.parametrize("case", CALLS)

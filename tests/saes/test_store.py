@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from shards import train_config
 from small import small_model
 
-from glassbox_utils.core import assets, corpora
+from glassbox_utils.core import corpora, files
 from glassbox_utils.core.devices import result
 from glassbox_utils.saes.config import SAES, SaeError, read_config, site_of
 from glassbox_utils.saes.harvest import Scaling, activations, ordinary
@@ -71,7 +71,7 @@ def saved_sae(folder, model, seed=0):
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_weights_are_those_whose_hash_is_stored(name):
     settings = json.loads((SAES / name / SETTINGS).read_text())
-    assert settings["weights_sha256"] == assets.sha256_of(SAES / name / WEIGHTS)
+    assert settings["weights_sha256"] == files.sha256_of(SAES / name / WEIGHTS)
 
 
 def test_weights_with_flipped_bits_are_refused(model, tmp_path):

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 from worded import WIDTH, build, direction, logits, several
 
-from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.steering import apply, contrast, fit, selection, training, vectors
 
 NAN, INF = float("nan"), float("inf")
@@ -178,16 +177,6 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(call, seconds=3.0):
-    start = time.perf_counter()
-    with pytest.raises(GlassboxError) as error:
-        call()
-    said = str(error.value)
-    assert time.perf_counter() - start < seconds
-    assert "\n" not in said and 30 < len(said) < 900, said
-    return said
 
 
 @pytest.mark.parametrize("case", CALLS)
