@@ -46,9 +46,9 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not browser" -n 2 --dist loadfile
-	$(BIN)/pytest tests -m browser
+	$(BIN)/pytest tests/lab tests/decisions -m browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) --device far -m "not slow and not ranks" -k "not gpt2 and not gemma3"
-	$(BIN)/pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout 900 \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens

@@ -225,7 +225,7 @@ def _row(f: Finding) -> dict[str, Any]:
         "95 % interval": f"{f.ci[0]:.2f} to {f.ci[1]:.2f}",
         "resampled": f"{f.n} {f.unit}",
         "control": str(f.control or "none"),
-        "p": "" if f.p_value is None else f"{f.p_value:.1g}",
+        "p": "" if f.p_value is None else f"{f.p_value:.2g}",
     }
 
 

@@ -18,7 +18,14 @@ from glassbox_utils.core import arguments
 from glassbox_utils.core.evidence import Control, Finding, Side
 from glassbox_utils.core.interventions import capture, edit
 from glassbox_utils.core.models import Model, Site
-from glassbox_utils.core.statistics import Interval, adjust, bootstrap_ci, sign_flip_p, spearman
+from glassbox_utils.core.statistics import (
+    Interval,
+    adjust,
+    bootstrap_ci,
+    cluster_bootstrap,
+    cluster_sign_flip_p,
+    spearman,
+)
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import cycle, loans
 from glassbox_utils.decisions.loans import Applicant
@@ -346,7 +353,9 @@ def population(decide: Decide, n: int, seed: int) -> tuple[list[Gap], Gap]:
     for (attribute, label), (here, there) in pairs.items():
         x, y = (np.array([known[a] for a in side]) for side in (here, there))
         points = 100 * ((x > 0).astype(float) - (y > 0))
-        rows.append((attribute, label, bootstrap_ci(x - y), bootstrap_ci(points), float(sign_flip_p(x - y))))
+        names = [(a.name, b.name) for a, b in zip(here, there, strict=True)]  # which several applicants share
+        intervals = cluster_bootstrap(x - y, names), cluster_bootstrap(points, names)
+        rows.append((attribute, label, *intervals, cluster_sign_flip_p(x - y, names)))
     corrected = [*adjust([row[-1] for row in rows[:-1]], "holm"), rows[-1][-1]]
     gaps = [Gap(*row[:4], float(p)) for row, p in zip(rows, corrected, strict=True)]
     return gaps[:-1], gaps[-1]
@@ -373,7 +382,7 @@ def findings(found: Explanation, command: str = "glassbox explain") -> list[Find
         claim = f"{gap.label}: logit gap over many applicants"
         control = Control.measured("other group", "another name of the same group", found.control.logits)
         more = {"p_value": gap.p_value, "source": command}
-        out.append(Finding.measured(claim, 4, gap.logits, "applicants", control, **more))
+        out.append(Finding.measured(claim, 4, gap.logits, "pairs of names", control, **more))
     return out
 
 

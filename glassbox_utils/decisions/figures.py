@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glassbox_utils.core import figures, studies
+from glassbox_utils.core import figures
 from glassbox_utils.core.evidence import RUNGS, Control, Finding
 from glassbox_utils.core.models import EMBEDDED, Model, ModelError
 from glassbox_utils.core.statistics import (
@@ -25,6 +25,7 @@ from glassbox_utils.core.statistics import (
 )
 from glassbox_utils.decisions import audit, cause_study, cycle, loans, mitigation, study
 from glassbox_utils.decisions.mitigation import Outcome
+from glassbox_utils.decisions.study import outcome, pairs_of_names, sides
 
 Table = Mapping[str, Any]
 
@@ -39,23 +40,6 @@ def require_embedded(name: str) -> None:
 
 
 # --- behaviour ----------------------------------------------------------------------------------------
-
-
-def sides(attribute: str) -> tuple[list[loans.Applicant], list[loans.Applicant]]:
-    """The applicants of one contrast of the report split, each twice."""
-    people = loans.applications(study.REPORTED[attribute], studies.SEED + 11, "report")
-    return mitigation.contrast(people, attribute)
-
-
-def outcome(table: Table, attribute: str, arm: str = "none") -> Outcome:
-    """What one arm does to one contrast; intervals over pairs of names, which several applications share."""
-    merit = [loans.merit(a) for a in sides(attribute)[0]]
-    return mitigation.outcome(*study.arrays(dict(table), attribute, arm), merit, clusters=pairs_of_names(attribute))
-
-
-def pairs_of_names(attribute: str) -> list[tuple[str, str]]:
-    """The two names of each pair of one contrast: what the persons of several pairs have in common."""
-    return [(a.name, b.name) for a, b in zip(*sides(attribute), strict=True)]
 
 
 def held_out_table(table: Table) -> Any:

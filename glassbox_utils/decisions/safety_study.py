@@ -324,17 +324,17 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     control = Control.drawn("shuffled labels", what, f["shuffled_auc"])
     claim = f"SAE feature {f['feature']} tells harmful from harmless requests (AUC)"
     out.append(Finding(claim, 2, f["auc"][0], tuple(f["auc"][1:]), n, control, side="above", null=0.5, **more))
-    strongest = (f"refusal {STRENGTHS[-1]:+}", f"random {STRENGTHS[-1]:+}", "the refusal vector")
-    feature = (f"feature x{CLAMPS[-1]:g}", f"random feature x{CLAMPS[-1]:g}", "clamping the feature up")
-    for name, other, words in (strongest, feature):
+    strongest = (f"refusal {STRENGTHS[-1]:+}", f"random {STRENGTHS[-1]:+}", "the refusal vector", "one direction")
+    feature = (f"feature x{CLAMPS[-1]:g}", f"random feature x{CLAMPS[-1]:g}", "clamping the feature up", "one feature")
+    for name, other, words, drawn in (strongest, feature):
         for rung, group, claim in (
             (3, "harmful", f"{words} changes the share of harmful requests that are refused"),
             (5, "harmless", f"{words}: harmless requests refused"),
         ):
-            control = Control.measured("random units", other, _change(by_name[other], base, group))
+            control = Control.measured("random units", f"{drawn}, as strong", _change(by_name[other], base, group))
             out.append(Finding.measured(claim, rung, _change(by_name[name], base, group), control=control, **more))
         claim = f"{words}: perplexity on held-out text (times)"
-        control = Control.measured("random units", other, _ratio(by_name[other], base))
+        control = Control.measured("random units", f"{drawn}, as strong", _ratio(by_name[other], base))
         texts = more | {"unit": "texts"}
         out.append(Finding.measured(claim, 5, _ratio(by_name[name], base), control=control, null=1.0, **texts))
     return out

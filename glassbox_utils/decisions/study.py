@@ -6,7 +6,7 @@ reported on the report split. ``loans-cause`` recomputes its part about features
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.decisions import loans, mitigation, report, training
 from glassbox_utils.decisions.loans import Applicant, load_loan_model
-from glassbox_utils.decisions.mitigation import Edit, contrast, decide_under, decision_states, fit_edit
+from glassbox_utils.decisions.mitigation import Edit, Outcome, contrast, decide_under, decision_states, fit_edit
 from glassbox_utils.saes.harvest import activations
 
 ATTRIBUTES = ("gender", "district")
@@ -73,6 +73,23 @@ def pair_texts(n: int, split: loans.Split, attribute: str, seed: int = SEED) -> 
     layouts = {"train": loans.TRAIN_LAYOUTS, "selection": loans.SELECTION_LAYOUTS, "report": loans.REPORT_LAYOUTS}
     worse, better = contrast(loans.applications(n, seed + 11, split), attribute)
     return texts_of(worse, layouts[split]), texts_of(better, layouts[split]), [loans.merit(a) for a in worse]
+
+
+def sides(attribute: str) -> tuple[list[Applicant], list[Applicant]]:
+    """The applicants of one contrast of the report split, each twice."""
+    return contrast(loans.applications(REPORTED[attribute], SEED + 11, "report"), attribute)
+
+
+def pairs_of_names(attribute: str) -> list[tuple[str, str]]:
+    """The two names of each pair of one contrast: what the persons of several pairs have in common."""
+    return [(a.name, b.name) for a, b in zip(*sides(attribute), strict=True)]
+
+
+def outcome(table: Mapping[str, Any], attribute: str, arm: str = "none") -> Outcome:
+    """What one arm does to one contrast; intervals over pairs of names, which several applications share."""
+    worse, better = arrays(dict(table), attribute, arm)
+    n, merit = len(worse), [loans.merit(a) for a in sides(attribute)[0]]
+    return mitigation.outcome(worse, better, merit[:n], clusters=pairs_of_names(attribute)[:n])
 
 
 def held_out(kind: str, n: int | None = None) -> tuple[list[str], list[bool]]:
@@ -369,13 +386,8 @@ def mitigation_of(table: dict[str, Any], rest: dict[str, Any]) -> report.Mitigat
     """The two studies' tables as lines: gaps and agreement with the merit rule, then the side effects."""
     measures = []
     for attribute, words in (("gender", "men’s minus women’s names"), ("district", "West minus East")):
-        found = []
-        for arm in ("none", "edit"):
-            worse, better = arrays(table, attribute, arm)
-            merit = pair_texts(len(worse), "report", attribute)[2]
-            found.append(mitigation.outcome(worse, better, merit))
-        first, second = found
-        note = "applicants, names, districts and layouts that no fitting has seen"
+        first, second = (outcome(table, attribute, arm) for arm in ("none", "edit"))
+        note = "applicants, names, districts and layouts that no fitting has seen; n: pairs of names"
         measures += [
             report.Measure(f"{words}: approval rate, points", first.gap, second.gap, 4, note),
             report.Measure(f"{words}: score", first.logit_gap, second.logit_gap, 4),
