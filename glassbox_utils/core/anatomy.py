@@ -42,8 +42,7 @@ class Site(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A sublayer's output on its way into the residual stream: through a norm (its name in the layer), "
-    "then a factor."""
+    """A sublayer's output on its way into the stream: through a norm (its name in the layer), then a factor."""
 
     norm: str | None = None
     factor: float = 1.0

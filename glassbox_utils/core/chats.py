@@ -65,8 +65,7 @@ def _rendered(model: Model, messages: list[dict[str, str]]) -> str:
         if message["role"] == "system" and message["content"].strip() not in text:
             raise ModelError(
                 f"The chat template of {model.name} leaves a system prompt out in silence. Put it into the user's "
-                "turn, or "
-                'give system="".'
+                'turn, or give system="".'
             )
     return text
 
@@ -83,8 +82,8 @@ def _as_text(model: Model, messages: list[dict[str, str]]) -> str:
         roles = ", ".join(m["role"] for m in messages)
         raise ModelError(
             f"The chat template of {model.name} refuses messages of the roles {roles}: "
-            f"{' '.join(str(error).split())[:200]}. "
-            "If it knows no system prompt, put that into the user's turn; if roles must alternate, join neighbours."
+            f"{' '.join(str(error).split())[:200]}. If it knows no system prompt, put that into the user's turn; if "
+            "roles must alternate, join neighbours."
         ) from error
 
 

@@ -163,9 +163,7 @@ def remove_litter(path: Path) -> None:
         if found is None or _is_at_work(folder, found["host"], int(found["pid"])):
             continue
         old = folder / ".replaced"
-        if (
-            old.exists() and not path.exists()
-        ):  # killed between two renames: both are complete, and the new one is meant
+        if old.exists() and not path.exists():  # killed between two renames: both are complete, the new one is meant
             with suppress(OSError):
                 os.rename(folder / path.name if (folder / path.name).exists() else old, path)
         shutil.rmtree(folder, ignore_errors=True)
