@@ -36,9 +36,9 @@ def fatal(call, target, moment, arguments):
     return f"""
 import os, signal, torch
 from pathlib import Path
-from glassbox_utils.core import distributed
+from glassbox_utils.core import checkpoints, distributed
 from glassbox_utils.core.models import load_model
-from glassbox_utils.saes import harvest, store, training
+from glassbox_utils.saes import harvest, training
 from glassbox_utils.saes.config import HarvestConfig, TrainConfig
 calls = 0
 def fatal(what, path, *rest, real={target}):

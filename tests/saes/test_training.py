@@ -167,10 +167,10 @@ def test_training_after_kill_is_bit_identical(shards, tmp_path):
     config = train_config(shards)
     call = "training.train(TrainConfig(**{0}), Path({1}))"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert die_in(call, "store.save_file", 0, [vars(config), str(whole)]).returncode == 0
+    assert die_in(call, "checkpoints.save_file", 0, [vars(config), str(whole)]).returncode == 0
     for moment in (1, 3):
-        assert die_in(call, "store.save_file", moment, [vars(config), str(broken)]).returncode == -signal.SIGKILL
-    assert die_in(call, "store.save_file", 0, [vars(config), str(broken)]).returncode == 0
+        assert die_in(call, "checkpoints.save_file", moment, [vars(config), str(broken)]).returncode == -signal.SIGKILL
+    assert die_in(call, "checkpoints.save_file", 0, [vars(config), str(broken)]).returncode == 0
     a, b = read_checkpoint(whole), read_checkpoint(broken)
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors) and len(a.tensors) == 19
     assert [{**r, "seconds": 0} for r in a.state["history"]] == [{**r, "seconds": 0} for r in b.state["history"]]
