@@ -81,8 +81,8 @@ def test_all_files_are_read_in_a_locale_without_utf8(tmp_path):
         "from glassbox_utils.saes import config, clamping_study\n"
         "loans.vocabulary(); training.recipes(); contrast.pairs('tone', 'train'); contrast.prompts('report')\n"
         "next(corpora.landmark_passages(5)); clamping_study.prompts()\n"
-        "config.read_config(config.SAES / 'topk-2048-l14')\n"
-        "[studies.read_table(p.stem) for p in studies.STUDIES.glob('*.json')]\n"
+        "config.read_config(config.saes_folder() / 'topk-2048-l14')\n"
+        "[studies.read_table(p.stem) for p in studies.table_path('x').parent.glob('*.json')]\n"
         "value = studies.resumed('x', 'k', lambda: ['喜び'])\n"
         "assert value == ['喜び'] == studies.resumed('x', 'k', None)"
     )
@@ -107,8 +107,9 @@ def test_ctrl_c_in_any_command_is_one_line(monkeypatch, capsys, name):
 
 def interrupted(tmp_path, code, started):
     """A process that gets Ctrl-C, as its terminal sends it, once a file is there: exit code, output, seconds."""
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+        [sys.executable, "-c", heard + code], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
     )
     while not started.exists() and process.poll() is None:
         time.sleep(0.02)
