@@ -1,6 +1,7 @@
 """Fixtures, and ``--device``: the whole suite on a GPU (``cuda``, ``mps``), or on the simulated one of ``far.py``."""
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def pytest_configure(config):
         torch.testing.assert_close = compared_on_the_cpu(torch.testing.assert_close)
         models.wrap_model = lambda hf, *args, **options: wrap(hf.to(device), *args, **options)
     devices.available = lambda: list(dict.fromkeys([device, "cpu"]))
+
+
+@pytest.fixture(autouse=True)
+def the_same_prepared_folder():
+    """``prepared.choose`` is for the whole process: no test chooses for the next one."""
+    before = os.environ.get("GLASSBOX_PREPARED")
+    yield
+    os.environ.pop("GLASSBOX_PREPARED", None) if before is None else os.environ.update({"GLASSBOX_PREPARED": before})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from . import corpora as corpora
 from . import devices as devices
 from . import fast_forward as fast_forward
 from . import figures as figures
+from . import prepared as prepared
 from . import session as session
 from . import skills as skills
 from . import studies as studies

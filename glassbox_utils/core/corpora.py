@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import yaml
 
-from glassbox_utils.core import assets, packing
+from glassbox_utils.core import assets, own_text, packing
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, hub_answers
 from glassbox_utils.core.packing import START, Place, Rows, joined
@@ -299,7 +299,7 @@ def load_corpus(name: str = "mix", split: Split = "train", limit: int | None = N
     check_corpus(name, split)
     _check_count("limit", limit)
     if "/" in name:
-        return list(itertools.islice((d for s, d in _hub(name) if s == split), limit))
+        return list(itertools.islice((d for s, d in _streamed(name) if s == split), limit))
     return list(_collect(CORPORA[name])[split][:limit])
 
 
@@ -330,7 +330,7 @@ class Streamed:
     split: Split
 
     def __iter__(self) -> Iterator[Document]:
-        return (d for s, d in _hub(self.name) if s == self.split)
+        return (d for s, d in _streamed(self.name) if s == self.split)
 
 
 def open_corpus(name: str, split: Split = "train") -> Iterable[Document]:
@@ -360,6 +360,13 @@ def _collect(sources: tuple[str, ...]) -> dict[Split, tuple[Document, ...]]:
 def _digest(document: Document) -> bytes:
     # Landmark passages share their openings by design, so all their text counts.
     return hashlib.md5(_key(document.text, 300 if document.source != "landmarks" else 10**6).encode()).digest()
+
+
+def _streamed(name: str) -> Iterator[tuple[Split, Document]]:
+    """Documents of text files on this machine (``own_text``), else of a data set on the hub."""
+    found = (Document(t.strip(), s, "your own text") for s, t in own_text.texts(name))
+    kept = ((_split(d.text, name, _digest(d)), d) for d in found if len(d.text) >= MIN_CHARACTERS)
+    return kept if own_text.is_own(name) else _hub(name)
 
 
 def _hub(name: str) -> Iterator[tuple[Split, Document]]:

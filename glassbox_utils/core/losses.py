@@ -36,7 +36,7 @@ def token_losses(model: Model, batch: Batch) -> Float[Tensor, "batch pos"]:
 def text_losses(
     model: Model, texts: Sequence[str], max_tokens: int = 256, batch_size: int = 8
 ) -> tuple[NDArray, NDArray]:
-    """Summed loss (nats) and number of predicted tokens of each text, cut at ``max_tokens``.
+    """Summed loss (nats) and number of predicted tokens of each text, cut at ``max_tokens`` or the context.
 
     Mean loss is ``losses.sum() / counts.sum()``, perplexity its exponential, and the unit to bootstrap is
     the text. Interventions that are active apply.
@@ -46,12 +46,13 @@ def text_losses(
     for name, value, least in (("max_tokens", max_tokens, 2), ("batch_size", batch_size, 1)):
         if not is_whole(value) or value < least:
             raise ModelError(f"{name} is {value!r}. Allowed: a whole number from {least} on.")
+    longest = min(max_tokens, model.n_context)
     losses, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     length = {i: len(t) for i, t in enumerate(texts)}
     order = sorted(length, key=lambda i: length[i])  # texts of similar length share a batch: little padding
     for start in progress(range(0, len(order), batch_size), "loss"):
         rows = order[start : start + batch_size]
-        loss = token_losses(model, tokenize(model, [texts[i] for i in rows], max_tokens=max_tokens))
+        loss = token_losses(model, tokenize(model, [texts[i] for i in rows], max_tokens=longest))
         losses[rows] = array(loss.nansum(-1))
         counts[rows] = (~loss.isnan()).sum(-1).numpy()
     return losses, counts

@@ -13,6 +13,7 @@ Three conventions hold everywhere, and are decided here once:
 """
 
 import copy
+import json
 import os
 import socket
 import sys
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from glassbox_utils.core import anatomy, devices, identity
+from glassbox_utils.core import anatomy, devices, identity, unpacked
 from glassbox_utils.core.anatomy import KINDS as KINDS
 from glassbox_utils.core.anatomy import Kind as Kind
 from glassbox_utils.core.anatomy import Site as Site
@@ -164,7 +165,7 @@ def load_model(
     """Load a model by name or folder, with an optional LoRA folder merged into its weights.
 
     ``name_or_path``: ``SmolLM2-135M-Instruct`` (the default; needs no hub), a folder written by
-    ``save_pretrained``, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
+    ``save_pretrained``, a GGUF file, or any Hugging Face name. ``device``: ``cpu``, ``cuda``, ``mps`` or None for the
     best one there is. ``dtype``: ``float32``, ``bfloat16`` or ``float16`` (as text or of torch); None is
     GLASSBOX_MODEL_DTYPE, else float32 on every device, so that results do not depend on the machine. Raises ModelError
     for a name, folder, adapter or type that can't be used, devices.DeviceError for the device, and assets.AssetError
@@ -193,8 +194,12 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """What transformers can load: the embedded model's folder for its name, anything else as it is."""
-    return str(embedded_folder() if str(name_or_path) == EMBEDDED else name_or_path)
+    """What transformers can load: a folder in the cache for the embedded model's name and for a GGUF file, which is
+    de-quantised into it once; anything else as it is."""
+    if str(name_or_path) == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(name_or_path)
+    return str(unpacked.folder_of(path) if path.suffix == ".gguf" and path.is_file() else name_or_path)
 
 
 def wrap_model(hf: Any, tokenizer: Any, name: str = "model", origin: identity.Origin | None = None) -> Model:
@@ -215,14 +220,11 @@ def wrap_model(hf: Any, tokenizer: Any, name: str = "model", origin: identity.Or
 def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not Path(path).exists() and name.count("/") > 1:
-        raise ModelError(f"There is no folder {name}. Give a folder that holds config.json, or {supported()}.")
+    if not Path(path).exists() and (name.count("/") > 1 or name.endswith(".gguf")):
+        kind = "file" if name.endswith(".gguf") else "folder"
+        raise ModelError(f"There is no {kind} {name}. Give a folder that holds config.json, or {supported()}.")
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        held = sorted(p.name for p in Path(path).iterdir())[:5] if Path(path).is_dir() else ["a file"]
-        raise ModelError(
-            f"{path} is no model folder: config.json is missing (it holds {', '.join(held) or 'nothing'}). Give a "
-            f"folder that model.save_pretrained and tokenizer.save_pretrained wrote, or {supported()}."
-        )
+        raise ModelError(_no_folder(Path(path)))
     local = Path(path).exists() or not hub_answers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
@@ -231,13 +233,7 @@ def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any
         )
         hf, loaded = found
     except Exception as error:  # damaged files raise whatever their reader raises
-        near = [n for n in get_close_matches(name, [EMBEDDED, "gpt2"], n=1, cutoff=0.5) if n != name]
-        raise ModelError(
-            f"The model {name!r} can't be loaded: {_first_line(error)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-            + f" Allowed: {supported()}. Without a network, use the embedded model, or a folder with config.json, "
-            "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
-        ) from error
+        raise ModelError(_why_not(path, name, error, local)) from error
     if absent := sorted(map(str, loaded["missing_keys"])):
         raise ModelError(
             f"The weights of {name!r} are incomplete: {len(absent)} tensors of a {type(hf).__name__} are not "
@@ -245,6 +241,50 @@ def _from_pretrained(path: str, name: str, dtype: torch.dtype) -> tuple[Any, Any
             "(config.json: architectures), or save the model again with model.save_pretrained."
         )
     return hf, tokenizer
+
+
+def _no_folder(path: Path) -> str:
+    """Why a path without config.json is no model, and what it may be instead."""
+    if not path.is_dir():
+        return f"{path} is a file, and no model folder. Give a folder that holds config.json, or {supported()}."
+    held = sorted(p.name for p in path.iterdir())
+    if "adapter_config.json" in held:
+        try:
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError):
+            base = None
+        return (
+            f"{path} is an adapter (a LoRA){f' of {base}' if base else ''}, not a model of its own. Load it together "
+            f"with its base model: load_model({base or 'BASE'!r}, adapter={str(path)!r}). For a command that takes one "
+            "folder, save what that gives: lm.hf.save_pretrained(FOLDER), lm.tokenizer.save_pretrained(FOLDER)."
+        )
+    if packed := [name for name in held if name.endswith(".gguf")]:
+        return f"{path} holds GGUF files. Give the file itself: {path / packed[0]}."
+    what = f"it holds {', '.join(held[:5]) or 'nothing'}"
+    if any(name.startswith("tokenizer") for name in held) and not identity.weight_files(path):
+        what = f"it holds a tokenizer ({', '.join(held[:5])}), but no weights"
+    return (
+        f"{path} is no model folder: config.json is missing ({what}). Give a folder that model.save_pretrained and "
+        f"tokenizer.save_pretrained wrote, or {supported()}."
+    )
+
+
+def _why_not(path: str, name: str, error: Exception, local: bool) -> str:
+    """Why a name or folder can't be loaded, and what to do."""
+    here = Path(path).exists()
+    if here and not identity.weight_files(Path(path)):
+        reason = "the folder holds no weights (model.safetensors or pytorch_model.bin)"
+    elif not here and local:
+        reason = "it is no folder here and not in the hub's cache, and the hub does not answer (no network?)"
+    else:
+        reason = _first_line(error)
+    near = [n for n in get_close_matches(name, [EMBEDDED], n=1, cutoff=0.5) if n != name]
+    return (
+        f"The model {name!r} can't be loaded: {reason}."
+        + (f" Did you mean {near[0]!r}?" if near and not here else "")
+        + f" Allowed: {supported()}. Without a network, use the embedded model, or a folder with config.json, "
+        "the weights and the tokenizer (model.save_pretrained and tokenizer.save_pretrained write it)."
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -271,8 +311,8 @@ def hub_answers() -> bool:
 def supported() -> str:
     """What ``load_model`` accepts, as words for messages and help texts."""
     return (
-        f"{EMBEDDED!r} (embedded, offline), a folder written by save_pretrained, or a Hugging Face name of a "
-        "causal language model such as 'gpt2', 'EleutherAI/pythia-70m-deduped', 'google/gemma-3-270m'"
+        f"{EMBEDDED!r} (embedded, offline), a folder written by save_pretrained, a .gguf file, or a Hugging Face "
+        "name of a causal language model such as 'gpt2', 'EleutherAI/pythia-70m-deduped', 'google/gemma-3-270m'"
     )
 
 

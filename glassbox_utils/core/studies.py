@@ -15,11 +15,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import assets, files
+from glassbox_utils.core import assets, files, prepared
+from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model
 
-STUDIES = assets.DATA / "studies"
 SEED = 0
+
+
+class StudyError(GlassboxError, LookupError):
+    """A table that was not made for this model; the message names the command that makes it."""
+
+
+def table_path(name: str) -> Path:
+    """Where a study's table lies in the prepared folder: ``studies/NAME.json``."""
+    return prepared.path("studies", f"{name}.json")
+
+
+def _subject() -> str:
+    """What tells the kept parts of one model's studies from another's, and of another size."""
+    if prepared.folder() == assets.DATA:
+        return ""
+    mine = prepared.card()
+    return f"{mine.model_hash} {prepared.size()}"
 
 
 def _chunks(name: str, key: str) -> Path:
@@ -31,7 +48,7 @@ def _chunks(name: str, key: str) -> Path:
 def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
     """``work(*args)``, from the cache folder if this study has done it with these settings before."""
     dtype = os.environ.get("GLASSBOX_MODEL_DTYPE", "").replace("float32", "")
-    path = _chunks(name, json.dumps(key, sort_keys=True, default=str) + dtype)
+    path = _chunks(name, json.dumps(key, sort_keys=True, default=str) + dtype + _subject())
     with suppress(FileNotFoundError, ValueError):  # not there, or damaged: computed again
         return json.loads(path.read_text(encoding="utf-8"))
     result = json.dumps(work(*args))
@@ -41,26 +58,43 @@ def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
 
 
 def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
-    """``data/studies/NAME.json``: provenance first, then the content."""
+    """``studies/NAME.json`` in the prepared folder: provenance first, then the content."""
     packages = ("torch", "transformers", "peft", "vaderSentiment")
     provenance = {
         "command": f"glassbox study {name.replace('_', '-')}",
         "seed": SEED,
         "model": model.name,
         "model_hash": model.hash,
+        **({} if prepared.size() == 1 else {"size": prepared.size()}),
         **({} if str(model.dtype) == "torch.float32" else {"dtype": str(model.dtype).removeprefix("torch.")}),
         "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
         "seconds_of_last_run": round(seconds),
         "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-    STUDIES.mkdir(parents=True, exist_ok=True)
+    path = table_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = json.dumps({"provenance": provenance, **content}, ensure_ascii=False, indent=None)
-    path = STUDIES / f"{name}.json"
     with files.atomic_path(path) as partial:
         partial.write_text(lines.replace("}, {", "},\n{") + "\n", encoding="utf-8")
     return path
 
 
+def has_table(name: str, model: Model | None = None) -> bool:
+    """Is there a table of this study, and (if a model is given) was it made with these very weights?"""
+    path = table_path(name)
+    return path.exists() and (model is None or read_table(name)["provenance"]["model_hash"] == model.hash)
+
+
 def read_table(name: str) -> dict[str, Any]:
-    """A study's table as ``write_table`` wrote it."""
-    return json.loads((STUDIES / f"{name}.json").read_text(encoding="utf-8"))
+    """A study's table as ``write_table`` wrote it; StudyError if it was not made for the model in use."""
+    path = table_path(name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        command = f"glassbox study {name.replace('_', '-')}"
+        raise StudyError(
+            f"There is no table {path}. `{command}` makes it, for another model than the embedded one with --prepared "
+            "FOLDER; `glassbox prepare MODEL` makes all."
+        ) from None
+    except ValueError as reason:
+        raise StudyError(f"{path} is damaged ({reason}). Delete it, and run `glassbox study` again.") from reason

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from glassbox_utils.core import assets
-from glassbox_utils.saes.config import SAES
+from glassbox_utils.saes.config import saes_folder
 
 LOWEST = re.search(r'"transformers>=([\d.]+),', (assets.ROOT / "pyproject.toml").read_text())[1]
 WANTED = {"lowest": f"transformers=={LOWEST}.*", "newest": "transformers<6", "lock": None}
@@ -106,7 +106,7 @@ def test_a_bound_of_the_range_gives_the_same_model(seen, name):
 
 
 def test_it_is_the_model_of_the_shipped_tools(seen):
-    card = json.loads((SAES / "topk-2048-l14" / "cfg.json").read_text())
+    card = json.loads((saes_folder() / "topk-2048-l14" / "cfg.json").read_text())
     assert card["metadata"]["model_hash"] == seen["lock"]["hash"] and seen["lock"]["bridge"]
 
 

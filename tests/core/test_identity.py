@@ -13,11 +13,11 @@ from glassbox_utils.core import assets, identity
 from glassbox_utils.core.fast_forward import quick
 from glassbox_utils.core.models import load_model, wrap_model
 from glassbox_utils.decisions import study
-from glassbox_utils.decisions.loans import LOANS
+from glassbox_utils.decisions.loans import officers
 from glassbox_utils.decisions.mitigation import Edit, MitigationError
 from glassbox_utils.saes import store
 from glassbox_utils.saes.clamping import ClampError, check_sae
-from glassbox_utils.saes.config import SAES, SaeError
+from glassbox_utils.saes.config import SaeError, saes_folder
 from glassbox_utils.steering.apply import check_direction
 from glassbox_utils.steering.vectors import Direction, SteeringError, load_vector, parts_of
 
@@ -300,7 +300,7 @@ def test_every_room_says_what_differs(tmp_path, monkeypatch):
     }
     sae = sae_for(model, tmp_path / "sae")
     direction = Direction(torch.nn.functional.normalize(torch.ones(48), dim=0), 1, 1.0, "d", model_hash=model.hash)
-    monkeypatch.setattr(study, "EDIT", tmp_path / "edit.safetensors")
+    monkeypatch.setattr(study, "edit_path", lambda: tmp_path / "edit.safetensors")
     parts = {"read": torch.ones(48, 1), "write": torch.ones(48, 1), "centre": torch.ones(48), "target": torch.ones(1)}
     study.save_edit(Edit(1, name="e", **parts), model)
     uses = {
@@ -332,11 +332,11 @@ def test_an_unknown_or_equal_hash_is_no_difference(made_for):
 def test_the_shipped_tools_are_accepted_in_every_type(dtype):
     model = load_model(dtype=dtype)
     for name in store.shipped():
-        assert json.loads((SAES / name / "cfg.json").read_text())["metadata"]["model_hash"] == model.hash
+        assert json.loads((saes_folder() / name / "cfg.json").read_text())["metadata"]["model_hash"] == model.hash
     check_sae(model, store.load_sae("topk-2048-l14", model))
     for part in parts_of(load_vector("tone")):
         check_direction(model, part)
-    officer = load_model(adapter=LOANS / "deployed", dtype=dtype)
+    officer = load_model(adapter=officers() / "deployed", dtype=dtype)
     assert study.load_edit(officer).layer == 29
     with pytest.raises(MitigationError, match="the weights differ"):
         study.load_edit(model)

@@ -163,3 +163,40 @@ def test_a_mistake_is_explained(tiny_llama, mistake, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- folders that are something else: the message says what they are and how to use that -------------------------
+
+
+def refusal(path, **options):
+    with pytest.raises(ModelError) as error:
+        load_model(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_adapter_as_a_model_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    said = refusal(tmp_path)
+    assert "is an adapter (a LoRA) of some/base" in said and f"load_model('some/base', adapter='{tmp_path}')" in said
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert "load_model('BASE', adapter=" in refusal(tmp_path)
+
+
+def test_a_folder_without_weights_or_configuration_says_which(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert "config.json is missing (it holds a tokenizer" in refusal(tmp_path) and "no weights" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "can't be loaded: the folder holds no weights" in refusal(tmp_path)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "x.gguf").touch()
+    assert f"Give the file itself: {tmp_path}/packed/x.gguf." in refusal(tmp_path / "packed")
+    (tmp_path / "page.txt").touch()
+    assert "page.txt is a file, and no model folder" in refusal(tmp_path / "page.txt")
+
+
+def test_a_name_of_the_hub_without_a_network_is_not_guessed_again(monkeypatch):
+    monkeypatch.setattr("glassbox_utils.core.models.hub_answers", lambda: False)
+    said = refusal("gpt2")
+    assert "Did you mean" not in said and "not in the hub's cache, and the hub does not answer" in said
+    assert "Did you mean 'SmolLM2-135M-Instruct'?" in refusal("SmolLM2-135M-Instuct")
