@@ -32,15 +32,49 @@ Metric = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, " row"]]
 """From the logits at the last position of each prompt to one number per prompt."""
 
 
-def logit_difference(target: Int[Tensor, " row"], other: Int[Tensor, " row"]) -> Metric:
+@dataclass(frozen=True)
+class LogitDifference:
     """The metric ``logit(target) - logit(other)``, one pair of tokens per prompt."""
 
-    def metric(logits: Tensor) -> Tensor:
+    target: Int[Tensor, " row"]
+    other: Int[Tensor, " row"]
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         rows = torch.arange(len(logits), device=logits.device)
-        x, y = (logits[rows, beside(ids, logits)].float() for ids in (target, other))
+        x, y = (logits[rows, beside(ids, logits)].float() for ids in (self.target, self.other))
         return x - y
 
-    return metric
+
+def logit_difference(target: Int[Tensor, " row"], other: Int[Tensor, " row"]) -> LogitDifference:
+    """The metric ``logit(target) - logit(other)``, one pair of tokens per prompt."""
+    return LogitDifference(target, other)
+
+
+@contextmanager
+def few_logits(model: Model, metric: Metric) -> Iterator[Metric]:
+    """Inside the block the unembedding gives the logits of the metric's own tokens alone; yields the metric of those.
+
+    All 262,144 of a large vocabulary cost more than a small model's layers. What an architecture does to its logits
+    afterwards (scale, soft cap) still happens. A metric that may read any logit, or an unembedding that is no plain
+    matrix, stays as it is.
+    """
+    head = model.hf.get_output_embeddings()
+    if not isinstance(metric, LogitDifference) or type(head) is not nn.Linear or "forward" in head.__dict__:
+        yield metric
+        return
+    pair = torch.stack([beside(ids, head.weight) for ids in (metric.target, metric.other)])
+    tokens, places = pair.unique(return_inverse=True)
+    weight = head.weight.detach()[tokens]
+    bias = None if head.bias is None else head.bias.detach()[tokens]
+
+    def forward(input: Tensor) -> Tensor:
+        return nn.functional.linear(input, weight, bias)
+
+    head.forward = forward  # type: ignore[method-assign]  # on the instance: the class stays as it is
+    try:
+        yield LogitDifference(places[0], places[1])
+    finally:
+        head.__dict__.pop("forward", None)
 
 
 def last_logits(model: Model, batch: Batch) -> Float[Tensor, "row vocab"]:
@@ -198,10 +232,15 @@ class HeadEffects:
         return self.replaced - self.base[:, None, None]
 
 
-def _donor(model: Model, source: HeadMeans | Batch) -> Callable[[int], Tensor]:
+def _donor(model: Model, source: HeadMeans | Batch, batch: Batch) -> Callable[[int], Tensor]:
     """Layer -> head outputs [batch or 1, pos or 1, head, d_head] that take the place of the original ones."""
     if isinstance(source, HeadMeans):
         return lambda layer: source.z[layer][None, None]
+    if source.input_ids.shape != batch.input_ids.shape:
+        raise ModelError(
+            f"The patch comes from prompts of shape {tuple(source.input_ids.shape)}, these have "
+            f"{tuple(batch.input_ids.shape)}. Pair prompts of equal length, row by row."
+        )
     with recording(model, [Site("z", layer) for layer in range(model.n_layers)]) as store:
         model.hf(**source.inputs, logits_to_keep=1)
     return lambda layer: store[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
@@ -226,27 +265,23 @@ def replace_each_head(
     the head's output (activation patching, Meng et al., arXiv 2202.05262). ``positions`` as in
     ``ablation``. Layers that are not asked for keep the base value.
     """
-    if isinstance(source, Batch) and source.input_ids.shape != batch.input_ids.shape:
-        raise ModelError(
-            f"The patch comes from prompts of shape {tuple(source.input_ids.shape)}, these have "
-            f"{tuple(batch.input_ids.shape)}. Pair prompts of equal length, row by row."
-        )
-    donor = _donor(model, source)
+    donor = _donor(model, source, batch)
     sites = [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]
-    with recording(model, sites) as clean:
-        base = metric(last_logits(model, batch))
-    n, heads = len(base), model.n_heads
-    replaced = base[:, None, None].expand(n, model.n_layers, heads).clone()
+    heads = model.n_heads
     tiled = Batch(*(t.repeat(heads, 1) for t in batch))
-    one = torch.eye(heads, dtype=torch.bool, device=base.device)
-    for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
-        z = clean[Site("z", layer)].unflatten(-1, (heads, model.d_head))
-        where = position_mask(z, positions)[None, :, :, None, None] & one[:, None, None, :, None]
-        swapped = torch.where(where, like(donor(layer), z)[None], z[None]).flatten(-2).flatten(0, 1)
-        resid = clean[Site("resid_pre", layer)].repeat(heads, 1, 1)
-        with resume(model, layer, resid), edit(model, Site("z", layer), _constant(swapped)):
-            logits = last_logits(model, tiled)
-        replaced[:, layer] = torch.stack([metric(part) for part in logits.split(n)], -1)
+    with few_logits(model, metric) as answer:
+        with recording(model, sites) as clean:
+            base = answer(last_logits(model, batch))
+        n, one = len(base), torch.eye(heads, dtype=torch.bool, device=base.device)
+        replaced = base[:, None, None].expand(n, model.n_layers, heads).clone()
+        for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
+            z = clean[Site("z", layer)].unflatten(-1, (heads, model.d_head))
+            where = position_mask(z, positions)[None, :, :, None, None] & one[:, None, None, :, None]
+            swapped = torch.where(where, like(donor(layer), z)[None], z[None]).flatten(-2).flatten(0, 1)
+            resid = clean[Site("resid_pre", layer)].repeat(heads, 1, 1)
+            with resume(model, layer, resid), edit(model, Site("z", layer), _constant(swapped)):
+                logits = last_logits(model, tiled)
+            replaced[:, layer] = torch.stack([answer(part) for part in logits.split(n)], -1)
     return HeadEffects(result(base), result(replaced))
 
 
@@ -264,23 +299,40 @@ def replace_each_head_at_the_end(
     last = {name: tensor[:, -1:] for name, tensor in inputs.items()} | {"attention_mask": inputs["attention_mask"]}
     past = model.hf(**prefix, use_cache=True, logits_to_keep=1).past_key_values
 
-    def answer() -> Tensor:
-        return metric(model.hf(**last, past_key_values=copy.deepcopy(past), use_cache=True).logits[:, -1])
+    def answer(of: Metric) -> Tensor:
+        return of(model.hf(**last, past_key_values=_fresh(past), use_cache=True).logits[:, -1])
 
-    with recording(model, [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]) as clean:
-        base = answer()
-    replaced = base[:, None, None].expand(len(base), model.n_layers, model.n_heads).clone()
-    for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
-        z = clean[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
-        for head in range(model.n_heads):
-            swapped = z.clone()
-            swapped[:, :, head] = like(means.z[layer, head], z)
-            with (
-                resume(model, layer, clean[Site("resid_pre", layer)]),
-                edit(model, Site("z", layer), _constant(swapped.flatten(-2))),
-            ):
-                replaced[:, layer, head] = answer()
+    with few_logits(model, metric) as few:
+        with recording(model, [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]) as clean:
+            base = answer(few)
+        replaced = base[:, None, None].expand(len(base), model.n_layers, model.n_heads).clone()
+        for layer in progress(range(model.n_layers) if layers is None else layers, "heads"):
+            z = clean[Site("z", layer)].unflatten(-1, (model.n_heads, model.d_head))
+            for head in range(model.n_heads):
+                swapped = z.clone()
+                swapped[:, :, head] = like(means.z[layer, head], z)
+                with (
+                    resume(model, layer, clean[Site("resid_pre", layer)]),
+                    edit(model, Site("z", layer), _constant(swapped.flatten(-2))),
+                ):
+                    replaced[:, layer, head] = answer(few)
     return HeadEffects(result(base), result(replaced))
+
+
+def _fresh(past: Any) -> Any:
+    """A cache that a pass may add to, while ``past`` stays as it is.
+
+    The growing layers of transformers make new tensors and never write into the old ones, so theirs are shared: copying
+    them would cost more than the pass.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # there once a model is
+
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(past) is not DynamicCache or any(type(layer) not in growing for layer in past.layers):
+        return copy.deepcopy(past)
+    fresh = copy.copy(past)
+    fresh.layers = [copy.copy(layer) for layer in past.layers]
+    return fresh
 
 
 def attribution_patching(
@@ -291,7 +343,7 @@ def attribution_patching(
     Nanda 2023, "Attribution patching"; Syed et al., arXiv 2310.10348. A guess: check it where it matters.
     """
     with torch.no_grad():
-        donor = _donor(model, source)
+        donor = _donor(model, source, batch)
     kept: dict[int, Tensor] = {}
 
     def leaf(layer: int) -> Callable[[Tensor], Tensor]:
@@ -304,8 +356,9 @@ def attribution_patching(
         return function
 
     values: dict[int, Tensor] = {}
-    with torch.enable_grad(), edits(model, {Site("z", layer): leaf(layer) for layer in range(model.n_layers)}):
-        total = metric(last_logits(model, batch)).sum()
+    leaves = {Site("z", layer): leaf(layer) for layer in range(model.n_layers)}
+    with torch.enable_grad(), few_logits(model, metric) as few, edits(model, leaves):
+        total = few(last_logits(model, batch)).sum()
     gradients = torch.autograd.grad(total, [kept[layer] for layer in range(model.n_layers)])
     effects = []
     for layer, gradient in enumerate(gradients):
@@ -342,7 +395,7 @@ def key_changes(
     ]
     with recording(model, sites) as store:
         model.hf(**clean.inputs, logits_to_keep=1)
-    other, resid = _donor(model, donor), store[Site("resid_pre", layer)]
+    other, resid = _donor(model, donor, clean), store[Site("resid_pre", layer)]
     before = project(model, layer, resid).k
     group = head * before.shape[-2] // model.n_heads
     changes = []

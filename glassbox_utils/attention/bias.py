@@ -19,7 +19,7 @@ from glassbox_utils.core import assets
 from glassbox_utils.core.devices import array, beside
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.losses import text_losses
-from glassbox_utils.core.models import Model
+from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import Batch, find_token, tokenize
 
@@ -94,8 +94,8 @@ def referent_patching(
     male, female = (tokenize(model, [p.full[i] for p in pairs]) for i in (0, 1))
     ids = torch.tensor([[first_id(model, p.male), first_id(model, p.female)] for p in pairs])
     metric = attribution.logit_difference(ids[:, 0], ids[:, 1])
-    with torch.no_grad():
-        total = metric(attribution.last_logits(model, male)) - metric(attribution.last_logits(model, female))
+    with torch.no_grad(), attribution.few_logits(model, metric) as few:
+        total = few(attribution.last_logits(model, male)) - few(attribution.last_logits(model, female))
     if method == "gradient":
         return total, attribution.attribution_patching(model, female, male, metric)
     return total, attribution.replace_each_head(model, female, male, metric).effect
@@ -111,16 +111,26 @@ class PronounChoice(NamedTuple):
     she: Tensor
 
 
-def pronoun_choice(model: Model, split: Split | Literal["defined"]) -> PronounChoice:
+def pronoun_choice(model: Model, split: Split | Literal["defined"], units: int = 36) -> PronounChoice:
     """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest.
 
-    ``defined``: words such as king and queen instead of occupations, whose gender is no stereotype.
+    ``defined``: words such as king and queen instead of occupations, whose gender is no stereotype. ``units``: how many
+    of the 36 pairs (a man's and a woman's job in one template) are asked, evenly spread.
     """
     content = read_prompts("occupations")
-    jobs = [(job, group == "male") for group in ("male", "female") for job in content[group][split]]
-    texts = [(t.format(a=job), male) for job, male in jobs for t in content["single_templates"]]
+    texts = []
+    for group in ("male", "female"):
+        made = [
+            (t.format(a=job), group == "male") for job in content[group][split] for t in content["single_templates"]
+        ]
+        texts += [made[i * len(made) // units] for i in range(units)] if units < len(made) else made
     batch = tokenize(model, [t for t, _ in texts])
     he, she = (torch.full((len(texts),), first_id(model, p)) for p in content["single_pronouns"])
+    if torch.equal(he, she):
+        raise ModelError(
+            f"The tokenizer of {model.name} begins he and she with the same token, so the choice between them can't be "
+            "read off one logit. Take a model with larger tokens."
+        )
     return PronounChoice([t for t, _ in texts], [m for _, m in texts], batch, he, she)
 
 
@@ -131,13 +141,13 @@ def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
 
 
 def pronoun_effects(
-    model: Model, split: Split = "report", layers: Sequence[int] | None = None
+    model: Model, split: Split = "report", layers: Sequence[int] | None = None, units: int = 36
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Who makes the pronoun follow the stereotype? Three arrays over units: the gap in logits [unit], how much
     of it goes when one head is mean-ablated [unit, layer, head], and its direct contribution [unit, layer, head].
     """
-    choice = pronoun_choice(model, split)
-    other = pronoun_choice(model, "selection" if split == "report" else "report")
+    choice = pronoun_choice(model, split, units)
+    other = pronoun_choice(model, "selection" if split == "report" else "report", units)
     reference = head_means(model, [other.batch])
     metric = attribution.logit_difference(choice.he, choice.she)
     effects = attribution.replace_each_head(model, choice.batch, reference, metric, layers=layers)
@@ -149,25 +159,26 @@ def pronoun_effects(
     )
 
 
-def pronoun_effects_guessed(model: Model, split: Split = "selection") -> NDArray:
+def pronoun_effects_guessed(model: Model, split: Split = "selection", units: int = 36) -> NDArray:
     """First-order guess of how much of the gap goes with each head [unit, layer, head]: cheap, for choosing heads."""
-    choice = pronoun_choice(model, split)
+    choice = pronoun_choice(model, split, units)
     reference = head_means(model, [choice.batch])
     metric = attribution.logit_difference(choice.he, choice.she)
     return -stereotype_units(attribution.attribution_patching(model, choice.batch, reference, metric), choice)
 
 
 def pronoun_gap(
-    model: Model, sets: Sequence[Sequence[Head]], split: Split | Literal["defined"] = "report"
+    model: Model, sets: Sequence[Sequence[Head]], split: Split | Literal["defined"] = "report", units: int = 36
 ) -> Float[np.ndarray, "set unit"]:
     """The pronoun gap (logits) with sets of heads mean-ablated; averages come from another split's prompts."""
-    choice = pronoun_choice(model, split)
-    reference = head_means(model, [pronoun_choice(model, "report" if split == "selection" else "selection").batch])
+    choice = pronoun_choice(model, split, units)
+    other = pronoun_choice(model, "report" if split == "selection" else "selection", units)
+    reference = head_means(model, [other.batch])
     metric = attribution.logit_difference(choice.he, choice.she)
     rows = []
     for heads in progress(sets, "pronouns"):
-        with torch.no_grad(), ablated(model, heads, reference):
-            rows.append(stereotype_units(metric(attribution.last_logits(model, choice.batch)), choice))
+        with torch.no_grad(), attribution.few_logits(model, metric) as few, ablated(model, heads, reference):
+            rows.append(stereotype_units(few(attribution.last_logits(model, choice.batch)), choice))
     return np.stack(rows)
 
 
@@ -231,8 +242,9 @@ def winobias_preference(
     """log P(pro-stereotypical sentence) - log P(anti-stereotypical one), nats, with sets of heads ablated."""
     rows = []
     texts = [s.pro for s in schemas] + [s.anti for s in schemas]
+    size = max(4, min(32, 1_600_000 // model.hf.get_input_embeddings().weight.shape[0]))  # logits need the memory
     for heads in progress(sets, "winobias"):
         with ablated(model, heads, reference):
-            losses, _ = text_losses(model, texts, batch_size=32)
+            losses, _ = text_losses(model, texts, batch_size=size)
         rows.append(losses[len(schemas) :] - losses[: len(schemas)])
     return np.stack(rows)

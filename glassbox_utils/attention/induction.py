@@ -19,6 +19,9 @@ from glassbox_utils.core.models import Model, ModelError, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import Batch, first_token
 
+LOGITS = 40_000_000
+"""at once, in the loss of texts: a few hundred MB of memory, whatever the vocabulary"""
+
 
 class CircuitScores(NamedTuple):
     """Three scores of every head on every row of repeated random tokens."""
@@ -160,9 +163,10 @@ def in_context_score(
     other = _text_rows(model, 6, tokens, skip + n)
     reference = head_means(model, [other])
     scores, means = [], []
+    rows = max(1, min(4, LOGITS // (tokens * model.hf.get_input_embeddings().weight.shape[0])))
     for heads in progress(sets, "text"):
         with ablated(model, heads, reference):
-            loss = torch.cat([token_losses(model, Batch(*(t[i : i + 4] for t in batch))) for i in range(0, n, 4)])
+            loss = torch.cat([token_losses(model, Batch(*(t[i : i + rows] for t in batch))) for i in range(0, n, rows)])
         scores.append(loss[:, -tokens // 4 :].nanmean(-1) - loss[:, 10:50].nanmean(-1))
         means.append(loss.nanmean(-1))
     return torch.stack(scores), torch.stack(means)

@@ -235,7 +235,7 @@ def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src
     names = [
         hook_name(model, f"attn.hook_{kind}", layer) for layer in range(model.n_layers) for kind in ("pattern", "v")
     ]
-    _, cache = model.bridge.run_with_cache(batch.input_ids, names_filter=names)
+    _, cache = model.bridge.run_with_cache(batch.input_ids, names_filter=names, logits_to_keep=1)
     weighted = []
     for layer in range(model.n_layers):
         value = cache[hook_name(model, "attn.hook_v", layer)][0]

@@ -1,15 +1,15 @@
 """The long runs behind notebook 02: ``glassbox study heads-induction``, ``heads-semantic``, ``heads-bias`` and so on.
 
-Each ``*_content`` function measures one family of heads on any model at any size; the studies run them at full
-size on the embedded model, resumably, and write ``data/studies/heads_*.json`` with provenance. ``heads-table``
-joins them to ``data/heads/heads.csv``. ``content`` gives a notebook the stored table if it belongs to the model at
+Each ``*_content`` function measures one family of heads on any model at any size; the studies run them on the model of
+the prepared folder at its size, resumably, and write ``studies/heads_*.json`` there with provenance. ``heads-table``
+joins them to ``heads/heads.csv``. ``content`` gives a notebook the stored table if it belongs to the model at
 hand, and else measures a small one on the spot.
 """
 
 import csv
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from glassbox_utils.attention import heads, patterns
 from glassbox_utils.attention.ablation import head_means
 from glassbox_utils.attention.bias import (
+    Swap,
     attention_gap,
     by_occupations,
     pronoun_effects,
@@ -40,13 +41,15 @@ from glassbox_utils.attention.induction import (
     natural_repeats,
 )
 from glassbox_utils.attention.semantic import category_preference, semantic_scores, word_lists
-from glassbox_utils.core.assets import DATA
+from glassbox_utils.core import prepared
 from glassbox_utils.core.devices import array
+from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import Head
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model, ModelError
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.statistics import adjust, mean_ci, sign_flip_p, spearman
-from glassbox_utils.core.studies import STUDIES, read_table, resumed, write_table
-from glassbox_utils.core.text import Batch, tokenize
+from glassbox_utils.core.studies import has_table, read_table, resumed, write_table
+from glassbox_utils.core.text import Batch, following, tokenize
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Size:
     preferences: int = 64
     swaps: int = 432
     referents: int = 36
+    units: int = 36
+    """pairs of prompts that ask for a pronoun"""
+    receivers: int = 6
+    """induction heads whose keys are patched"""
+    draws: int = 4
+    """of each kind of control for the ablation curve; with two or fewer it has ``FEW_KS``"""
     schemas: int = 400
     """WinoBias pairs of type 1 whose attention is measured"""
     winobias: int = 200
@@ -71,11 +80,19 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(6, 4, 4, 4, 60, 3, 24, 16, 36, 4, 12, 12)
+LEAST = Size(8, 4, 4, 4, 160, 4, 16, 16, 48, 8, 8, 2, 2, 24, 16)
+"""what a study takes however small the budget: intervals need cases"""
+QUICK = Size(6, 4, 4, 4, 60, 3, 24, 16, 36, 4, 6, 2, 2, 12, 8)
 """for models without a stored study: seconds instead of minutes, and wide intervals"""
-KS = (1, 2, 4, 6, 8, 10)
+KS, FEW_KS = (1, 2, 4, 6, 8, 10), (1, 2, 6, 10)
+SEMANTIC_KS = (2, 4, 6)
 K = 5
 """heads in a set of the bias section"""
+
+
+def size_here() -> Size:
+    """How many prompts the prepared folder in use asks for: ``FULL`` in ``data/``."""
+    return Size(**{f.name: prepared.sized(getattr(FULL, f.name), getattr(LEAST, f.name)) for f in fields(Size)})
 
 
 def _round(values: Tensor | NDArray | Sequence[float], digits: int = 4) -> Any:
@@ -136,9 +153,12 @@ def induction_ablation(
 ) -> dict[str, Any]:
     """The ablation curve on repeated tokens, and the in-context learning score on real text."""
     length = min(50, (model.n_context - 1) // 2)
-    ks = [k for k in KS if k <= len(ranking)]
-    curve = ablation_curve(model, ranking, ks, size.ablation_rows, length, draws=4, seed=12, avoid=avoid)
-    some = [k for k in (4, 10) if k <= len(ranking)]
+    free = model.n_layers * model.n_heads - len({*map(tuple, ranking), *map(tuple, avoid)})
+    ks = [k for k in (KS if size.draws > 2 else FEW_KS) if k <= min(len(ranking), free)]
+    if not ks:
+        raise ModelError(f"{model.name} has too few heads for a control of one: {model.n_layers * model.n_heads}.")
+    curve = ablation_curve(model, ranking, ks, size.ablation_rows, length, size.draws, seed=12, avoid=avoid)
+    some: list[int] = [k for k in ks if k in (4, 10)] or [ks[-1]]
     sets: list[list[Head]] = [[]]
     names = ["none"]
     for k in some:
@@ -179,8 +199,11 @@ def induction_paths(model: Model, receivers: Sequence[Head], size: Size = FULL) 
         found = [senders[int(i)] for i in lost.argsort(descending=True)[:2]]
         control: list[Head] = []
         for draw in range(3):
+            if model.n_layers * model.n_heads < 2 * len(found) + len(control):
+                break
             free = heads.random_heads(model, found, draw, control)
             control += [h for h in free if h[0] < receiver[0]]
+        control = control or [h for h in senders if h not in found]
         base, patched = composition(model, [*found, *control], receiver, size.path_rows, length, seed=14)
         for index, sender in enumerate([*found, *control]):
             pairs.append(
@@ -202,10 +225,13 @@ def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
     """Attention to words of the same category: all heads, two disjoint sets of categories, and what ablation does."""
     select = semantic_scores(model, word_lists(model, "selection", size.lists))
     report = semantic_scores(model, word_lists(model, "report", size.lists))
-    ranking = _top(select.mean(0), 6)
+    ks = [k for k in SEMANTIC_KS if 2 * k <= model.n_layers * model.n_heads]  # as many must remain as controls
+    if not ks:
+        raise ModelError(f"{model.name} has too few heads for a control of two: {model.n_layers * model.n_heads}.")
+    ranking = _top(select.mean(0), ks[-1])
     sets: list[list[Head]] = [[]]
     names = ["none"]
-    for k in (2, 4, 6):
+    for k in ks:
         sets.append(ranking[:k])
         names.append(f"top {k}")
         for draw in range(4):
@@ -220,7 +246,7 @@ def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
         "report": _map(report, test=True),
         "rows": {"heads": ranking, "score": _round(torch.stack([report[:, a, b] for a, b in ranking]))},
         "preference": {"sets": names, "heads": sets, "value": _round(preference)},
-        "text_loss": {"sets": ["none", "top 6", "random 6", "random 6"], "value": _round(losses)},
+        "text_loss": {"sets": ["none", f"top {ks[-1]}", *[f"random {ks[-1]}"] * 2], "value": _round(losses)},
     }
 
 
@@ -240,23 +266,27 @@ def bias_looks(model: Model, n_swaps: int, n_schemas: int) -> dict[str, Any]:
         gaps = attention_gap(model, pairs)
         result[split] = _map(by_occupations(gaps, pairs), test=True) | {"pairs": len(pairs)}
         if split == "report":
-            ranking = _top(result["selection"]["mean"], 10)
+            ranking = _leading(model, result["selection"]["mean"])
             result["rows"] = {"heads": ranking, "gap": _round(torch.stack([gaps[:, a, b] for a, b in ranking]))}
     for half in ("dev", "test"):
         gaps = winobias_gap(model, _some(winobias(1, half), n_schemas))
         result[f"winobias_{half}"] = _map(gaps, test=True)
-    return result | {"ranking": _top(result["selection"]["mean"], 10)}
+    return result | {"ranking": _leading(model, result["selection"]["mean"])}
 
 
-def bias_chosen(model: Model) -> list[Head]:
+def bias_chosen(model: Model, units: int = FULL.units) -> list[Head]:
     """The heads that carry most of the pronoun gap on selection prompts, by a first-order guess."""
-    return _top(pronoun_effects_guessed(model, "selection").mean(0), 10)
+    return _leading(model, pronoun_effects_guessed(model, "selection", units).mean(0))
 
 
-def bias_acts(model: Model) -> dict[str, Any]:
+def _leading(model: Model, scores: Any) -> list[Head]:
+    return _top(scores, min(10, model.n_layers * model.n_heads))
+
+
+def bias_acts(model: Model, units: int = FULL.units) -> dict[str, Any]:
     """Pronoun choice after one occupation, report prompts: exact mean ablation of every head, direct attribution."""
-    gap, ablated, direct = pronoun_effects(model, "report")
-    guess = pronoun_effects_guessed(model, "report")
+    gap, ablated, direct = pronoun_effects(model, "report", units=units)
+    guess = pronoun_effects_guessed(model, "report", units)
     return {
         "gap": _round(gap),
         "ablation": _map(ablated, test=True),
@@ -265,25 +295,42 @@ def bias_acts(model: Model) -> dict[str, Any]:
     }
 
 
+def _asked(model: Model, split: heads.Split) -> list[Swap]:
+    """The pairs that can be patched and read: as many tokens with either pronoun, and two occupations that begin with
+    different tokens."""
+    pairs = swaps(split)
+    counts = [[len(following(model, text)) for text in p.full] for p in pairs]
+    first = [[heads.first_id(model, word) for word in (p.male, p.female)] for p in pairs]
+    found = [p for p, (a, b), (x, y) in zip(pairs, counts, first, strict=True) if a == b and x != y]
+    if len(found) < 2:
+        raise ModelError(
+            f"The tokenizer of {model.name} writes the pronouns of our pairs with different numbers of tokens, or "
+            "begins the names of all occupations with the same one: who was meant can't be read off one logit. Take a "
+            "model with larger tokens."
+        )
+    return found
+
+
 def bias_refers(model: Model, n: int) -> dict[str, Any]:
     """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on report pairs."""
-    chosen = heads.shuffled(swaps("selection"), n, seed=3)
+    chosen = heads.shuffled(_asked(model, "selection"), n, seed=3)
     total, guess = referent_patching(model, chosen, "gradient")
     result = {"selection": {"total": _round(total), "effect": _map(guess, test=True)}}
-    reported = heads.shuffled(swaps("report"), n, seed=4)
+    reported = heads.shuffled(_asked(model, "report"), n, seed=4)
     total, effect = referent_patching(model, reported, "exact")
     _, guess = referent_patching(model, reported, "gradient")
     agreement = spearman(guess.mean(0), effect.mean(0))
     result["report"] = {"total": _round(total), "effect": _map(effect, test=True)}
     result["gradient_agreement"] = asdict(agreement.rho)
-    return result | {"ranking": _top(result["selection"]["effect"]["mean"], 10)}
+    return result | {"ranking": _leading(model, result["selection"]["effect"]["mean"])}
 
 
 def bias_sets(
     model: Model, looks: Sequence[Head], acts: Sequence[Head], refers: Sequence[Head]
 ) -> dict[str, list[Head]]:
     """The sets of heads whose loss is compared: found by looking, by acting, by referring, and random ones."""
-    found: list[list[Head]] = [[(a, b) for a, b in x[:K]] for x in (looks, acts, refers)]
+    k = max(1, min(K, model.n_layers * model.n_heads // 4))  # three sets, and as many heads again as controls
+    found: list[list[Head]] = [[(a, b) for a, b in x[:k]] for x in (looks, acts, refers)]
     sets: dict[str, list[Head]] = dict(zip(("none", "looking", "acting", "referring"), ([], *found), strict=True))
     everything = [h for heads_ in found for h in heads_]
     for draw in range(2):
@@ -302,7 +349,8 @@ def winobias_behaviour(model: Model, sets: dict[str, list[Head]], kind: Literal[
 def other_behaviour(model: Model, sets: dict[str, list[Head]], size: Size = FULL) -> dict[str, Any]:
     """Pronoun gap on report prompts, and the cost on held-out text, with each set mean-ablated."""
     _, text = in_context_score(model, list(sets.values()), size.texts, min(120, model.n_context))
-    return {"pronoun_gap": _round(pronoun_gap(model, list(sets.values()))), "text_loss": _round(text)}
+    gap = pronoun_gap(model, list(sets.values()), units=size.units)
+    return {"pronoun_gap": _round(gap), "text_loss": _round(text)}
 
 
 def _behaviour(model: Model, sets: dict[str, list[Head]], size: Size) -> dict[str, Any]:
@@ -318,31 +366,49 @@ def _behaviour(model: Model, sets: dict[str, list[Head]], size: Size) -> dict[st
 
 
 def _part(model: Model, name: str, work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """One resumable part: what was measured on these weights with these settings is not measured again."""
+    """One resumable part: what was measured on these weights with these settings is not measured again.
+
+    On a model that has no prepared folder nothing is kept: a notebook measures on the spot.
+    """
+    if not prepared.is_for(model):
+        return work(model, *args, **settings)
     return resumed("heads", [name, model.hash, args, settings], lambda: work(model, *args, **settings))
+
+
+def _avoided(induction: dict[str, Any]) -> list[Head]:
+    """Heads that no control may contain: above 0.1 in the map (above the median where most heads are)."""
+    mean = np.asarray(induction["mean"])
+    return [(int(a), int(b)) for a, b in np.argwhere(mean > max(0.1, float(np.median(mean))))]
+
+
+def _received(ranking: Sequence[Head], size: Size) -> list[Head]:
+    """The induction heads whose keys are patched: the first that have heads before them."""
+    return [(a, b) for a, b in ranking if a > 0][: size.receivers]
 
 
 def study_induction() -> Path:
     """Maps, curve and paths of the induction heads (about 10 minutes on 2 idle cores)."""
-    started, model = time.time(), load_model()
-    maps = _part(model, "induction maps", induction_content)
-    ranking = [tuple(h) for h in maps["ranking"]]
-    avoid = [tuple(h) for h in np.argwhere(np.asarray(maps["induction"]["mean"]) > 0.1).tolist()]
-    curve = _part(model, "induction ablation, 4 matched", induction_ablation, ranking, avoid)
-    paths = _part(model, "induction paths", induction_paths, ranking[:6])
+    started, model, size = time.time(), load_subject(), size_here()
+    maps = _part(model, "induction maps", induction_content, size)
+    ranking = [(a, b) for a, b in maps["ranking"]]
+    curve = _part(
+        model, "induction ablation, 4 matched", induction_ablation, ranking, _avoided(maps["induction"]), size
+    )
+    paths = _part(model, "induction paths", induction_paths, _received(ranking, size), size)
     return write_table("heads_induction", model, time.time() - started, maps=maps, curve=curve, paths=paths)
 
 
 def study_semantic() -> Path:
     """Maps and ablation of the semantic heads (about 3 minutes)."""
-    started, model = time.time(), load_model()
-    return write_table("heads_semantic", model, time.time() - started, **_part(model, "semantic", semantic_content))
+    started, model = time.time(), load_subject()
+    part = _part(model, "semantic", semantic_content, size_here())
+    return write_table("heads_semantic", model, time.time() - started, **part)
 
 
-def _bias_parts(model: Model, size: Size = FULL) -> dict[str, Any]:
+def _bias_parts(model: Model, size: Size) -> dict[str, Any]:
     looks = _part(model, "bias looks", bias_looks, size.swaps, size.schemas)
-    chosen = _part(model, "bias chosen", bias_chosen)
-    acts = _part(model, "bias acts", bias_acts)
+    chosen = _part(model, "bias chosen", bias_chosen, size.units)
+    acts = _part(model, "bias acts", bias_acts, size.units)
     refers = _part(model, "bias refers", bias_refers, size.referents)
     sets = bias_sets(model, looks["ranking"], chosen, refers["ranking"])
     return {"looks": looks, "chosen": chosen, "acts": acts, "refers": refers, "sets": sets}
@@ -350,18 +416,15 @@ def _bias_parts(model: Model, size: Size = FULL) -> dict[str, Any]:
 
 def study_bias() -> Path:
     """Attention gaps and causal effects of every head (about 15 minutes)."""
-    started, model = time.time(), load_model()
-    return write_table("heads_bias", model, time.time() - started, **_bias_parts(model))
+    started, model = time.time(), load_subject()
+    return write_table("heads_bias", model, time.time() - started, **_bias_parts(model, size_here()))
 
 
 def study_winobias() -> Path:
     """Behaviour before and after ablating the sets of heads that the bias study chose (about 15 minutes)."""
-    started, model = time.time(), load_model()
-    behaviour = _behaviour(model, _bias_parts(model)["sets"], FULL)
+    started, model, size = time.time(), load_subject(), size_here()
+    behaviour = _behaviour(model, _bias_parts(model, size)["sets"], size)
     return write_table("heads_winobias", model, time.time() - started, **behaviour)
-
-
-TABLE = DATA / "heads" / "heads.csv"
 
 
 def study_table() -> Path:
@@ -378,14 +441,15 @@ def study_table() -> Path:
         "referent_patching": bias["refers"]["report"]["effect"],
     }
     shape = np.shape(columns["induction"]["mean"])
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    with open(TABLE, "w", newline="", encoding="utf-8") as file:
+    table = prepared.path("heads", "heads.csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         parts = [(name, part) for name, m in columns.items() for part in ("mean", "low", "high", "q") if part in m]
         writer.writerow(["layer", "head", *(name if part == "mean" else f"{name}_{part}" for name, part in parts)])
         for layer, head in np.ndindex(*shape):
             writer.writerow([layer, head, *(columns[name][part][layer][head] for name, part in parts)])
-    return TABLE
+    return table
 
 
 STUDIES_OF_HEADS: dict[str, Callable[[], Path]] = {
@@ -399,13 +463,14 @@ STUDIES_OF_HEADS: dict[str, Callable[[], Path]] = {
 
 def stored(name: str, model: Model) -> dict[str, Any] | None:
     """The table of a study if there is one and it belongs to these weights, else None."""
-    path = STUDIES / f"{name}.json"
-    table = read_table(name) if path.exists() else None
-    return table if table and table["provenance"]["model_hash"] == model.hash else None
+    return read_table(name) if has_table(name, model) else None
 
 
-def content(name: str, model: Model) -> dict[str, Any]:
-    """The stored study, or for another model the same measurements at ``QUICK`` size (one or two minutes)."""
+def content(name: str, model: Model, bias: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The stored study, or for another model the same measurements at ``QUICK`` size (one or two minutes).
+
+    ``bias``: the content of that name, whose sets of heads ``winobias`` ablates; without it they are chosen again.
+    """
     if table := stored(f"heads_{name}", model):
         return table
     if name == "semantic":
@@ -415,12 +480,19 @@ def content(name: str, model: Model) -> dict[str, Any]:
         ranking = maps["ranking"]
         return {
             "maps": maps,
-            "curve": induction_ablation(model, ranking, [], QUICK),
-            "paths": induction_paths(model, [h for h in ranking if h[0] > 0][:2], QUICK),
+            "curve": induction_ablation(model, ranking, _avoided(maps["induction"]), QUICK),
+            "paths": induction_paths(model, _received(ranking, QUICK), QUICK),
         }
-    looks = bias_looks(model, QUICK.swaps, QUICK.schemas)
-    chosen, refers = bias_chosen(model), bias_refers(model, QUICK.referents)
-    sets = bias_sets(model, looks["ranking"], chosen, refers["ranking"])
     if name == "winobias":
-        return _behaviour(model, sets, QUICK)
-    return {"looks": looks, "chosen": chosen, "acts": bias_acts(model), "refers": refers, "sets": sets}
+        sets = (bias or _bias_parts(model, QUICK))["sets"]
+        return _behaviour(model, {n: [(a, b) for a, b in found] for n, found in sets.items()}, QUICK)
+    return _bias_parts(model, QUICK)
+
+
+def attempt(name: str, model: Model, bias: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """``content``, or None where this model can't be measured so: the reason is printed instead."""
+    try:
+        return content(name, model, bias)
+    except GlassboxError as reason:
+        print(f"{name}: not measured on {model.name}. {reason}")
+        return None
