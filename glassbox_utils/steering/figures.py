@@ -3,6 +3,7 @@
 Tables are pandas, figures matplotlib on the current style.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -109,11 +110,14 @@ def heat_maps(table: Table, rows: str = "layer", picked: Mapping[str, Any] | Non
     for axis, (label, values) in zip(axes, panels, strict=True):
         square = grid.assign(value=values).pivot(index=rows, columns="alpha", values="value")
         names = [f"{v:.0f}" if isinstance(v, float) else v for v in square.index]
+        known = square.to_numpy()[np.isfinite(square)]  # layers may have been swept at other strengths each
         axis.imshow(square, aspect="auto", origin="lower", cmap="viridis")
         axis.set_xticks(range(square.shape[1]), [f"{a:g}" for a in square.columns])
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
-        middle = (square.to_numpy().max() + square.to_numpy().min()) / 2
+        middle = (known.max() + known.min()) / 2
         for (i, j), value in np.ndenumerate(square.to_numpy()):
+            if not np.isfinite(value):
+                continue
             colour = "white" if value < middle else "black"
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         if picked:
@@ -154,10 +158,14 @@ class Report:
         turned = (f"{kind} {-step:g}", f"{kind} {step:g}")
         return turned if turned[1] in self.rows else (f"{kind} -", f"{kind} +")
 
+    def has(self, kind: str) -> bool:
+        """Was this kind measured? A model may know no system prompt, or not fit an adapter."""
+        return self.signs(kind)[1] in self.rows
+
     def effect(self, kind: str, step: float = 1.0, ruler: str = "tone") -> Interval:
         """Tone at plus minus tone at minus, paired by prompt: of ``steer``, ``shared 3``, ``lora``, …
 
-        ``ruler``: tone (VADER) or second (``study.study_ruler``, -4 to 4).
+        ``ruler``: tone (VADER) or second (``ruler_study.study_ruler``, -4 to 4).
         """
         minus, plus = (np.array(self.rows[name][ruler]) for name in self.signs(kind, step))
         return bootstrap_ci(plus - minus, seed=SEED)
@@ -171,7 +179,7 @@ class Report:
         pairs = tuple(np.array(self.rows[n][key]) for n in (name, "steer 0") for key in ("loss", "tokens"))
 
         def times(loss: NDArray, tokens: NDArray, plain: NDArray, plain_tokens: NDArray) -> float:
-            return float(np.exp(loss.sum() / tokens.sum() - plain.sum() / plain_tokens.sum()))
+            return float(np.exp(loss.sum() / max(tokens.sum(), 1) - plain.sum() / max(plain_tokens.sum(), 1)))
 
         return bootstrap_ci(pairs, times, n_resamples=500, seed=SEED)
 
@@ -195,6 +203,11 @@ def strongest_of(others: Sequence[Interval]) -> Interval:
     return max(others, key=lambda i: abs(i.value))
 
 
+def times_as_far(effect: Interval, other: Interval) -> float:
+    """How many times as far an effect is as another; infinite if the other is none at all."""
+    return effect.value / abs(other.value) if other.value else float(np.copysign(np.inf, effect.value))
+
+
 def control_table(report: Report) -> Any:
     """Each vector beside the random directions of its own length."""
     import pandas as pd
@@ -209,7 +222,7 @@ def control_table(report: Report) -> Any:
         row["effect"] = cell(effect)
         row |= {"strongest of ten random": cell(strongest), "prompts they answered": strongest.n}
         row |= {"mean size of the ten": f"{np.mean([abs(i.value) for i in others]):.2f}"}
-        row |= {"times the strongest": f"{effect.value / abs(strongest.value):.1f}"}
+        row |= {"times the strongest": f"{times_as_far(effect, strongest):.1f}"}
         ppl = [report.perplexity(name) for name in report.signs(kind, step)]
         row |= {"perplexity × − / +": " / ".join(f"{v:.2f}" for v in ppl)}
         rows.append(row)
@@ -228,7 +241,7 @@ def rulers_table(report: Report, step: float) -> Any:
             "five strengths, − to +": " ".join(f"{m:+.2f}" for m in means),
             "effect": cell(effect),
             "strongest of ten random": cell(strongest),
-            "times the strongest": f"{effect.value / abs(strongest.value):.1f}",
+            "times the strongest": f"{times_as_far(effect, strongest):.1f}",
         }
     return pd.DataFrame(rows)
 
@@ -254,11 +267,14 @@ def words_table(found: Mapping[str, Mapping[str, tuple[int, int]]]) -> Any:
     """What ``telling_words`` finds, a column for each end."""
     import pandas as pd
 
-    return pd.DataFrame({k: [f"{w} ({there}, {plain})" for w, (there, plain) in v.items()] for k, v in found.items()})
+    columns = {k: pd.Series([f"{w} ({there}, {plain})" for w, (there, plain) in v.items()]) for k, v in found.items()}
+    return pd.DataFrame(columns).fillna("")
 
 
 def effect_without(report: Report, words: Collection[str]) -> Interval:
     """The effect of a full turn if the lexicon counts none of these words, in any answer."""
+    if not words:
+        return report.effect("steer")
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
     minus, plus = (
         style.tone([pattern.sub(" ", text) for text in report.rows[name]["answers"]])
@@ -268,7 +284,7 @@ def effect_without(report: Report, words: Collection[str]) -> Interval:
 
 
 def dial_figure(report: Report) -> Any:
-    """Mean tone over the strengths, and the ten shared random directions."""
+    """Mean tone over the strengths, and the ten shared random directions; the title says which of the two moves it."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots()
@@ -276,12 +292,14 @@ def dial_figure(report: Report) -> Any:
     steps = [float(name.split()[1]) for name in report.steps]
     strengths = [step * report.table["alpha"] for step in steps]
     drawn = [step for step in steps if step and f"shared 0 {step:g}" in report.rows]
+    n, ends = len(report.rows["steer 0"]["tone"]), []
     for k in range(N_RANDOM):
         points = [(0.0, means[len(means) // 2].value)]
         for step in drawn:
             tone = np.array(report.rows[f"shared {k} {step:g}"]["tone"])
             start = np.mean(report.rows["steer 0"]["tone"][: len(tone)])  # of the prompts that they answered
             points.append((step * report.table["alpha"], points[0][1] + tone.mean() - start))
+        ends += [abs(report.effect(f"shared {k}", drawn[-1]).value)] if drawn else []
         label = "ten random directions" if k == 0 else None
         axis.plot(*zip(*sorted(points), strict=True), color=figures.GREY, alpha=0.5, linewidth=1, label=label)
     errors = [[i.value - i.low for i in means], [i.high - i.value for i in means]]
@@ -290,11 +308,26 @@ def dial_figure(report: Report) -> Any:
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set(
         xlabel="strength α at each of the layers (typical residual norms)",
-        ylabel="mean tone of 200 answers\n(VADER, −1 to 1)",
-        title="The dial moves the tone step by step; most random directions of the same length do not",
+        ylabel=f"mean tone of {n} answers\n(VADER, −1 to 1)",
+        title=dial_title([i.value for i in means], report.effect("steer").value, ends),
     )
     axis.legend()
     return figure
+
+
+def dial_title(means: Sequence[float], effect: float, others: Sequence[float]) -> str:
+    """What the figure shows: is the tone monotone in the strength, and do most random directions move it as well?
+
+    ``others``: sizes of the random directions' effects. A fifth of the vector's effect counts as moving it.
+    """
+    if all(b > a for a, b in itertools.pairwise(means)):
+        first = "The dial moves the tone step by step"
+    else:
+        first = "The tone does not go step by step with the dial"
+    most = np.mean([other < abs(effect) / 5 for other in others]) > 0.5 if others else None
+    if most is None:
+        return first
+    return f"{first}; most random directions of the same length " + ("do not" if most else "do too")
 
 
 METHODS = {
@@ -355,7 +388,7 @@ def frontier_figure(report: Report) -> Any:
     axis.axhline(2, color=figures.GREY, linewidth=1)
     axis.axhline(1, color="black", linewidth=0.5)
     axis.set(
-        xlabel="mean tone of 200 answers (VADER)",
+        xlabel=f"mean tone of {len(report.rows['steer 0']['tone'])} answers (VADER)",
         ylabel="perplexity under the unsteered model\n(times that of unsteered answers)",
         title="What each method pays for its tone: lower is cheaper, further out is stronger",
     )
@@ -430,6 +463,10 @@ def priced(report: Report, costs: Table, method: str, target: float) -> dict[str
         if not points:
             found[label] = "no prompt there" if kind == "text" and method in PROMPTS else "not measured"
             continue
+        effects = [effect for effect, _ in points]
+        if not 0 <= target <= max(effects) or sorted([0.0, *effects]) != [0.0, *effects]:
+            found[label] = "not reached"
+            continue
         i = bootstrap_ci(at_effect([(0.0, 0 * points[0][1]), *points], target), seed=SEED)
         times = Interval(float(np.exp(i.value)), float(np.exp(i.low)), float(np.exp(i.high)), i.n)
         found[label] = cell(times, sign="") if kind == "answers" else cell(i)
@@ -439,17 +476,20 @@ def priced(report: Report, costs: Table, method: str, target: float) -> dict[str
 def equal_effect_table(report: Report, costs: Table) -> Any:
     """Steering, LoRA and prompts read at the same effects: the prompts', and that of steering or LoRA at full strength.
 
-    Of the last two the weaker, whose effect both reach.
+    Of the last two the weaker, whose effect both reach. Methods that were not measured are left out.
     """
     import pandas as pd
 
-    columns, kinds = {}, {"steering": "steer", "LoRA": "lora"}
-    weaker, stronger = sorted(kinds, key=lambda method: report.effect(kinds[method]).value)
+    columns = {}
+    kinds = {name: kind for name, kind in (("steering", "steer"), ("LoRA", "lora")) if report.has(kind)}
+    weaker, *stronger = sorted(kinds, key=lambda method: report.effect(kinds[method]).value)
     for asked, kind, others in (
         ("system prompt", "system", ("steering", "steering, one layer", "LoRA")),
         ("three examples", "few-shot", ("steering", "LoRA")),
-        (weaker, kinds[weaker], (stronger,)),
+        (weaker, kinds[weaker], stronger),
     ):
-        for method in (asked, *others):
+        for method in (asked, *others) if report.has(kind) else ():
+            if all(name not in report.rows for signs in STRENGTHS[method] for name in signs):
+                continue
             columns[f"as far as {asked}", method] = priced(report, costs, method, report.effect(kind).value)
     return pd.DataFrame(columns).T

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glassbox_utils.core import assets, files
+from glassbox_utils.core import assets, files, prepared
+from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.losses import answer_losses, text_losses
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
-from glassbox_utils.steering import contrast, study, style
+from glassbox_utils.steering import contrast, ruler_study, study, style
 from glassbox_utils.steering.apply import continuations, steer
 from glassbox_utils.steering.vectors import SteeringError, Vector, fingerprint, parts_of, random_vector
 
 
 def few_shot(side: str, question: str) -> list[dict[str, str]]:
     """Three answered turns with sentences of the train split, then the question."""
-    positive, negative = contrast.pairs("tone", "train")
+    positive, negative = study.train_pairs("tone")
     shown = (positive if side == "positive" else negative)[:3]
     turns = []
     for asked, answer in zip(study.GENERIC, shown, strict=False):
@@ -42,28 +44,43 @@ def prompted(model: Model, kind: str, side: str, question: str) -> str:
     return chat(model, few_shot(side, question), study.NO_SYSTEM)
 
 
-@cache
+PROJECTIONS = (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
+"""names of the layers that make queries and values, apart or as one matrix with the keys"""
+
+
+def projections(model: Model) -> list[str]:
+    """The names under which this model makes queries and values. SteeringError if none is known."""
+    names = {name.rpartition(".")[2] for name, _ in model.hf.named_modules()}
+    found = next((list(p) for p in PROJECTIONS if names.issuperset(p)), None)
+    if found is None:
+        known = "; ".join(" and ".join(p) for p in PROJECTIONS)
+        raise SteeringError(f"No layers of {model.name} are known to make queries and values: {known}.")
+    return found
+
+
 def lora(side: str) -> Path:
     """Train a LoRA on the same sentences that the vector was fitted on; a folder in the cache.
 
-    Rank 4 on q and v, AdamW at 1e-3, 4 epochs in batches of 8, loss on the answer only: fixed before it
-    was measured.
+    Rank 4 on the queries and values, AdamW at 1e-3, 4 epochs in batches of 8, loss on the answer only: fixed before
+    it was measured.
     """
     from peft import LoraConfig, get_peft_model
 
-    folder = assets.cache_dir() / "studies" / "steering_lora" / side
+    texts = [str(t) for t in study.train_pairs("tone")[0 if side == "positive" else 1]]
+    about = f"{side}-{prepared.card().model_hash}-{len(texts)}"
+    folder = assets.cache_dir() / "studies" / "steering_lora" / about
     if (folder / "adapter_config.json").exists():
         return folder
-    model = load_model()
+    model = load_subject()
     torch.manual_seed(SEED)
-    net = get_peft_model(model.hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
-    texts = [str(t) for t in contrast.pairs("tone", "train")[0 if side == "positive" else 1]]
+    net = get_peft_model(model.hf, LoraConfig(r=4, lora_alpha=8, target_modules=projections(model)))
     optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     rng = np.random.default_rng(SEED)
     steps = [part for _ in range(4) for part in np.array_split(rng.permutation(len(texts)), len(texts) // 8)]
     for step, rows in enumerate(progress(steps, f"LoRA {side}")):
         before = [chat(model, study.GENERIC[(step + k) % len(study.GENERIC)]) for k in range(len(rows))]
-        batch = tokenize(model, [b + texts[i] + model.tokenizer.eos_token for b, i in zip(before, rows, strict=True)])
+        end = model.tokenizer.eos_token or ""
+        batch = tokenize(model, [b + texts[i] + end for b, i in zip(before, rows, strict=True)])
         n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
         answer = (batch.attention_mask.cumsum(-1) > n_before[:, None]) & batch.attention_mask.bool()
         loss = net(**batch.inputs, labels=batch.input_ids.masked_fill(~answer, -100)).loss
@@ -93,7 +110,7 @@ def condition(name: str, plain: Model) -> Iterator[Model]:
     """The model of a condition that changes the model: ``lora +``, ``half-lora -``, ``steer X``, else plain."""
     if name.split()[0] in ("lora", "half-lora"):
         side = "positive" if name.endswith("+") else "negative"
-        yield load_model(adapter=half_lora(side) if name.startswith("half") else lora(side))
+        yield load_subject(adapter=half_lora(side) if name.startswith("half") else lora(side))
     elif name.startswith(("steer", "single")) and (setting := setting_of(name)):
         with steer(plain, *setting):
             yield plain
@@ -121,7 +138,7 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
     kind = name.split()[0]
     if kind in ("steer", "single", *RANDOM_KINDS):
         settings = [setting_of(name)] * len(questions)
-        return continuations(model, questions, settings, study.NEW_TOKENS, 100, system=study.NO_SYSTEM)
+        return continuations(model, questions, settings, study.NEW_TOKENS, BATCH, system=study.NO_SYSTEM)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     texts = [""] * len(questions)
     with condition(name, model) as used_model:
@@ -137,11 +154,42 @@ def answers_of(name: str, model: Model, questions: Sequence[str]) -> list[str]:
 
 
 BASELINES = ("system", "few-shot", "lora")
-"""``half-lora`` can be put beside them: the same adapter at half its strength"""
+"""a model may not know one (its template no system prompt, its context no examples): left out, with the reason.
+
+``half-lora`` can be put beside them: the same adapter at half its strength"""
 MAIN = (
     [f"steer {s:.4g}" for s in study.STEPS] + [f"{k} {s}" for k in BASELINES for s in "-+"] + ["single -1", "single 1"]
 )
 RANDOM_KINDS = (*study.KINDS, "single-random")
+BATCH = 100
+"""answers that are written at once"""
+
+
+def report_prompts() -> list[str]:
+    """The 200 report prompts; fewer where the folder's size is small."""
+    return contrast.prompts("report")[: prepared.sized(200, 16)]
+
+
+def half_of(prompts: Sequence[str], part: int) -> Sequence[str]:
+    """The first half of the prompts, or the second."""
+    middle = len(prompts) // 2
+    return prompts[middle:] if part else prompts[:middle]
+
+
+def left_out(name: str, model: Model) -> str:
+    """Why this model can't be measured under a baseline: one paragraph; empty if it can."""
+    if name.split()[0] not in BASELINES:
+        return ""
+    try:
+        if "lora" in name:
+            projections(model)
+        else:
+            longest = max(report_prompts(), key=len)
+            for side in ("positive", "negative"):
+                generate(model, prompted(model, name.split()[0], side, longest), study.NEW_TOKENS)
+    except GlassboxError as reason:
+        return str(reason)
+    return ""
 
 
 def random_conditions() -> dict[str, int]:
@@ -171,43 +219,67 @@ def _losses(model: Model, questions: Sequence[str], answers: Sequence[str]) -> l
 
 
 def tone_row(model: Model, name: str) -> dict[str, Any]:
-    """One condition on the 200 report prompts: tone, losses, relevance (of the first 50) and the answers."""
-    questions = contrast.prompts("report")
+    """One condition on the report prompts: tone, losses, relevance (of the first 50) and the answers."""
+    questions = report_prompts()
     texts = answers_of(name, model, questions)
     row: dict[str, Any] = {"condition": name, "tone": style.tone(texts).round(4).tolist(), "answers": texts}
-    row["second"] = study.read_tone(model, texts)
+    row["second"] = ruler_study.read_tone(model, texts)
     losses, counts = answer_losses(model, questions, texts, 50, study.NO_SYSTEM)
-    few, others = slice(0, 50), [*questions[1:], questions[0]]  # relevance is as costly as generation
+    few = slice(0, prepared.sized(50, 16))  # relevance is as costly as generation
+    others = [*questions[1:], questions[0]]
     unrelated, _ = answer_losses(model, others[few], texts[few], 50, study.NO_SYSTEM)
     relevance = (unrelated - losses[few]) / np.maximum(counts[few], 1)
     row |= {"loss": losses.round(3).tolist(), "tokens": counts.tolist()}
     return row | {"relevance": relevance.round(4).tolist()}
 
 
-def random_tones(model: Model, name: str, part: int) -> dict[str, list[float]]:
-    """Tone under a random direction, on one half of the report prompts; of the shared ones by both rulers."""
-    texts = answers_of(name, model, contrast.prompts("report")[100 * part : 100 * (part + 1)])
-    found = {"tone": style.tone(texts).round(4).tolist()}
-    return found | ({"second": study.read_tone(model, texts)} if name.startswith("shared") else {})
+def random_tones(model: Model, conditions: Sequence[tuple[str, int]]) -> list[dict[str, list[float]]]:
+    """Tone under random directions, each on one half of the report prompts; of the shared ones by both rulers."""
+    asked = [half_of(report_prompts(), part) for _, part in conditions]
+    settings = [setting_of(name) for (name, _), questions in zip(conditions, asked, strict=True) for _ in questions]
+    every = [question for questions in asked for question in questions]
+    texts = iter(continuations(model, every, settings, study.NEW_TOKENS, BATCH, system=study.NO_SYSTEM))
+    rows = []
+    for (name, _), questions in zip(conditions, asked, strict=True):
+        own = list(islice(texts, len(questions)))
+        row = {"tone": style.tone(own).round(4).tolist()}
+        rows.append(row | ({"second": ruler_study.read_tone(model, own)} if name.startswith("shared") else {}))
+    return rows
+
+
+def random_rows(model: Model) -> list[dict[str, Any]]:
+    """A row of every random condition. Of few prompts, several conditions share a batch."""
+    plan = random_conditions()
+    units = [(name, part) for name, halves in plan.items() for part in range(halves)]
+    together = max(1, BATCH // len(half_of(report_prompts(), 1)))
+    found: dict[str, list[dict[str, list[float]]]] = {name: [] for name in plan}
+    for first in progress(range(0, len(units), together), "random directions"):
+        here = units[first : first + together]
+        key = [tone_key(model, *unit) for unit in here]
+        for (name, _), row in zip(here, resumed("steering_tone", key, random_tones, model, here), strict=True):
+            found[name].append(row)
+    return [
+        {"condition": name} | {ruler: [v for part in parts for v in part[ruler]] for ruler in parts[0]}
+        for name, parts in found.items()
+    ]
 
 
 def tone_key(model: Model, name: str, *part: int) -> list[Any]:
     """What a row of ``study_tone`` depends on."""
-    return [name, *part, model.hash, study.NEW_TOKENS, len(contrast.prompts("report")), study.NO_SYSTEM, *used_by(name)]
+    return [name, *part, model.hash, study.NEW_TOKENS, len(report_prompts()), study.NO_SYSTEM, *used_by(name)]
 
 
 def study_tone() -> Path:
-    """Answers to the 200 report prompts under every condition, with tone, perplexity and relevance."""
-    start, model = time.time(), load_model()
+    """Answers to the report prompts under every condition, with tone, perplexity and relevance."""
+    start, model = time.time(), load_subject()
     vector, alpha = study.selected()
-    rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in MAIN]
-    for name, halves in random_conditions().items():
-        keys = [tone_key(model, name, part) for part in range(halves)]
-        found = [resumed("steering_tone", key, random_tones, model, name, i) for i, key in enumerate(keys)]
-        rows.append({"condition": name} | {ruler: [v for f in found for v in f[ruler]] for ruler in found[0]})
-    about: dict[str, Any] = {"layers": layers_of(vector), "alpha": alpha}
+    without = {name: reason for name in MAIN if (reason := left_out(name, model))}
+    names = [name for name in MAIN if name not in without]
+    rows = [resumed("steering_tone", tone_key(model, name), tone_row, model, name) for name in names]
+    about: dict[str, Any] = {"layers": layers_of(vector), "alpha": alpha, "left_out": without}
     about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
-    about["prompts"] = contrast.prompts("report")
+    about["prompts"] = report_prompts()
+    rows += random_rows(model)
     return write_table("steering_tone", model, time.time() - start, **about, rows=rows)
 
 
@@ -219,8 +291,8 @@ SAMPLED = ("steer -1", "steer 0", "steer 1")
 
 
 def sampled_prompts() -> list[str]:
-    """Every fifth of the report prompts: 40."""
-    return contrast.prompts("report")[::5]
+    """Every fifth of the report prompts: 40, or the first of them where the folder's size is small."""
+    return contrast.prompts("report")[::5][: prepared.sized(40, 8)]
 
 
 def sampled_tones(name: str, model: Model, seed: int) -> list[float]:
@@ -228,14 +300,14 @@ def sampled_tones(name: str, model: Model, seed: int) -> list[float]:
     asked = sampled_prompts()
     settings = [setting_of(name)] * len(asked)
     texts = continuations(
-        model, asked, settings, study.NEW_TOKENS, 100, TEMPERATURE, 100 * seed, system=study.NO_SYSTEM
+        model, asked, settings, study.NEW_TOKENS, BATCH, TEMPERATURE, 100 * seed, system=study.NO_SYSTEM
     )
     return style.tone(texts).round(4).tolist()
 
 
 def study_seeds() -> Path:
-    """Sampled answers: 40 report prompts x five seeds, at -alpha, 0 and +alpha."""
-    start, model = time.time(), load_model()
+    """Sampled answers: ``sampled_prompts`` x five seeds, at -alpha, 0 and +alpha."""
+    start, model = time.time(), load_subject()
     vector, alpha = study.selected()
     rows = []
     for name in progress(SAMPLED, "conditions"):
@@ -255,8 +327,9 @@ CHOICES = ("steer 0", "steer -1", "steer 1", "single -1", "single 1", "lora -", 
 
 
 def instructions() -> tuple[list[str], list[str]]:
-    """62 unrelated requests with a helpful answer to each (the refusal pairs' helpful side, train split)."""
+    """Unrelated requests with a helpful answer to each: the refusal pairs' helpful side, 62 of the train split."""
     answered = contrast.pairs("refusal", "train")[1]
+    answered = answered[: prepared.sized(len(answered), 12)]
     return [t[0] for t in answered], [t[1] for t in answered]
 
 
@@ -275,21 +348,21 @@ def costs_of(name: str, plain: Model) -> dict[str, list[float]]:
         reply, n_reply = answer_losses(model, asked, replies, 25, system)
         result = {"reply_loss": reply, "reply_tokens": n_reply}
         if kind not in ("system", "few-shot"):
-            text, n_text = text_losses(model, held_texts(), max_tokens=96)
+            text, n_text = text_losses(model, held_texts(prepared.sized(40, 8)), max_tokens=96)
             result |= {"text_loss": text, "text_tokens": n_text}
         rounded = {k: np.round(v, 3).tolist() for k, v in result.items()}
-        return rounded | ({"choice": choice_right(model)} if name in CHOICES else {})
+        return rounded | ({"choice": choice_right(model, prepared.sized(100, 20))} if name in CHOICES else {})
 
 
 def study_costs() -> Path:
     """Other skills under steering, LoRA and prompts: held-out text, unrelated instructions, multiple choice."""
-    start, model = time.time(), load_model()
+    start, model = time.time(), load_subject()
     vector, alpha = study.selected()
-    rows = []
-    for name in progress(COSTS, "conditions"):
+    rows, without = [], {name: reason for name in COSTS if (reason := left_out(name, model))}
+    for name in progress([name for name in COSTS if name not in without], "conditions"):
         key = [name, model.hash, *used_by(name)]
         rows.append({"condition": name} | resumed("steering_costs", key, costs_of, name, model))
-    about = {"layers": layers_of(vector), "alpha": alpha}
+    about = {"layers": layers_of(vector), "alpha": alpha, "left_out": without}
     return write_table("steering_costs", model, time.time() - start, **about, rows=rows)
 
 
@@ -367,7 +440,7 @@ STUDIES_OF_STEERING = {
     "steering-sweep": study.study_sweep,
     "steering-sharper": study.study_sharper,
     "steering-layers": study.study_layers,
-    "steering-ruler": study.study_ruler,
+    "steering-ruler": ruler_study.study_ruler,
     "steering-tone": study_tone,
     "steering-seeds": study_seeds,
     "steering-costs": study_costs,

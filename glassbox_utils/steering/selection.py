@@ -38,6 +38,41 @@ def side_effect(
     return values
 
 
+def costs(model: Model, direction: Vector, alphas: Sequence[float], texts: Sequence[str]) -> list[float]:
+    """Side effect (see ``side_effect``) of a vector at each strength, of the two signs the worse."""
+    found = side_effect(model, texts, [(direction, s * a) for a in alphas for s in (1, -1)]).mean(1)
+    return found.reshape(-1, 2).max(1).tolist()
+
+
+IDLE = 0.1
+"""of a budget: strengths that all cost less are too small to be a grid"""
+MOST_HALVINGS = 10
+MOST_DOUBLINGS = 3
+"""a push as long as a token itself is no nuance any more, whatever it costs"""
+
+
+def fitting_strengths(
+    model: Model, direction: Vector, alphas: Sequence[float], texts: Sequence[str], kl: float
+) -> list[float]:
+    """The strengths, ascending, halved together until the smallest is within the budget ``kl``.
+
+    Or doubled together while even the largest costs less than a tenth of it. A strength is a share of the typical
+    norm, and what it disturbs differs between models by more than a fixed grid spans. SteeringError as ``sweep``.
+    """
+    number("kl", kl, SteeringError, above=0)
+    alphas = sorted(items("alphas", alphas, SteeringError, Real, word="numbers"))
+    factor = 1.0
+    for _ in range(MOST_HALVINGS):
+        if costs(model, direction, [factor * alphas[0]], texts)[0] <= kl:
+            break
+        factor /= 2
+    while 1 <= factor < 2**MOST_DOUBLINGS:
+        if costs(model, direction, [factor * alphas[-1]], texts)[0] >= IDLE * kl:
+            break
+        factor *= 2
+    return [factor * a for a in alphas]
+
+
 def sweep(
     model: Model,
     direction: Vector,
@@ -76,9 +111,10 @@ def sweep(
     rows = []
     for i, a in enumerate([0.0, *alphas]):
         both = slice(0, 1) if i == 0 else slice(2 * i - 1, 2 * i + 1)
-        row = {"layer": layer, "alpha": a, "effect": tones[both][0] - tones[both][-1], "kl": kl[both].max()}
+        row = {"layer": layer, "effect": tones[both][0] - tones[both][-1], "kl": kl[both].max()}
         row |= {"perplexity": ppl[both].max(), "distinct": repeats[both].min()}
-        rows.append({key: round(float(value), 4) for key, value in row.items()})
+        rounded = {key: round(float(value), 4) for key, value in row.items()}
+        rows.append({"layer": rounded.pop("layer"), "alpha": float(a), **rounded})
     return rows
 
 
@@ -100,13 +136,19 @@ def select(rows: Sequence[Mapping[str, float]], kl: float, perplexity: float) ->
             f"The rows of a sweep have the numbers {', '.join(needed)} each, one row has alpha 0 and others have not; "
             f"these are {shown(rows)}. Give what sweep returned."
         )
-    plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
-    steered = [row for row in rows if row["alpha"] != 0]
-    allowed = [row for row in steered if row["kl"] <= kl and row["perplexity"] <= perplexity * plain]
-    if not allowed:
+    found = within(rows, kl, perplexity)
+    if not found:
+        plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
+        steered = [row for row in rows if row["alpha"] != 0]
         raise SteeringError(
             f"No setting is within {kl} nats per token and {perplexity} times the unsteered perplexity; the smallest "
             f"are {min(r['kl'] for r in steered):.3f} and {min(r['perplexity'] for r in steered) / plain:.2f}. Sweep "
             "weaker strengths, or raise the budget."
         )
-    return max(allowed, key=lambda row: row["effect"])
+    return max(found, key=lambda row: row["effect"])
+
+
+def within(rows: Sequence[Mapping[str, float]], kl: float, perplexity: float) -> list[Mapping[str, float]]:
+    """The steered rows of a sweep that are within both budgets of ``select``."""
+    plain = min(row["perplexity"] for row in rows if row["alpha"] == 0)
+    return [row for row in rows if row["alpha"] and row["kl"] <= kl and row["perplexity"] <= perplexity * plain]

@@ -87,6 +87,8 @@ def train_direction(
     return replace(start, vector=like(trained, start.vector), method="trained", stability=None, coordinates=where)
 
 
+MOST_LOGITS = 2**25
+"""of one backward pass of ``train_vector``: with a wide vocabulary answers are read a few at a time"""
 SQUASH = 15.0
 """VADER's: a text's compound score is s / sqrt(s² + 15), for the sum s of its words' valences"""
 
@@ -181,6 +183,7 @@ def train_vector(
         about: dict[str, Any] = {"method": "own answers", "stability": None, "coordinates": (0.0, 0.0)}
         return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
 
+    together = max(1, MOST_LOGITS // ((new_tokens + 1) * len(valence)))
     for step in progress(range(done, steps), "training a vector on its own answers"):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
@@ -192,18 +195,17 @@ def train_vector(
         )
         for sign, said in ((1, answers[: len(asked)]), (-1, answers[len(asked) :])):
             texts: list[Text] = [(q, a) for q, a in zip(asked, said, strict=True) if a.strip()]
-            if not texts:
-                continue
-            batch, mask = answer_batch(model, texts, system)
-            longest = int(mask.sum(-1).max())
-            written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
-            with torch.no_grad():
-                plain = _log_probs(model, batch, longest)
-            with frozen_weights(model), torch.enable_grad(), _pushed(model, parts, vector, sign * alpha):
-                log_probs = _log_probs(model, batch, longest)
-                nats = ((log_probs.exp() * (log_probs - plain)).sum(-1) * counted).sum(-1)
-                loss = divergence * nats - sign * expected_tone(log_probs, written, counted, valence)
-                loss.sum().div(2 * len(asked)).backward()
+            for first in range(0, len(texts), together):
+                batch, mask = answer_batch(model, texts[first : first + together], system)
+                longest = int(mask.sum(-1).max())
+                written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
+                with torch.no_grad():
+                    plain = _log_probs(model, batch, longest)
+                with frozen_weights(model), torch.enable_grad(), _pushed(model, parts, vector, sign * alpha):
+                    log_probs = _log_probs(model, batch, longest)
+                    nats = ((log_probs.exp() * (log_probs - plain)).sum(-1) * counted).sum(-1)
+                    loss = divergence * nats - sign * expected_tone(log_probs, written, counted, valence)
+                    loss.sum().div(2 * len(asked)).backward()
         optimiser.step()
         optimiser.zero_grad()
         if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):

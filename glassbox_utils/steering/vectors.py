@@ -2,9 +2,11 @@
 
 *Fit* a direction from texts with and without a trait, *steer* with it for some rows of a batch, *sweep* layer and
 strength under a side-effect budget, *save* it, and *export* it for llama.cpp. Strength is in units of the layer's
-typical residual norm, so that 0.1 means the same push at every layer and in every model: the typical norm is the
-median over the tokens of the fitting texts, without each row's first token (an attention sink whose norm is many
-times larger) and without tokens above ten times the median.
+typical residual norm: the median over the tokens of the fitting texts, without each row's first token (an attention
+sink whose norm is many times larger) and without tokens above ten times the median. So 0.1 is a tenth of a token's
+own size at every layer of every model. What it *does* is not the same in every model: where a few huge coordinates
+carry the norm (Gemma 3), the same strength disturbs text many times more. Strength is chosen for each model, by its
+side effects.
 """
 
 import hashlib
@@ -24,9 +26,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from glassbox_utils.core import devices, files, schema
+from glassbox_utils.core import devices, files, prepared, schema
 from glassbox_utils.core.arguments import shown, whole
-from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.statistics import Interval
@@ -182,7 +183,8 @@ def random_vector(like: Vector, seed: int, shared: bool = False) -> Vector:
 
 
 UNITS = "alpha 1 adds a vector of length scale, the layer's typical residual norm"
-LICENCE = "Apache-2.0"
+LICENCE = "that of the model it was made from"
+"""unless the card of the folder that was prepared for the same weights says it"""
 EXAMPLE = "the path of a card that save_direction wrote"
 
 
@@ -248,11 +250,17 @@ def save_direction(direction: Vector, path: str | Path) -> Path:
         del values["vector"]
         cards.append(asdict(schema.build(Card, values, f"The direction {one.name!r}", SteeringError)))
     card = {"parts": cards} if several else cards[0]
-    card |= {"units": UNITS, "licence": LICENCE, "sha256": hashlib.sha256(content).hexdigest()}
+    card |= {"units": UNITS, "licence": _licence(direction), "sha256": hashlib.sha256(content).hexdigest()}
     with _writing(card_path), files.atomic_path(card_path) as words, files.atomic_path(tensor_path) as numbers:
         words.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         numbers.write_bytes(content)
     return card_path
+
+
+def _licence(vector: Vector) -> str:
+    """What the card of the prepared folder in use says, if it is about the weights that the vector was made from."""
+    known = prepared.card() if prepared.path(prepared.CARD).exists() else None
+    return known.licence if known and all(d.model_hash == known.model_hash for d in parts_of(vector)) else LICENCE
 
 
 def _pair(path: str | Path) -> tuple[Path, Path]:
@@ -282,19 +290,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def load_vector(path: str | Path) -> Vector:
-    """Read what ``save_direction`` wrote; a bare name is looked up in data/vectors.
+    """Read what ``save_direction`` wrote; a bare name is looked up in the prepared folder.
 
     Raises SteeringError if a file is missing or damaged, if the card has a field that is none or a value of another
     kind, and if card and tensors do not belong together, by the hash in the card.
     """
     card, tensors = _pair(path)
     if not os.path.isfile(card) and card.parent == Path():
-        card, tensors = (DATA / "vectors" / p.name for p in (card, tensors))
+        card, tensors = (prepared.path("vectors", p.name) for p in (card, tensors))
     if missing := [p for p in (card, tensors) if not os.path.isfile(p)]:
-        shipped = sorted(p.stem for p in (DATA / "vectors").glob("*.json"))
+        shipped = sorted(p.stem for p in prepared.path("vectors").glob("*.json"))
         raise SteeringError(
             f"There is no steering vector {str(path)[:200]!r}: a card (.json) and a tensor (.safetensors) are needed, "
-            f"{' and '.join(p.suffix for p in missing)} is missing. Shipped vectors: {', '.join(shipped) or 'none'}."
+            f"{' and '.join(p.suffix for p in missing)} is missing. Vectors of {prepared.folder()}: "
+            f"{', '.join(shipped) or 'none'}."
         )
     values = schema.read_mapping(card, SteeringError, EXAMPLE)
     content, where = _read(tensors), str(card)

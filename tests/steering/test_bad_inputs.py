@@ -13,6 +13,7 @@ from refusals import refused
 from safetensors.torch import save_file
 from worded import WIDTH, build, direction, logits, several
 
+from glassbox_utils.core.assets import DATA
 from glassbox_utils.steering import apply, contrast, fit, selection, training, vectors
 
 NAN, INF = float("nan"), float("inf")
@@ -373,9 +374,9 @@ def test_layers_that_share_one_tensor_are_saved_and_loaded(tmp_path):
     assert all(torch.equal(part.vector, D.vector) for part in vectors.load_vector(tmp_path / "twice").parts)
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (vectors.DATA / "vectors").glob("*.json")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "vectors").glob("*.json")))
 def test_shipped_vectors_are_what_their_cards_say(name):
-    card = json.loads((vectors.DATA / "vectors" / f"{name}.json").read_text())
-    tensors = vectors.DATA / "vectors" / f"{name}.safetensors"
+    card = json.loads((DATA / "vectors" / f"{name}.json").read_text())
+    tensors = DATA / "vectors" / f"{name}.safetensors"
     assert card["sha256"] == hashlib.sha256(tensors.read_bytes()).hexdigest()
     assert vectors.load_vector(name).name.split("-")[0]

@@ -15,7 +15,7 @@ from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import load_model
 from glassbox_utils.core.statistics import spearman
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.steering import contrast, figures, study, style, training
+from glassbox_utils.steering import contrast, figures, ruler_study, study, style, training
 from glassbox_utils.steering.apply import continuations, steer
 from glassbox_utils.steering.vectors import SteeringError, random_vector
 
@@ -132,20 +132,20 @@ def test_valences_are_found_in_sentencepiece_vocabularies():
 
 def test_the_second_ruler_agrees_with_people_and_with_what_the_table_says_of_it():
     model = load_model()
-    good, bad = (torch.tensor(study.read_tone(model, side)) for side in contrast.pairs("tone", "report"))
+    good, bad = (torch.tensor(ruler_study.read_tone(model, side)) for side in contrast.pairs("tone", "report"))
     better = good > bad
     assert float(better.float().mean()) >= 0.9
     rho = studies.read_table("steering_ruler")["rank_correlation"]
     assert rho == studies.read_table("steering_tone")["second_ruler"]
     texts, rating = style.human_ratings("products")
     chosen = np.random.default_rng(99).choice(len(texts), 100, replace=False)
-    again = spearman(study.read_tone(model, [texts[i] for i in chosen]), rating[chosen], n_resamples=200).rho
+    again = spearman(ruler_study.read_tone(model, [texts[i] for i in chosen]), rating[chosen], n_resamples=200).rho
     assert again.low - 0.1 < rho["products"] < again.high + 0.1  # some of the hundred were fitted on
 
 
 def test_the_second_ruler_reads_stored_answers_as_the_table_says():
     model, row = load_model(), studies.read_table("steering_tone")["rows"][0]
-    found = study.read_tone(model, row["answers"][:40])
+    found = ruler_study.read_tone(model, row["answers"][:40])
     assert np.allclose(found, row["second"][:40], atol=0.02)
 
 
