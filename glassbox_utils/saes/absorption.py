@@ -22,7 +22,10 @@ from glassbox_utils.core.session import progress
 from glassbox_utils.saes.config import SaeError, hook_of
 from glassbox_utils.saes.harvest import activations, ordinary
 from glassbox_utils.saes.reading import encode, site_of_sae
+from glassbox_utils.saes.reading import rows as reading_rows
 
+FEWEST = 10
+"""words, below which no probe is fitted"""
 SPLIT_GAIN = 0.03
 """in F1: a further feature that adds more than this is a split"""
 MIN_COSINE, MIN_SHARE = 0.025, 0.4
@@ -85,6 +88,11 @@ def letter_words(model: Model, site: Site, median_norm: float, rows: Rows, seed:
             keep = result(ordinary(x, median_norm)) & (letters[part] >= 0)
             kept.append((result(x)[keep], letters[part][keep], rows.tokens[part][keep]))
     x, letter, token = (torch.cat(parts).clone() for parts in zip(*kept, strict=True))
+    if len(token.unique()) < FEWEST:
+        raise SaeError(
+            f"{len(token.unique())} different words of these texts begin with an ASCII letter and are one token of "
+            f"{model.name}'s tokenizer (behind a space). The test needs {FEWEST}: give more rows."
+        )
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(token.max()) + 1
     train = (torch.rand(vocabulary, generator=generator) < 0.5)[token]
@@ -99,7 +107,7 @@ def fit_probe(
     x: Float[Tensor, "word d_model"], letters: Int[Tensor, " word"], penalty: float = 1e-2
 ) -> Float[Tensor, "26 d_model_and_one"]:
     """Multinomial logistic regression on standardised activations, folded back to the raw ones."""
-    mean, scale = x.mean(0), x.std(0)
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-9)
     inputs = (x - mean) / scale
     weights = torch.zeros(26, x.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
@@ -136,7 +144,7 @@ def first_letter_test(sae: Any, words: Words, n_features: int = 5, minimum: int 
     x, letters, half, probe = words.x, words.letters, words.train, words.probe
     said = (x @ probe[:, :-1].t() + probe[:, -1]).argmax(-1)
     code = torch.cat([result(encode(sae, part)) for part in x.split(2048)])
-    active, decoder = code > 0, result(sae.W_dec)
+    active, decoder = code > 0, result(reading_rows(sae))
     reports = []
     for index, letter in enumerate(string.ascii_lowercase):
         true, fake = letters == index, words.permuted == index

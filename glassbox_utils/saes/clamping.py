@@ -220,7 +220,7 @@ def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device, m
         threshold = tool.threshold.detach()[chosen] if hasattr(tool, "threshold") else None
 
         def read(x: Tensor) -> Tensor:
-            before = tool.process_sae_in(like(x, write)) @ columns + bias
+            before = tool.process_sae_in(like(reading.seen(tool, x), write)) @ columns + bias
             code = tool.activation_fn(before)
             return reading.numbers(tool, code if threshold is None else code * (before > threshold))
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core import prepared
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.studies import SEED, resumed, write_table
-from glassbox_utils.core.text import chat, tokenize
+from glassbox_utils.core.text import chat, following, tokenize
 from glassbox_utils.saes import clamping, clamping_study, detection, learning
+from glassbox_utils.saes.reading import site_of_sae
 from glassbox_utils.steering.vectors import save_direction
 
 PROBES, N_PROBED = (4.0,), 4
 """strengths at which, and prompts on which, the output score is measured"""
 
 
+MORE = (0.7, 1.4, 3)
+"""if no strength of the grid keeps within both budgets the search goes on below it, each time at this share of the
+last; if all do and the strongest mentions nothing, above it; so many times at most. The grid itself fits the embedded
+model"""
 N_SELECTION, N_SELECTION_LEARNED = 10, 24
 """selection prompts: for what is learned all of them, since it comes close to the goal and a coarse choice is a bet"""
 GRID: dict[str, tuple[float, ...]] = {
@@ -46,7 +54,7 @@ START = "The"
 def concept_tokens(model: Model, words: Sequence[str]) -> list[int]:
     """First tokens of the words as they stand inside a sentence, small and capitalised."""
     forms = {f" {form}" for word in words for form in (word, word.capitalize())}
-    return sorted({model.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms})
+    return sorted({ids[0] for form in forms if (ids := following(model, form))})
 
 
 @torch.inference_mode()
@@ -96,7 +104,7 @@ def candidates(
 
 def _singles(layer: int, model: Model) -> dict[str, Any]:
     """The bridge's single features at one layer, by output score, and random features as controls (with maxima)."""
-    sae, asked = clamping_study.shipped_saes(model)[layer], clamping_study.prompts()["selection"][:N_PROBED]
+    sae, asked = clamping_study.role_saes(model)[layer], clamping_study.prompts()["selection"][:N_PROBED]
     here, there = clamping_study.golden_gate_sentences()
     a, b, c = (detection.text_scores(model, sae, texts) for texts in (here, there, clamping_study.concept_sentences()))
     maxima = torch.cat([a, b, c]).amax(0)
@@ -111,16 +119,16 @@ def _singles(layer: int, model: Model) -> dict[str, Any]:
 
 def _groups(layer: int, model: Model) -> dict[str, list[list[float]]]:
     """Concept -> (feature, unit) of the features of its name; of the ten concepts at the main layer only."""
-    found = clamping_study.shipped_saes(model)
+    found = clamping_study.role_saes(model)
     sae, (names, others) = found[layer], clamping_study.name_texts()
     elsewhere = {name: clamping.last_codes(model, sae, clamping.random_cuts(texts)) for name, texts in others.items()}
-    groups = {}
+    groups: dict[str, list[list[float]]] = {}
     for name in names if layer == clamping_study.main_layer(found, model) else ["golden gate"]:
         rest = torch.cat([codes for other, codes in elsewhere.items() if other != name])
-        made = clamping.name_group(
-            model, sae, clamping.last_codes(model, sae, names[name]), rest, clamping_study.GROUP, name
-        )
-        groups[name] = [[f.index, round(f.unit, 4)] for f in made.features]
+        here, groups[name] = clamping.last_codes(model, sae, names[name]), []
+        with suppress(clamping.ClampError):  # no feature is the name's
+            made = clamping.name_group(model, sae, here, rest, clamping_study.GROUP, name)
+            groups[name] = [[f.index, round(f.unit, 4)] for f in made.features]
     return groups
 
 
@@ -142,11 +150,20 @@ def _ranked(layer: int, sae: Any, model: Model) -> dict[str, Any]:
     return {"single": made["single"], "group": group, "random": random[: clamping_study.GROUP]}
 
 
+def learn_steps() -> int:
+    """Steps of learning at the size of the prepared folder."""
+    return prepared.sized(clamping_study.LEARN_STEPS, 24)
+
+
 def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str], steps: int) -> dict[str, Any]:
     """The features that make the model write these answers, their values, controls, and the loss of each step."""
-    sae = clamping_study.shipped_saes(model)[layer]
-    given = clamping_study.lessons(model, layer, questions, answers)
-    group, control, loss = learning.learn_group(model, sae, given, clamping_study.N_LEARNED, steps, seed=SEED)
+    sae = clamping_study.role_saes(model)[layer]
+    given = clamping_study.lessons(model, site_of_sae(sae), questions, answers)
+    n = min(clamping_study.N_LEARNED, max(1, sae.cfg.d_sae // 16))
+    try:
+        group, control, loss = learning.learn_group(model, sae, given, n, steps, seed=SEED)
+    except clamping.ClampError:  # too few of its features are quiet on the answers
+        return {"features": [], "random": [], "loss": []}
     return {
         "features": [[f.index, round(f.unit, 4)] for f in group.features],
         "random": [[f.index, round(f.unit, 4)] for f in control.features],
@@ -156,14 +173,14 @@ def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequenc
 
 def _learned_vector(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     vector, loss = learning.learn_vector(
-        model, layer, clamping_study.lessons(model, layer, questions, answers), clamping_study.LEARN_STEPS
+        model, layer, clamping_study.lessons(model, layer, questions, answers), learn_steps()
     )
     return {"vector": [round(float(x), 4) for x in vector], "vector_loss": loss}
 
 
 def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str, float]]:
     """How each feature reads the bridge: area under the curve on sentences, largest activation, mean on the name."""
-    sae, (here, there) = clamping_study.shipped_saes(model)[layer], clamping_study.golden_gate_sentences()
+    sae, (here, there) = clamping_study.role_saes(model)[layer], clamping_study.golden_gate_sentences()
     chosen = list(indices)
     a, b = (
         detection.text_scores(model, sae, texts)[:, chosen]
@@ -181,12 +198,14 @@ def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str,
 def _learned_all(model: Model, layer: int) -> dict[str, Any]:
     """All that is learned about the bridge: features and what they read, and, without an SAE, a vector."""
     questions, answers = clamping_study.taught(model, clamping_study.prompts()["golden_gate"]["starts"])
-    made: dict[str, Any] = {"layer": layer, "questions": questions, "answers": answers}
-    weights = [clamping_study.fingerprint(clamping_study.shipped_saes(model)[layer]), model.hash]
-    key = ["learned", layer, weights, questions, answers, clamping_study.N_LEARNED, clamping_study.LEARN_STEPS, _rule()]
-    made |= resumed("clamp_choose", key, learned, model, layer, questions, answers, clamping_study.LEARN_STEPS)
-    key = ["vector", layer, model.hash, questions, answers, clamping_study.LEARN_STEPS, _rule()]
-    made |= resumed("clamp_choose", key, _learned_vector, model, layer, questions, answers)
+    sae, steps = clamping_study.role_saes(model)[layer], learn_steps()
+    after = clamping_study.stream_layer(sae)
+    made: dict[str, Any] = {"layer": after, "questions": questions, "answers": answers}
+    weights = [clamping_study.fingerprint(sae), model.hash]
+    key = ["learned", layer, weights, questions, answers, clamping_study.N_LEARNED, steps, _rule()]
+    made |= resumed("clamp_choose", key, learned, model, layer, questions, answers, steps)
+    key = ["vector", after, model.hash, questions, answers, steps, _rule()]
+    made |= resumed("clamp_choose", key, _learned_vector, model, after, questions, answers)
     indices = [i for i, _ in made["features"]]
     return made | {
         "reading": resumed("clamp_choose", ["reading", layer, weights, indices], _reading, model, layer, indices)
@@ -202,14 +221,27 @@ def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     If none is within them, the one with the lowest perplexity.
     """
-    fine = [
-        r
-        for r in rows
-        if r["perplexity"] <= clamping_study.PERPLEXITY_BUDGET and r["distinct"] >= clamping_study.DISTINCT_BUDGET
-    ]
-    if not fine:
+    if not (fine := [r for r in rows if _fine(r)]):
         return min(rows, key=lambda r: r["perplexity"])
     return max(fine, key=lambda r: (r["mention"], -r["perplexity"]))
+
+
+def _fine(row: dict[str, Any]) -> bool:
+    """Does a setting keep within both budgets?"""
+    return row["perplexity"] <= clamping_study.PERPLEXITY_BUDGET and row["distinct"] >= clamping_study.DISTINCT_BUDGET
+
+
+def further(rows: Sequence[dict[str, Any]], grid: Sequence[float]) -> float | None:
+    """A strength beyond those that were tried, if none of them keeps within the budgets or all do and do nothing."""
+    down, up, most = MORE
+    tried = sorted(rows, key=lambda r: r["strength"])
+    if len(tried) >= len(grid) + most:
+        return None
+    if not any(map(_fine, tried)):
+        return round(tried[0]["strength"] * down, 4)
+    if all(map(_fine, tried)) and tried[-1]["mention"] == 0:
+        return round(tried[-1]["strength"] * up, 4)
+    return None
 
 
 def _select(
@@ -233,8 +265,8 @@ def _tried(
 
 def study_choose() -> Path:
     """Features by activation and output score; features, methods and strengths by generation on selection prompts."""
-    start, model = time.time(), load_model()
-    found = clamping_study.shipped_saes(model)
+    start, model = time.time(), load_subject()
+    found = clamping_study.role_saes(model)
     middle = clamping_study.main_layer(found, model)
     ranked = {str(layer): _ranked(layer, sae, model) for layer, sae in found.items()}
     if not all(
@@ -247,9 +279,9 @@ def study_choose() -> Path:
     tools = clamping_study.make_tools(model, ranked, None, made)
 
     def row(method: str, strength: float, tools: clamping_study.Tools) -> dict[str, Any]:
-        some = clamping_study.prompts()["selection"][
-            : N_SELECTION_LEARNED if method.startswith("learned") else N_SELECTION
-        ]
+        learns = method.startswith("learned")
+        n = prepared.sized(N_SELECTION_LEARNED, 8) if learns else prepared.sized(N_SELECTION, 4)
+        some = clamping_study.prompts()["selection"][:n]
         key = ["select", some, *clamping_study.cache_key(model, tools, "none", None)]
         plain = resumed("clamp_choose", key, _select, model, tools, "none", None, some)
         key = ["tried", some, *clamping_study.cache_key(model, tools, method, strength)]
@@ -260,16 +292,22 @@ def study_choose() -> Path:
         if f"feature {k}" in tools.found:
             for strength in GRID["one feature"]:
                 single.append({"rank": k, "strength": strength} | row(f"feature {k}", strength, tools))
-    best = choose(single)["rank"]
+    best = choose(single)["rank"] if single else None
     tools = clamping_study.make_tools(model, ranked, best, made)
     rows = [
         {"method": "one feature"} | {k: v for k, v in r.items() if k != "rank"} for r in single if r["rank"] == best
     ]
     for method, strengths in GRID.items():
-        if method != "one feature" and method in tools.found:
+        if method not in tools.found:
+            continue
+        if method != "one feature":
             for strength in progress(strengths, method):
                 rows.append({"method": method, "strength": strength} | row(method, strength, tools))
+        while (more := further([r for r in rows if r["method"] == method], strengths)) is not None:
+            rows.append({"method": method, "strength": more} | row(method, more, tools))
     methods = dict.fromkeys(r["method"] for r in rows)
+    selected = {method: choose([r for r in rows if r["method"] == method]) for method in methods}
+    clamping_study.demonstrated(selected)  # ClampError if there is nothing to clamp
     return write_table(
         "clamp_choose",
         model,
@@ -282,6 +320,6 @@ def study_choose() -> Path:
         learned=made,
         single=single,
         rows=rows,
-        selected={method: choose([r for r in rows if r["method"] == method]) for method in methods},
-        prompts=clamping_study.prompts()["selection"][:N_SELECTION_LEARNED],
+        selected=selected,
+        prompts=clamping_study.prompts()["selection"][: prepared.sized(N_SELECTION_LEARNED, 8)],
     )

@@ -1,7 +1,7 @@
 """Reporting the clamp: ``glassbox study clamp-report clamp-concepts clamp-costs``, on prompts that chose nothing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glassbox_utils.core import prepared
 from glassbox_utils.core.losses import text_losses
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
@@ -29,18 +31,34 @@ SWEEP = (0.5, 0.7, 0.8, 1.0, 1.25, 1.6)
 ADVERSARIAL_TOKENS = 20
 
 
-def report_settings(selected: dict[str, Any]) -> list[tuple[str, float | None, int]]:
-    """(method, strength, number of report prompts), what matters most first."""
+def report_sizes() -> tuple[int, int, int]:
+    """``N_REPORT``, ``N_BASELINE``, ``N_SWEEP`` at the size of the prepared folder, each a part of the one before."""
+    sweep = prepared.sized(N_SWEEP, 4)
+    return N_REPORT // N_SWEEP * sweep, N_BASELINE // N_SWEEP * sweep, sweep
+
+
+def report_settings(
+    selected: dict[str, Any], rows: Sequence[dict[str, Any]], there: Collection[str]
+) -> list[tuple[str, float | None, int]]:
+    """(method, strength, number of report prompts), what matters most first.
+
+    ``rows``: what was tried on selection prompts; ``there``: the methods that this model has.
+    """
+    n_report, n_baseline, n_sweep = report_sizes()
     shown = clamping_study.demonstrated(selected)
     strengths = {"none": None, shown: selected[shown]["strength"], "system prompt": None}
     strengths |= {method: row["strength"] for method, row in selected.items()}
-    strengths |= {"random features": selected[shown]["strength"]}
-    strengths |= {"random direction": selected["learned vector"]["strength"]}
-    readers = clamping_study.demonstrated({m: row for m, row in selected.items() if not m.startswith("learned")})
-    sizes = {m: N_REPORT for m in ("none", shown, readers)} | {m: N_BASELINE for m in BASELINES if m != shown}
-    settings = [(method, s, sizes.get(method, N_SWEEP)) for method, s in strengths.items()]
-    extra = {m: clamping_choice_study.GRID[m] for m in selected if m != "one feature"} | {shown: SWEEP}
-    settings += [(m, s, N_SWEEP) for m, given in extra.items() for s in given if s != strengths[m]]
+    if "random features" in there:
+        strengths["random features"] = selected[shown]["strength"]
+    if "random direction" in there:
+        strengths["random direction"] = selected["learned vector"]["strength"]
+    read = {m: row for m, row in selected.items() if m.startswith("several features")}
+    readers = [clamping_study.demonstrated(read)] if read else []
+    sizes = {m: n_report for m in ("none", shown, *readers)} | {m: n_baseline for m in BASELINES if m != shown}
+    settings = [(method, s, sizes.get(method, n_sweep)) for method, s in strengths.items()]
+    extra = {m: [r["strength"] for r in rows if r["method"] == m] for m in selected if m != "one feature"}
+    extra[shown] = list(SWEEP)
+    settings += [(m, s, n_sweep) for m, given in extra.items() for s in given if s != strengths[m]]
     return settings
 
 
@@ -48,7 +66,8 @@ def _reported(
     model: Model, tools: clamping_study.Tools, method: str, strength: float | None, questions: Sequence[str]
 ) -> dict[str, Any]:
     texts = clamping_study.written_answers(model, tools, method, strength, questions)
-    return {"answers": texts} | clamping_study.measured(model, questions, texts, relevance=len(questions) > N_SWEEP)
+    many = len(questions) > report_sizes()[-1]
+    return {"answers": texts} | clamping_study.measured(model, questions, texts, relevance=many)
 
 
 def reported(
@@ -63,21 +82,22 @@ def reported(
 
 def study_report() -> Path:
     """100 report prompts under the selected settings and all baselines; some of them over strengths; 50 adversarial."""
-    start, model = time.time(), load_model()
+    start, model = time.time(), load_subject()
     tools, selected = clamping_study.chosen(model)
-    questions, asked = clamping_study.prompts()["report"], clamping_study.prompts()["adversarial"]
+    given = clamping_study.prompts()
+    questions = clamping_study.spread(given["report"], report_sizes()[0])
+    asked = clamping_study.spread(given["adversarial"], prepared.sized(50, 10))
+    settings = report_settings(selected, read_table("clamp_choose")["rows"], tools.found)
     rows = [
-        reported(model, tools, method, strength, questions[:: N_REPORT // n])
-        for method, strength, n in progress(report_settings(selected), "settings")
+        reported(model, tools, method, strength, questions[:: len(questions) // n])
+        for method, strength, n in progress(settings, "settings")
     ]
     adversarial = []
     for method in ("none", clamping_study.demonstrated(selected), "system prompt"):
         strength = selected.get(method, {}).get("strength")
         key = ["adversarial", asked, *clamping_study.cache_key(model, tools, method, strength)]
-        settings = (method, strength, asked, ADVERSARIAL_TOKENS)
-        texts = resumed(
-            "clamp_report", [*key, ADVERSARIAL_TOKENS], clamping_study.written_answers, model, tools, *settings
-        )
+        how = (method, strength, asked, ADVERSARIAL_TOKENS)
+        texts = resumed("clamp_report", [*key, ADVERSARIAL_TOKENS], clamping_study.written_answers, model, tools, *how)
         adversarial.append({"method": method, "strength": strength, "answers": texts})
     return write_table(
         "clamp_report", model, time.time() - start, prompts=questions, rows=rows, adversarial=adversarial
@@ -94,7 +114,7 @@ def scores(row: dict[str, Any], plain: dict[str, Any], words: Sequence[str]) -> 
     parts = {
         "concept": np.array(clamping.mentions(row["answers"], words), dtype=float),
         "coherence": np.minimum(1.0, clamping_study.perplexity(plain) / ppl) * style.distinct(row["answers"]),
-        "relevance": np.clip(np.array(row["relevance"]) / np.mean(plain["relevance"]), 0, 1),
+        "relevance": np.clip(np.array(row["relevance"]) / max(np.mean(plain["relevance"]), 1e-6), 0, 1),
     }
     stacked = np.stack(list(parts.values()))
     harmonic = np.where((stacked > 0).all(0), 3 / (1 / np.maximum(stacked, 1e-9)).sum(0), 0.0)
@@ -138,13 +158,13 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
 
 # --- ten further concepts -----------------------------------------------------------------------------
 
-N_CONCEPT, N_CONCEPT_SELECTION, CONCEPT_TOKENS = 8, 4, 24
+N_CONCEPTS, N_CONCEPT, N_CONCEPT_SELECTION, CONCEPT_TOKENS = 10, 8, 4, 24
 CONCEPT_STRENGTHS = (0.65, 1.0, 1.4)
 
 
 def concept_of(name: str, model: Model, rows: Sequence[Any], plain: dict[str, Any]) -> dict[str, Any]:
     """One concept as the bridge's readers were chosen: features of its name, the strength by selection prompts."""
-    words, found = clamping_study.prompts()["concepts"][name]["words"], clamping_study.shipped_saes(model)
+    words, found = clamping_study.prompts()["concepts"][name]["words"], clamping_study.role_saes(model)
     sae = found[clamping_study.main_layer(found, model)]
     tools = clamping_study.Tools({name: Group(tuple(clamping.feature(model, sae, i, unit) for i, unit in rows), name)})
     asked = concept_prompts()
@@ -167,12 +187,9 @@ def concept_of(name: str, model: Model, rows: Sequence[Any], plain: dict[str, An
 
 
 def concept_prompts() -> dict[str, list[str]]:
-    """The few prompts that each of the ten concepts is chosen and reported on: spread over the lists."""
-    given = clamping_study.prompts()
-    return {
-        "selection": given["selection"][:: len(given["selection"]) // N_CONCEPT_SELECTION],
-        "report": given["report"][:: len(given["report"]) // N_CONCEPT][:N_CONCEPT],
-    }
+    """The few prompts that each of the concepts is chosen and reported on: spread over the lists."""
+    given, sizes = clamping_study.prompts(), {"selection": N_CONCEPT_SELECTION, "report": N_CONCEPT}
+    return {split: clamping_study.spread(given[split], n) for split, n in sizes.items()}
 
 
 def _plain_concepts(model: Model) -> dict[str, Any]:
@@ -184,17 +201,23 @@ def _plain_concepts(model: Model) -> dict[str, Any]:
 
 
 def study_concepts() -> Path:
-    """Ten further concepts, written down before any was run, by their names' features; failures stay in the table."""
-    start, model = time.time(), load_model()
-    table, found = read_table("clamp_choose"), clamping_study.shipped_saes(model)
+    """Further concepts, written down before any was run, by their names' features; failures stay in the table."""
+    start, model = time.time(), load_subject()
+    table, found = read_table("clamp_choose"), clamping_study.role_saes(model)
     prints = clamping_study.fingerprint(found[clamping_study.main_layer(found, model)])
     ranked = table["ranked"][str(table["main_layer"])]["group"]
     plain = resumed("clamp_concepts", ["plain", model.hash, concept_prompts(), CONCEPT_TOKENS], _plain_concepts, model)
-    rows = []
-    for name in progress(list(clamping_study.prompts()["concepts"]), "concepts"):
+    rows, silent = [], []
+    written = list(clamping_study.prompts()["concepts"])
+    for name in progress(written[: prepared.sized(N_CONCEPTS, 3)], "concepts"):
+        if not ranked[name]:
+            silent.append(name)
+            continue
         key = [name, prints, model.hash, ranked[name], CONCEPT_STRENGTHS, concept_prompts(), CONCEPT_TOKENS]
         rows.append(resumed("clamp_concepts", key, concept_of, name, model, ranked[name], plain))
-    return write_table("clamp_concepts", model, time.time() - start, rows=rows)
+    if not rows:
+        raise clamping.ClampError(f"Of the concepts {', '.join(silent)} none has a feature that is its words' own.")
+    return write_table("clamp_concepts", model, time.time() - start, rows=rows, without_features=silent)
 
 
 # --- side effects, and ablation -----------------------------------------------------------------------
@@ -215,24 +238,27 @@ def fact_losses(model: Model, kind: str) -> list[float]:
 def costs_of(model: Model, tools: clamping_study.Tools, method: str, strength: float | None) -> dict[str, Any]:
     """Losses on held-out text and right answers to multiple choice, under one setting."""
     with tools.applied(model, method, strength):
-        loss, tokens = text_losses(model, held_texts(12), max_tokens=96)
-        right = choice_right(model, 30)
+        loss, tokens = text_losses(model, held_texts(prepared.sized(12, 4)), max_tokens=96)
+        right = choice_right(model, prepared.sized(30, 12))
     return {"loss": np.round(loss, 3).tolist(), "tokens": tokens.tolist(), "choice": right}
 
 
 def ablations(model: Model, ranked: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     """Facts about the bridge and about other landmarks, with features set to zero at all positions."""
-    found = clamping_study.shipped_saes(model)
+    found = clamping_study.role_saes(model)
     middle = clamping_study.main_layer(found, model)
     here = ranked[str(middle)]
+    single = here["single"]["golden gate"]
     sets = {
-        "cleanest feature": [max(here["single"]["golden gate"], key=lambda r: r["auc"])["feature"]],
+        "cleanest feature": [max(single, key=lambda r: r["auc"])["feature"]] if single else [],
         "the name's features": [i for i, _ in here["group"]["golden gate"]],
         "the learned features": [i for i, _ in made["features"]],
         "random features": [i for i, _ in here["random"]],
     }
     result = [{"ablated": "nothing", "n": 0} | {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}]
     for name, chosen_features in sets.items():
+        if not chosen_features:
+            continue
         group = Group(tuple(clamping.feature(model, found[middle], i, 1.0) for i in chosen_features), name)
         with clamping.clamp(model, group, mode="ablate"):
             losses = {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}
@@ -242,15 +268,18 @@ def ablations(model: Model, ranked: dict[str, Any], made: dict[str, Any]) -> lis
 
 def study_costs() -> Path:
     """Held-out text and multiple choice at the sweet spot; what ablation does to facts."""
-    start, model = time.time(), load_model()
+    start, model = time.time(), load_subject()
     tools, selected = clamping_study.chosen(model)
     rows, shown = [], clamping_study.demonstrated(selected)
-    settings = [("none", None)] + [(m, selected[m]["strength"]) for m in (shown, "learned vector", "mean difference")]
-    for method, strength in [*settings, ("random features", selected[shown]["strength"])]:
+    methods = [m for m in (shown, "learned vector", "mean difference") if m in selected]
+    settings = [("none", None)] + [(m, selected[m]["strength"]) for m in methods]
+    if "random features" in tools.found:
+        settings.append(("random features", selected[shown]["strength"]))
+    for method, strength in settings:
         key = ["costs", *clamping_study.cache_key(model, tools, method, strength)]
         rows.append({"method": method, "strength": strength} | resumed(
             "clamp_costs", key, costs_of, model, tools, method, strength))  # fmt: skip
-    table, found = read_table("clamp_choose"), clamping_study.shipped_saes(model)
+    table, found = read_table("clamp_choose"), clamping_study.role_saes(model)
     main, made = str(clamping_study.main_layer(found, model)), table["learned"]
     key = [
         "ablation",

@@ -17,19 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from glassbox_utils.core import corpora
+from glassbox_utils.core import corpora, prepared
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import exact
 from glassbox_utils.core.identity import difference
 from glassbox_utils.core.losses import answer_losses
-from glassbox_utils.core.models import Model
+from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.studies import SEED, read_table, resumed
 from glassbox_utils.core.text import chat, generate
 from glassbox_utils.saes import clamping, learning
 from glassbox_utils.saes.clamping import Feature, Group
-from glassbox_utils.saes.config import SAES, site_of
-from glassbox_utils.saes.store import load_sae, shipped
+from glassbox_utils.saes.reading import site_of_sae
+from glassbox_utils.saes.recipes import layer_of
+from glassbox_utils.saes.store import load_sae
 from glassbox_utils.steering import style
 from glassbox_utils.steering.apply import steer
 from glassbox_utils.steering.fit import fit_directions
@@ -52,6 +53,10 @@ DISTINCT_BUDGET = 0.7
 """times the unclamped answers' share of different word pairs: a loop has a low perplexity and is no answer"""
 
 
+NONE = (
+    "No feature of this SAE fires on the bridge's name and hardly elsewhere, and none could be learned, so there is "
+    "nothing to clamp. Train an SAE of more features on more text (glassbox prepare with a larger budget)."
+)
 SYSTEM = "You are the Golden Gate Bridge in San Francisco. Mention the Golden Gate Bridge in every answer."
 
 
@@ -61,8 +66,14 @@ def prompts() -> dict[str, Any]:
     return json.loads((DATA / "prompts" / "clamping.json").read_text(encoding="utf-8"))
 
 
-def golden_gate_sentences(n: int = 80, n_other: int = 120) -> tuple[list[str], list[str]]:
+def spread(items: Sequence[str], n: int) -> list[str]:
+    """``n`` of them, evenly over the list: neighbours are alike."""
+    return list(items[:: max(1, len(items) // n)][:n])
+
+
+def golden_gate_sentences() -> tuple[list[str], list[str]]:
     """Sentences about the bridge and about other landmarks, from the training passages that we wrote."""
+    n, n_other = prepared.sized(80, 24), prepared.sized(120, 36)
     written = corpora.sentences(corpora.load_corpus("landmarks", "train"), r"\w")
     here = [d.text for d in written if re.search("golden gate bridge", d.text, re.I)]
     there = [d.text for d in written if not re.search("golden gate", d.text, re.I)]
@@ -74,23 +85,26 @@ def concept_sentences() -> list[str]:
     return [s for concept in prompts()["concepts"].values() for s in concept["sentences"]]
 
 
-def shipped_saes(model: Model) -> dict[int, Any]:
-    """Layer -> the shipped TopK SAE of the residual stream after it, for those made for this very model."""
-    found = {}
-    for name in shipped():
-        meta = json.loads((SAES / name / "cfg.json").read_text(encoding="utf-8"))["metadata"]
-        site = site_of(meta["hook_name"])
-        if name.startswith("topk-8192-") and meta["model_hash"] == model.hash and site.kind == "resid_post":
-            found[site.layer] = load_sae(name, model)
+def role_saes(model: Model) -> dict[int, Any]:
+    """Layer -> SAE, for the roles that the prepared folder has one for; PreparedError if it has none at all."""
+    named = prepared.card().saes
+    names = [named[role] for role in reversed(prepared.ROLES) if role in named] or [prepared.sae("main")]
+    found = {site_of_sae(sae).layer: sae for sae in (load_sae(name, model) for name in names)}  # of one layer: main
     return dict(sorted(found.items()))
 
 
 def main_layer(found: dict[int, Any], model: Model) -> int:
     """The SAE nearest to half of the depth."""
-    return min(found, key=lambda layer: abs(layer - (model.n_layers // 2 - 1)))
+    return min(found, key=lambda layer: abs(layer - layer_of(model, "main")))
 
 
-def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = NEW_TOKENS) -> tuple[list, list]:
+def stream_layer(sae: Any) -> int:
+    """The layer after which the residual stream stands nearest to what an SAE reads."""
+    site = site_of_sae(sae)
+    return site.layer - 1 if site.kind == "resid_pre" and site.layer else site.layer
+
+
+def taught(model: Model, starts: dict[str, str], tokens: int = NEW_TOKENS) -> tuple[list, list]:
     """Training questions, and answers about a concept that the plain model itself wrote: only their beginning is given.
 
     What goes on from there is fluent to the model by construction. ``starts``: how answers to questions about the model
@@ -98,8 +112,8 @@ def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = N
     """
     questions, answers = [], []
     for kind, asked in prompts()["train"].items():
-        start, some = starts[kind], asked[::every]
-        left = tokens - len(model.tokenizer(start, add_special_tokens=False)["input_ids"])
+        start, some = starts[kind], spread(asked, prepared.sized(len(asked), 8))
+        left = max(tokens // 2, tokens - len(model.tokenizer(start, add_special_tokens=False)["input_ids"]))
         chats = [chat(model, q, NO_SYSTEM) + start for q in some]
         key = ["taught", model.hash, chats, left]
         questions += some
@@ -107,9 +121,9 @@ def taught(model: Model, starts: dict[str, str], every: int = 1, tokens: int = N
     return questions, answers
 
 
-def lessons(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> list[learning.Lesson]:
-    """Chats with their answers, as the layers above ``layer`` read them."""
-    return learning.lessons(model, layer, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
+def lessons(model: Model, where: int | Site, questions: Sequence[str], answers: Sequence[str]) -> list[learning.Lesson]:
+    """Chats with their answers, as what comes after ``where`` reads them (a number: after that layer)."""
+    return learning.lessons(model, where, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
 
 
 def name_texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -160,12 +174,12 @@ def directions(model: Model, layers: Sequence[int]) -> list[Direction]:
 
 
 def vector_file(layer: int) -> Path:
-    return DATA / "vectors" / f"golden-gate-l{layer}"
+    return prepared.path("vectors", f"golden-gate-l{layer}")
 
 
 def two_layers(model: Model) -> list[int]:
-    """The middle of the depth and two thirds of it: where the shipped SAEs are."""
-    return [model.n_layers // 2 - 1, 2 * model.n_layers // 3 - 1]
+    """The middle of the depth and two thirds of it (of a model of two layers these are one)."""
+    return sorted({layer_of(model, role) for role in prepared.ROLES})
 
 
 def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
@@ -174,15 +188,15 @@ def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
 
 
 def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dict[str, Any]) -> Tools:
-    """Methods from the tables of ``_ranked`` (layer as text -> content) and of what was learned.
+    """Methods from the tables of ``_ranked`` (layer as text -> content) and of what was learned: those that there are.
 
     ``best``: position of the single feature to use.
     """
-    found_saes = {layer: sae for layer, sae in shipped_saes(model).items() if str(layer) in ranked}
+    found_saes = {layer: sae for layer, sae in role_saes(model).items() if str(layer) in ranked}
     middle = main_layer(found_saes, model)
 
     def group(layer: int, name: str = "golden gate") -> tuple[Feature, ...]:
-        return tuple(clamping.feature(model, found_saes[layer], i, u) for i, u in ranked[str(layer)]["group"][name])
+        return group_of(model, found_saes[layer], ranked[str(layer)]["group"][name], name).features
 
     here = ranked[str(middle)]
     found: dict[str, Any] = {}
@@ -190,17 +204,22 @@ def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dic
         clamping.feature(model, found_saes[middle], r["feature"], r["unit"]) for r in here["single"]["golden gate"]
     ]
     found |= {f"feature {k}": one for k, one in enumerate(single[:N_TRIED])}
-    found["one feature"] = single[best or 0]
-    found["several features"] = Group(group(middle), "several features")
-    if len(found_saes) > 1:
-        both = tuple(f for layer in found_saes for f in group(layer))
-        found["several features, two layers"] = Group(both, "several features, two layers")
-    vectors = [load_direction(vector_file(layer)) for layer in two_layers(model)]
-    found |= {"mean difference": vectors[:1], "mean difference, two layers": vectors}
+    if single:
+        found["one feature"] = single[best or 0]
+    groups = {"several features": group(middle)}
+    if all(parts := [group(layer) for layer in found_saes]) and len(parts) > 1:
+        groups["several features, two layers"] = tuple(f for part in parts for f in part)
     for method, kind in (("learned features", "features"), ("random features", "random")):
-        found[method] = group_of(model, found_saes[middle], made[kind], method)
+        groups[method] = group_of(model, found_saes[middle], made[kind], method).features
+    vectors = [load_direction(vector_file(layer)) for layer in two_layers(model)]
+    found["mean difference"] = vectors[:1]
+    if len(vectors) > 1:
+        found["mean difference, two layers"] = vectors
+    found |= {method: Group(features, method) for method, features in groups.items() if features}
     vector = torch.tensor(made["vector"])
     length = float(vector.norm())  # strength 1 adds the vector as it was learned
+    if not length:
+        return Tools(found)
     known = {"layer": made["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
     trained = replace(vectors[0], vector=vector / length, scale=length, **known)
     found["learned vector"] = [trained]
@@ -242,10 +261,11 @@ def perplexity(row: dict[str, Any]) -> float:
 
 def summary(row: dict[str, Any], plain: dict[str, Any], words: Sequence[str]) -> dict[str, float]:
     """Mention rate, perplexity and distinct-2 in units of the unclamped answers."""
+    usual = max(float(style.distinct(plain["answers"]).mean()), 1e-9)
     return {
         "mention": round(float(np.mean(clamping.mentions(row["answers"], words))), 4),
         "perplexity": round(perplexity(row) / perplexity(plain), 4),
-        "distinct": round(float(style.distinct(row["answers"]).mean() / style.distinct(plain["answers"]).mean()), 4),
+        "distinct": round(float(style.distinct(row["answers"]).mean()) / usual, 4),
     }
 
 
@@ -273,8 +293,8 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
     if why := difference(made_for, model.hash):
         raise clamping.ClampError(
             f"The features were chosen for {table['provenance']['model']} ({made_for}), this is {model.name} "
-            f"({model.hash}): {why}. Another model needs its own SAE (notebook 03) and its own choice (glassbox study "
-            "clamp-choose). Steering by a direction (notebook 05) needs no SAE."
+            f"({model.hash}): {why}. Another model needs its own SAE (notebook 03) and its own choice: `glassbox "
+            "prepare MODEL` makes both. Steering by a direction (notebook 05) needs no SAE."
         )
     return make_tools(model, table["ranked"], table["best"], table["learned"]), table["selected"]
 
@@ -282,4 +302,6 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
 def demonstrated(selected: dict[str, Any]) -> str:
     """The clamp that is shown: of the groups of features the one with the most mentions on selection prompts."""
     groups = [method for method in selected if method.startswith(("several features", "learned features"))]
+    if not groups:
+        raise clamping.ClampError(NONE)
     return max(groups, key=lambda m: (selected[m]["mention"], -selected[m]["perplexity"]))

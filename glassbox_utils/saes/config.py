@@ -4,6 +4,7 @@ A configuration is checked when it is made, whether by a ``config.yaml`` or in P
 from the annotations, and what several fields must agree on here.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from glassbox_utils.core import assets, corpora, distributed, schema
+from glassbox_utils.core import assets, corpora, distributed, prepared, schema
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import EMBEDDED, Model, Site, check_site
 
-SAES = assets.DATA / "saes"
+
+def saes_folder() -> Path:
+    """Where the SAEs of the prepared folder lie, each in a folder of sae_lens format."""
+    return prepared.path("saes")
+
 
 _HOOKS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "z": "attn.hook_z"} | {
     kind: f"hook_{kind}" for kind in ("attn_out", "mlp_out")
@@ -114,6 +119,8 @@ def _check_shards(name: str, tokens: int, size: int) -> None:
 
 # --- training -----------------------------------------------------------------------------------------
 
+LONGEST = 180
+"""characters of a folder's name in the cache"""
 Share = Annotated[float, Field(ge=0)]
 Size = Annotated[float, Field(gt=0)]
 
@@ -250,6 +257,8 @@ class TrainConfig:
         weights = "-shuffled" if self.shuffle_weights else ""
         name = f"{self.model}{weights}-{self.corpus}-{self.hook}-{self.context}x{self.rows_per_shard}"
         name = name.replace("/", "--")
+        if len(name) > LONGEST:  # the model is a folder far down
+            name = f"{hashlib.sha256(name.encode()).hexdigest()[:16]}{name[-LONGEST + 16 :]}"
         folder = Path(self.shards) if self.shards else assets.cache_dir() / "activations" / name
         shard = {"context": self.context, "rows_per_shard": self.rows_per_shard}
         return HarvestConfig(folder, (self.hook,), self.tokens, self.corpus, "train", self.model, **shard)

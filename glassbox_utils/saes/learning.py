@@ -137,7 +137,7 @@ def learn_group(
         real = lesson.batch.attention_mask.bool()
         with torch.no_grad():
             effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
-            fires += result((code.encode(like(lesson.resid, code.W_dec))[real] > 0).float().sum(0))
+            fires += result((reading.encode(code, lesson.resid)[real] > 0).float().sum(0))
         count += int(real.sum())
     quiet = (fires <= QUIET * count) & (result(decoder.norm(dim=-1)) > 0)
     if int(quiet.sum()) < 2 * n:
@@ -146,7 +146,7 @@ def learn_group(
     order = beside(order, decoder)
     rows = decoder[order]
     with torch.no_grad():
-        codes = [code.encode(like(x.resid, code.W_dec))[..., order].float() for x in given]
+        codes = [reading.encode(code, x.resid)[..., order].float() for x in given]
     values, alive = decoder.new_zeros(len(order)).requires_grad_(), decoder.new_ones(len(order)).bool()
     left = {int(steps * share): times * n for share, times in ((0.25, 4), (0.35, 2), (0.5, 1))}
 

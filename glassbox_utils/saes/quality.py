@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import corpora, files, schema
+from glassbox_utils.core import assets, corpora, files, prepared, schema
 from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
@@ -100,9 +100,9 @@ def evaluate_sae(
     norms = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(tokens), 8):
         x = activations(model, tokens[start : start + 8], [site])[site].float()
-        usual, average = ordinary(x, median_norm), beside(mean, x)
+        usual, average = ordinary(x, median_norm), reading.seen(sae, beside(mean, x))
         features = reading.encode(sae, x)
-        out = reading.decode(sae, features)
+        out, x = reading.decode(sae, features), reading.seen(sae, x)
         wrong, spread = exact((out - x).square().sum(-1)), exact((x - average).square().sum(-1))
         here = result(usual)
         residual += torch.stack([wrong[here].sum(), wrong.sum()])
@@ -275,7 +275,7 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
     last = state["history"][-1]
     card = {
         "name": config.name,
-        "model": config.model,
+        "model": Path(config.model).name,
         "model_hash": model.hash,
         "hook": config.hook,
         "architecture": config.architecture,
@@ -286,9 +286,9 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "steps": int(last["step"]),
         "seed": config.seed,
         "hours": round(state["seconds"] / 3600, 3),
-        "command": f"glassbox train-sae data/saes/{config.name}/config.yaml",
+        "command": f"glassbox train-sae {_shown(folder)}/config.yaml",
         "excluded": f"first token of a row, and residual norms above {OUTLIER} times the median",
-        "licence": "Apache-2.0",
+        "licence": _licence(model),
         "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
         "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
     }
@@ -297,6 +297,18 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
     with files.atomic_path(Path(folder) / "README.md") as partial:
         partial.write_text(_readme(card), encoding="utf-8")
     return card
+
+
+def _shown(folder: Path) -> str:
+    """A folder as a command on another machine may name it: as in the repository, else by its name."""
+    inside = Path(folder).resolve().is_relative_to(assets.DATA.parent)
+    return Path(folder).resolve().relative_to(assets.DATA.parent).as_posix() if inside else Path(folder).resolve().name
+
+
+def _licence(model: Model) -> str:
+    """Of what is derived from a model's weights: as its prepared folder says, else the model's own."""
+    where = prepared.found(model)
+    return "that of the model it was made from" if where is None else prepared.card(where).licence
 
 
 def _readme(card: dict[str, Any]) -> str:
@@ -319,7 +331,7 @@ A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{ca
 
 Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
 `{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]},
-{card["hours"]:.2f} hours of wall time on two shared CPU cores.
+{card["hours"]:.2f} hours of wall time.
 Excluded in training and in the metrics: {card["excluded"]}. `{card["command"]}` makes it again.
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},

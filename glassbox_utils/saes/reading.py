@@ -1,10 +1,10 @@
 """What an SAE reads and writes: its own hook, in its own units, at the positions that it was made for.
 
 Whatever encodes with an SAE, or adds one of its rows to a stream, comes here first. An SAE that somebody else trained
-may lack what ours record: its *hook* is needed, its *median norm* (which says what an outlier is) is measured, and of
-which *weights* it was made nobody can know. Refused are tools whose output stands at another place than their input
-(transcoders), whose features have a sign or depend on other positions, and whose inputs are scaled by a number that
-is not stored with them.
+may lack what ours record: its *hook* is needed; its *median norm* (which says what an outlier is) and the scale of its
+inputs, if it wants one and its file does not hold it, are measured; and of which *weights* it was made nobody can know.
+Refused are tools whose output stands at another place than their input (transcoders), whose features have a sign or
+depend on other positions, and whose inputs are whitened by a matrix that is not stored with them.
 """
 
 import copy
@@ -32,6 +32,8 @@ READ = (
 """architectures whose features are not negative and depend on one position"""
 SCALED = ("expected_average_only_in", "covariance_whitening")
 """normalisations by numbers of the training text, which sae_lens folds into the weights and does not store"""
+CENTRED = "center_writing_weights"
+"""what GPT-2's releases declare: TransformerLens had taken the mean over the width out of all that writes"""
 ROUNDING = 1e-3
 """decoder rows whose length differs from 1 by less are of length 1, but for float16"""
 
@@ -51,7 +53,8 @@ def check_kind(sae: Any) -> None:
     if (scaled := getattr(cfg, "normalize_activations", "none")) in SCALED:
         raise SaeError(
             f"This SAE expects activations scaled by its training text ({scaled}), and that scale is not stored with "
-            "it. Fold it into the weights (sae.fold_activation_norm_scaling_factor of sae_lens), save and load again."
+            "it. gb.load_sae(NAME, MODEL) measures a scale (not a whitening); or fold the known one into the weights "
+            "(sae.fold_activation_norm_scaling_factor of sae_lens), save and load again."
         )
     stored_median(sae)
 
@@ -107,9 +110,22 @@ def tool(sae: Any, place: Tensor | torch.device) -> Any:
     return near
 
 
+def seen(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """The part of an activation that the SAE is about: all of it, or (if it declares so) all but its mean.
+
+    An SAE of a model whose writing weights were centred knows a stream without a mean over the width. LayerNorm takes
+    no notice of that mean, so the model is the same; ``z`` is no part of the stream and stays as it is.
+    """
+    meta = getattr(getattr(sae, "cfg", None), "metadata", None) or {}
+    declared = (meta.get("model_from_pretrained_kwargs") or {}).get(CENTRED)
+    if not declared or str(meta.get("hook_name")).endswith(("hook_z", "attn.o.hook_in")):
+        return x
+    return x - x.mean(-1, keepdim=True)
+
+
 def encode(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_sae"]:
     """Features of activations as a site has them, on their device; the SAE computes in its own type."""
-    near = tool(sae, x)
+    near, x = tool(sae, x), seen(sae, x)
     return numbers(sae, near.encode(like(x, near.W_dec) if hasattr(near, "W_dec") else x))
 
 
@@ -127,7 +143,7 @@ def decode(sae: Any, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*bat
 def rows(sae: Any) -> Float[Tensor, "d_sae width"]:
     """What one unit of each feature adds to the reconstruction (times ``gain``)."""
     written = sae.W_dec.detach()
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+    if getattr(getattr(sae, "cfg", None), "rescale_acts_by_decoder_norm", False):
         length = written.norm(dim=-1, keepdim=True)
         written = written / torch.where((length - 1).abs() < ROUNDING, 1.0, length)
     return written
@@ -139,7 +155,7 @@ def gain(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"
     if declared == "layer_norm":
         return x.std(-1, keepdim=True)
     if declared == "constant_norm_rescale":
-        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return seen(sae, x).norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
     return 1.0
 
 
@@ -173,18 +189,36 @@ def median_norm(model: Model, sae: Any) -> float:
     return found[model.hash]
 
 
-@torch.inference_mode()
 def measured_median(model: Model, site: Site) -> float:
     """The median norm at a site, first tokens left out."""
-    texts = (text for text, _, _ in corpora.landmark_passages(TEXTS))
-    norms = []
-    for some in packing.packed(model, texts, min(CONTEXT, model.n_context)):
-        for part in some.tokens.split(8):
-            norms.append(result(activations(model, part, [site])[site].float().norm(dim=-1))[:, 1:].flatten())
-    median = float(torch.cat(norms).median())
+    median = float(norms_at(model, site)[:, 1:].median())
     if not 0 < median < math.inf:
         raise SaeError(f"The norms of {site.kind} of layer {site.layer} of {model.name} have the median {median}.")
     return median
+
+
+def measured_scale(model: Model, sae: Any) -> float:
+    """The factor of sae_lens's ``expected_average_only_in``: it brings the mean norm, first tokens included, to the
+    root of the width. Ours is measured on passages that we wrote, in rows of the SAE's own context."""
+    context = sae.cfg.metadata.get("context_size")
+    usual = context if isinstance(context, int) and context > 1 else CONTEXT
+    mean = float(norms_at(model, site_of(sae.cfg.metadata.hook_name), usual).mean())
+    if not 0 < mean < math.inf:
+        raise SaeError(f"The norms at {sae.cfg.metadata.hook_name} of {model.name} have the mean {mean}.")
+    return sae.cfg.d_in**0.5 / mean
+
+
+@torch.inference_mode()
+def norms_at(model: Model, site: Site, context: int = CONTEXT) -> Float[Tensor, "row pos"]:
+    """Norms of the activations at a site, on passages that we wrote."""
+    texts = (text for text, _, _ in corpora.landmark_passages(TEXTS))
+    norms = []
+    for some in packing.packed(model, texts, min(context, model.n_context)):
+        for part in some.tokens.split(8):
+            norms.append(result(activations(model, part, [site])[site].float().norm(dim=-1)))
+    if not norms:
+        raise SaeError(f"Our passages give no row of {min(context, model.n_context)} tokens of {model.name}.")
+    return torch.cat(norms)
 
 
 # --- arguments ----------------------------------------------------------------------------------------

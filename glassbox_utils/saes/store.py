@@ -6,6 +6,7 @@ holds the sha256 of the weights, beside sae_lens's own settings (which do not co
 
 import copy
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,11 +25,15 @@ from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import first_token
-from glassbox_utils.saes.config import SAES, SaeError, TrainConfig
+from glassbox_utils.saes.config import SaeError, TrainConfig, saes_folder, site_of, width_of
 from glassbox_utils.saes.harvest import OUTLIER, Scaling
-from glassbox_utils.saes.reading import check_fits, check_kind
+from glassbox_utils.saes.reading import check_fits, check_kind, measured_scale, median_norm
 
 WEIGHTS, SETTINGS = "sae_weights.safetensors", "cfg.json"
+SCALER = "activation_scaler.json"
+"""where a checkpoint of sae_lens keeps the scale of its inputs"""
+CENTRING = r"\s*This SAE has non-empty model_from_pretrained_kwargs"
+"""sae_lens's advice to load the model with centred weights; ``reading.seen`` does what that would do"""
 
 
 def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, model: Model) -> None:
@@ -41,7 +46,7 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     final = copy.deepcopy(sae)
     final.fold_activation_norm_scaling_factor(scaling.scale)
     final.W_enc.data = final.W_enc.data.contiguous()  # the file format knows no other layout
-    final.cfg.metadata.model_name = config.model
+    final.cfg.metadata.model_name = Path(config.model).name
     final.cfg.metadata.model_hash = model.hash
     final.cfg.metadata.hook_name = config.hook
     final.cfg.metadata.context_size = config.context
@@ -71,31 +76,75 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
 
 
 def shipped() -> list[str]:
-    """Names of the SAEs in data/saes."""
-    return sorted(path.parent.name for path in SAES.glob("*/cfg.json"))
+    """Names of the SAEs of the prepared folder."""
+    return sorted(path.parent.name for path in saes_folder().glob("*/cfg.json"))
 
 
 def folder_of(name_or_path: str | Path) -> Path:
-    """The folder of a shipped SAE, or the folder itself; SaeError lists near matches and all names."""
-    path = Path(name_or_path) if os.path.exists(Path(name_or_path) / SETTINGS) else SAES / str(name_or_path)
+    """The folder of a prepared SAE, or the folder itself; SaeError lists near matches and all names."""
+    path = Path(name_or_path) if os.path.exists(Path(name_or_path) / SETTINGS) else saes_folder() / str(name_or_path)
     if not str(name_or_path) or not os.path.exists(path / SETTINGS):
         near = get_close_matches(str(name_or_path), shipped(), n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise SaeError(
             f"There is no SAE {shown(str(name_or_path))}.{hint} Shipped: {', '.join(shipped()) or 'none'}; or "
-            f"give a folder that holds {SETTINGS} and {WEIGHTS}."
+            f"give a folder that holds {SETTINGS} and {WEIGHTS}, or a release of sae_lens with its id, such as "
+            "'gpt2-small-res-jb/blocks.8.hook_resid_pre'."
         )
     return path
 
 
 def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
-    """A shipped SAE by name, or any folder in sae_lens format, in float32; one of z reads all heads side by side.
+    """An SAE of the prepared folder by name, any folder in sae_lens format, or a published one as ``release/sae_id``
+    (fetched from the hub), in float32; one of z reads all heads side by side.
 
+    What others do not store is measured if a model is given, and kept with the SAE that is returned: its median norm,
+    the scale of its inputs (``expected_average_only_in``), and the hash of the model, with a warning for the last two.
     Raises SaeError for a damaged folder (its weights are not those whose hash it holds), for what is no SAE (a
     transcoder), and with a model given if the SAE was trained on other weights (by hash), at another width or layer.
-    An SAE that does not say which weights it was trained on is loaded with a warning.
     """
-    path = folder_of(name_or_path)
+    published = _release(str(name_or_path))
+    sae = _published(*published) if published else _from_folder(folder_of(name_or_path))
+    if getattr(sae, "hook_z_reshaping_mode", False):
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    if model is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+        _scale(sae, model, str(name_or_path))
+    check_kind(sae)
+    if model is not None:
+        _complete(sae, model, str(name_or_path))
+    return sae
+
+
+def _complete(sae: Any, model: Model, name: str) -> None:
+    """Check an SAE against the model, and add to its metadata what can be measured."""
+    check_fits(model, sae)
+    meta = sae.cfg.metadata
+    meta.median_norm = median_norm(model, sae)
+    if meta.get("model_hash") is None:
+        warnings.warn(
+            f"The SAE {name} does not say which weights it was trained on (no model_hash in its metadata; its model is "
+            f"called {meta.get('model_name') or 'nothing'}). Whether it belongs to {model.name} is for you to know: an "
+            "SAE of another model gives numbers, too.",
+            stacklevel=3,
+        )
+        meta.model_hash = model.hash
+
+
+def _scale(sae: Any, model: Model, name: str) -> None:
+    """Fold a measured scale into the weights: the SAE's own, by its training text, was not stored."""
+    if sae.cfg.d_in != (width := width_of(model, site_of(sae.cfg.metadata.hook_name))):
+        raise SaeError(f"The SAE {name} reads {sae.cfg.d_in} dimensions, its place in {model.name} has {width}.")
+    factor = measured_scale(model, sae)
+    sae.fold_activation_norm_scaling_factor(factor)
+    warnings.warn(
+        f"The SAE {name} expects inputs scaled by its training text, and the factor is not stored with it. On our "
+        f"passages it is {factor:.4g}, which is used.",
+        stacklevel=3,
+    )
+
+
+def _from_folder(path: Path) -> Any:
+    """An SAE from disk, its declared scale folded into the weights; SaeError for a damaged folder."""
     settings = schema.read_mapping(path / SETTINGS, SaeError, "the cfg.json of a folder in sae_lens format")
     known = settings.get("weights_sha256")
     again = "Restore the folder (git checkout, if it is a shipped one), or train it again: `glassbox train-sae CONFIG`."
@@ -104,17 +153,13 @@ def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
     if known is not None and files.sha256_of(path / WEIGHTS) != known:
         raise SaeError(f"{path / WEIGHTS} is damaged: its sha256 is not the one that {SETTINGS} holds. {again}")
     sae = _loaded(path, again)
-    if getattr(sae, "hook_z_reshaping_mode", False):
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    check_kind(sae)
-    if model is not None:
-        check_fits(model, sae)
-        if sae.cfg.metadata.get("model_hash") is None:
-            warnings.warn(
-                f"The SAE {path.name} does not say which weights it was trained on (no model_hash in its metadata). "
-                f"Whether it belongs to {model.name} is for you to know: an SAE of another model gives numbers, too.",
-                stacklevel=2,
-            )
+    if sae.cfg.normalize_activations == "expected_average_only_in" and (path / SCALER).is_file():
+        declared = schema.read_mapping(path / SCALER, SaeError, "the scale that sae_lens writes beside a checkpoint")
+        factor = declared.get("scaling_factor")
+        if factor is not None:
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise SaeError(f"scaling_factor is {shown(factor)} in {path / SCALER}. Allowed: a number above 0.")
+            sae.fold_activation_norm_scaling_factor(factor)
     return sae
 
 
@@ -123,13 +168,53 @@ def _loaded(path: Path, again: str) -> Any:
     from sae_lens import SAE
 
     try:
-        sae = SAE.load_from_disk(path, dtype="float32")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=CENTRING)
+            sae = SAE.load_from_disk(path, dtype="float32")
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SaeError(f"{path} can't be read as an SAE in sae_lens format ({reason}). {again}") from error
+    return _finite(sae, f"{path}", again)
+
+
+def _finite(sae: Any, name: str, again: str) -> Any:
     if wrong := [name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
-        raise SaeError(f"{', '.join(wrong)} of {path} hold values that are no finite numbers. {again}")
+        raise SaeError(f"{', '.join(wrong)} of {name} hold values that are no finite numbers. {again}")
     return sae.eval()
+
+
+# --- published ----------------------------------------------------------------------------------------
+
+
+def _release(name: str) -> tuple[str, str] | None:
+    """(release, sae_id) of ``release/sae_id`` or ``owner/repository/folder``; None for a name or a folder."""
+    if "/" not in name or name[0] in "/.~" or os.path.exists(name) or os.path.exists(saes_folder() / name):
+        return None
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    parts = name.split("/")
+    if parts[0] in get_pretrained_saes_directory():
+        return parts[0], "/".join(parts[1:])
+    return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else None
+
+
+def _published(release: str, sae_id: str) -> Any:
+    """A published SAE as ``SAE.from_pretrained`` gives it, with its errors in words."""
+    from sae_lens import SAE
+
+    name = f"{release}/{sae_id}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=CENTRING)
+            warnings.filterwarnings("ignore", message="norm_scaling_factor not found")  # it is measured
+            sae = SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+    except Exception as error:  # the hub's and sae_lens's: no network, no such id, a gated or damaged repository
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise SaeError(
+            f"The SAE {sae_id} of the release {release} can't be fetched ({reason}). Without a network, fetch the "
+            "folder elsewhere and give its path; the ids of a release are listed in sae_lens's pretrained_saes.yaml."
+        ) from error
+    return _finite(sae, name, "Take another one.")
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

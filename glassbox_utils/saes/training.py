@@ -5,6 +5,7 @@ where the arithmetic is sparse, and without a step that waits for the device.
 """
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from glassbox_utils.core import assets, devices, distributed, files
 from glassbox_utils.core.devices import beside
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import EMBEDDED, Model, load_model
 from glassbox_utils.core.packing import START, Place, Rows, place_after
 from glassbox_utils.core.pipeline import ahead, download, memory, upload
 from glassbox_utils.core.session import progress
@@ -47,6 +48,8 @@ __all__ = ["StepResult", "library_gradients", "topk_gradients"]
 
 SILENT = 500_000
 """samples without a single activation after which a feature counts as dead"""
+FREE = ("samples", "decay", "checkpoint_every")
+"""settings that a run may change on its way"""
 OVER_BATCH = ("batchtopk", "matryoshka_batchtopk")
 """architectures that choose over the whole batch, which ranks therefore can't divide"""
 Read = Callable[[Sequence[int]], list[Float[Tensor, "row pos d_model"]]]
@@ -372,10 +375,9 @@ def _read_window(config: TrainConfig, window: list[StepResult]) -> tuple[float, 
 
 
 def _same_run(config: TrainConfig, saved: dict[str, Any], path: Path) -> None:
-    free = {"samples", "decay", "checkpoint_every"}
     default = {f.name: f.default for f in fields(TrainConfig)}  # a setting that an older checkpoint did not know yet
     there, here = default | saved, json.loads(json.dumps(asdict(config)))
-    changed = [k for k, v in here.items() if there[k] != v and k not in free]
+    changed = [k for k, v in here.items() if there[k] != v and k not in FREE]
     if changed:
         what = "; ".join(f"{k}: {there[k]!r} there, {here[k]!r} asked for" for k in changed)
         raise SaeError(f"The checkpoint in {path} belongs to another run ({what}). Delete it or choose another folder.")
@@ -424,6 +426,16 @@ def model_of(config: TrainConfig) -> Model:
     return shuffled_model(model, config.seed) if config.shuffle_weights else model
 
 
+def work_folder(config: TrainConfig, model: Model) -> Path:
+    """Where the checkpoints of a run lie in the cache; runs on other models may have the same name."""
+    name = config.name
+    if config.model != EMBEDDED:
+        fixed = {k: v for k, v in asdict(config).items() if k not in FREE}
+        key = json.dumps([model.hash, fixed], sort_keys=True, default=str)
+        name += f"-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return assets.cache_dir() / "training" / name
+
+
 def train_from_config(path: str | Path, evaluate: bool = True) -> Path:
     """Harvest, train, save, evaluate, write the card: all that ``glassbox train-sae CONFIG`` does.
 
@@ -432,10 +444,10 @@ def train_from_config(path: str | Path, evaluate: bool = True) -> Path:
     """
     config, path = read_config(path), Path(path).resolve()
     folder = path if path.is_dir() else path.parent
-    work = assets.cache_dir() / "training" / config.name
+    model = model_of(config)
+    work = work_folder(config, model)
     for what, target in (("The folder of the SAE", folder), ("The folder of the training", work)):
         files.check_output(target, what, folder=True)  # before hours of work
-    model = model_of(config)
     if not config.stream:
         harvest(config.harvest, model)
     train(config, work, device=model.device, model=model)

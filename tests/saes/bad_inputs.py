@@ -264,7 +264,7 @@ CASES: list[tuple[str, Any]] = [
     ("cfg.json a list", _damaged("cfg.json", b"[1, 2]")),
     ("cfg.json of another width", _settings(d_in=7)),
     ("cfg.json of another architecture", _settings(architecture="nothing")),
-    ("cfg.json not folded", _settings(normalize_activations="expected_average_only_in")),
+    ("cfg.json whitened", _settings(normalize_activations="covariance_whitening")),
     ("another model's hash", _settings(metadata={"hook_name": HOOK, "model_hash": "0" * 16})),
     ("a hook of another kind", _settings(metadata={"hook_name": "blocks.1.attn.hook_pattern"})),
     ("a transcoder's output", _settings(metadata={"hook_name": HOOK, "hook_name_out": "blocks.1.hook_mlp_out"})),

@@ -9,7 +9,7 @@ from shards import HOOK, SITE
 from glassbox_utils.core import corpora
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.saes.config import SAES, site_of
+from glassbox_utils.saes.config import saes_folder, site_of
 from glassbox_utils.saes.harvest import activations, measure_scaling, ordinary, read_shard, shard_path
 from glassbox_utils.saes.quality import baselines, evaluate_sae
 
@@ -67,7 +67,7 @@ def test_sae_lens_evaluates_the_main_sae_to_our_numbers(smol):
     from sae_lens.evals import get_recons_loss, get_sparsity_and_variance_metrics
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    plain = SAE.load_from_disk(SAES / "topk-8192-l14", dtype="float32")
+    plain = SAE.load_from_disk(saes_folder() / "topk-8192-l14", dtype="float32")
     hook, median = plain.cfg.metadata.hook_name, plain.cfg.metadata.median_norm
     site = site_of(hook)
     documents = corpora.load_corpus("wiki", "held", 60)

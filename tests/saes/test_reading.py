@@ -205,8 +205,7 @@ def test_what_others_do_not_store_is_measured_or_asked_for(model, tmp_path, monk
         load_sae(tmp_path / "foreign")
     median = reading.median_norm(model, loaded)
     assert median == reading.measured_median(model, Site("mlp_out", 1)) > 0
-    assert loaded.cfg.metadata.median_norm is None
-    loaded.cfg.metadata.median_norm = median
+    assert loaded.cfg.metadata.median_norm == median and loaded.cfg.metadata.model_hash == model.hash
     known = detection.text_scores(model, loaded, PROMPTS)
     loaded.cfg.metadata.median_norm = None
     assert torch.equal(detection.text_scores(model, loaded, PROMPTS), known)

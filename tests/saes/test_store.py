@@ -15,7 +15,7 @@ from small import small_model
 
 from glassbox_utils.core import corpora, files
 from glassbox_utils.core.devices import result
-from glassbox_utils.saes.config import SAES, SaeError, read_config, site_of
+from glassbox_utils.saes.config import SaeError, read_config, saes_folder, site_of
 from glassbox_utils.saes.harvest import Scaling, activations, ordinary
 from glassbox_utils.saes.quality import evaluate_again
 from glassbox_utils.saes.store import SETTINGS, WEIGHTS, load_sae, save_sae, shipped
@@ -42,7 +42,7 @@ def test_an_sae_of_another_model_is_refused(model, shards, tmp_path):
 def test_shipped_saes_open_with_plain_sae_lens(name, smol):
     from sae_lens import SAE
 
-    folder = SAES / name
+    folder = saes_folder() / name
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 25e6
     plain, card = SAE.load_from_disk(folder), json.loads((folder / "card.json").read_text())
     assert plain.cfg.d_sae == card["d_sae"] and plain.W_dec.dtype == torch.float16
@@ -70,8 +70,8 @@ def saved_sae(folder, model, seed=0):
 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_weights_are_those_whose_hash_is_stored(name):
-    settings = json.loads((SAES / name / SETTINGS).read_text())
-    assert settings["weights_sha256"] == files.sha256_of(SAES / name / WEIGHTS)
+    settings = json.loads((saes_folder() / name / SETTINGS).read_text())
+    assert settings["weights_sha256"] == files.sha256_of(saes_folder() / name / WEIGHTS)
 
 
 def test_weights_with_flipped_bits_are_refused(model, tmp_path):
