@@ -6,31 +6,48 @@ from typing import Any
 
 import torch
 
-from glassbox_utils.core import files
+from glassbox_utils.core import files, prepared
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.studies import SEED, resumed, write_table
 from glassbox_utils.decisions import audit, cycle, loans, study
 from glassbox_utils.decisions.loans import Applicant, load_loan_model
-from glassbox_utils.saes.config import SAES, site_of
-from glassbox_utils.saes.store import load_sae
+from glassbox_utils.saes import reading
+from glassbox_utils.saes.config import SaeError, site_of
+from glassbox_utils.saes.store import WEIGHTS, folder_of, load_sae
 
 PATCH_LAYERS = (4, 10, 14, 18, 20, 22, 24, 26, 28)
+"""of 30"""
+N_CAUSE, N_HEADS, N_AUDIT = (24, 10), (12, 6), (12, 8)
+"""pairs that are followed, those whose heads are patched one by one, and applicants of an audit: in a full folder and
+in the smallest"""
+LEAST_PAIRS = 4
 CAUSE_LAYOUT = "semicolons"
 
 
 def cause_people(n: int) -> list[Applicant]:
-    """Applicants of the report split with English names (one token each, mostly, so that texts align)."""
+    """Up to n applicants of the report split with English names (few tokens each, so that texts align)."""
     people = loans.applications(4 * n, SEED + 21, "report")
-    return [a for a in people if (loans.group_of(a.name) or ("", ""))[1] == "english"][:n]
+    return [a for a in people if _is_english(a)][:n]
 
 
-def study_cause(n: int = 24) -> Path:
+def _is_english(applicant: Applicant) -> bool:
+    return (loans.group_of(applicant.name) or ("", ""))[1] == "english"
+
+
+def study_cause() -> Path:
     """Attention, swaps, patches, heads and features of the deployed model."""
-    start, model = time.time(), load_loan_model()
+    start, model, n = time.time(), load_loan_model(), prepared.sized(*N_CAUSE)
     people = cause_people(n)
     key = [model.hash, n, CAUSE_LAYOUT]
-    pairs = cycle.aligned_pairs(model, people, CAUSE_LAYOUT)
-    donors = loans.applications(n, SEED + 31, "report")
+    others = [a for a in loans.applications(8 * n, SEED + 21, "report") if not _is_english(a)]
+    pairs = cycle.aligned_pairs(model, cause_people(4 * n) + others, CAUSE_LAYOUT, most=n)
+    if len(pairs.name) < LEAST_PAIRS:
+        raise loans.LoanError(
+            f"Only {len(pairs.name)} pairs have as many tokens with a woman's name as with a man's in the tokenizer of "
+            f"{model.name}; {LEAST_PAIRS} are needed to follow the name through the layers."
+        )
+    donors = loans.applications(len(people), SEED + 31, "report")
 
     def looked() -> Any:
         return cycle.attention_to_fields(model, people, CAUSE_LAYOUT).double().numpy().round(5).tolist()
@@ -45,9 +62,9 @@ def study_cause(n: int = 24) -> Path:
         ]
 
     def heads() -> Any:
-        some = cycle.part_of(pairs, slice(0, 12))
+        some = cycle.part_of(pairs, slice(0, prepared.sized(*N_HEADS)))
         guess = cycle.head_guesses(model, some)
-        layers = guess.mean(0).abs().sum(1).topk(4).indices.tolist()
+        layers = guess.mean(0).abs().sum(1).topk(min(4, model.n_layers)).indices.tolist()
         exact = cycle.head_effects(model, some, sorted(layers))[:, sorted(layers)]
         return {"guess": _rounded(guess), "layers": sorted(layers), "exact": _rounded(exact)}
 
@@ -55,11 +72,14 @@ def study_cause(n: int = 24) -> Path:
         "attention": resumed("loans_cause", [*key, "attention"], looked),
         "swaps": resumed("loans_cause", [*key, "swaps"], swapped),
         "patches": resumed("loans_cause", [*key, "patches", PATCH_LAYERS], patched),
-        "heads": resumed("loans_cause", [*key, "heads"], heads),
+        "heads": resumed("loans_cause", [*key, "heads"], study.or_why, heads),
     }
-    sae = load_sae(study.SAE)
-    about = [*key, "features", study.SAE, str(files.sha256_of(SAES / study.SAE / "sae_weights.safetensors"))]
-    out["features"] = resumed("loans_cause", about, _features, model, sae, pairs)
+    name = study.or_why(prepared.sae, "main")
+    if study.why_skipped(name):
+        out["features"] = name
+    else:
+        about = [*key, "features", name, sae_print(name)]
+        out["features"] = resumed("loans_cause", about, study.or_why, _features, model, name, pairs)
     return write_table("loans_cause", model, time.time() - start, **out, layout=CAUSE_LAYOUT, fields=cycle.FIELDS)
 
 
@@ -67,9 +87,24 @@ def _rounded(x: torch.Tensor) -> Any:
     return x.double().numpy().round(4).tolist()
 
 
-def _features(model: Model, sae: Any, pairs: cycle.Pairs) -> dict[str, Any]:
+def sae_print(name: str) -> str:
+    """What changes when an SAE is trained again: the hash of its weights; the name of one that is fetched."""
+    try:
+        return str(files.sha256_of(folder_of(name) / WEIGHTS))
+    except (SaeError, OSError):
+        return name
+
+
+def _features(model: Model, name: str, pairs: cycle.Pairs) -> dict[str, Any]:
     """Features are chosen on the first half of the pairs and ablated on the second."""
-    layer = site_of(sae.cfg.metadata.hook_name).layer
+    sae = load_sae(name)
+    site = site_of(sae.cfg.metadata.hook_name)
+    layer = site.layer - (site.kind == "resid_pre")  # what enters a layer is what left the one before
+    if site.kind not in ("resid_pre", "resid_post") or not 0 <= layer < model.n_layers - 1:
+        raise loans.LoanError(
+            f"The SAE {name} reads {site.kind} of layer {site.layer} of {model.n_layers}. Allowed here: the residual "
+            "stream before the last layer."
+        )
     half = len(pairs.name) // 2
     parts = [cycle.part_of(pairs, s) for s in (slice(0, half), slice(half, None))]
     worse, better = cycle.name_states(model, parts[0], layer)
@@ -82,13 +117,13 @@ def _features(model: Model, sae: Any, pairs: cycle.Pairs) -> dict[str, Any]:
         like = cycle.like_features(sae, torch.cat([there_worse, there_better]), chosen, seed)
         ablated[f"like features {seed}"] = cycle.ablate_at_name(model, parts[1], sae, like, layer).tolist()
     return {
-        "sae": study.SAE,
+        "sae": name,
         "sae_model_hash": sae.cfg.metadata.model_hash,
         "layer": layer,
         "features": chosen.tolist(),
         "difference": difference.tolist(),
-        "worse": sae.encode(there_worse)[:, chosen].tolist(),
-        "better": sae.encode(there_better)[:, chosen].tolist(),
+        "worse": result(reading.encode(sae, there_worse))[:, chosen].tolist(),
+        "better": result(reading.encode(sae, there_better))[:, chosen].tolist(),
         "gap": ablated,
     }
 
@@ -96,9 +131,9 @@ def _features(model: Model, sae: Any, pairs: cycle.Pairs) -> dict[str, Any]:
 # --- the auditing game --------------------------------------------------------------------------------
 
 
-def study_audit(n: int = 12) -> Path:
-    """``audit`` over every shipped loan model, and held-out decisions of each. The key stays closed here."""
-    start = time.time()
+def study_audit() -> Path:
+    """``audit`` over every loan model of the prepared folder. The key stays closed here."""
+    start, n = time.time(), prepared.sized(*N_AUDIT)
     rows: dict[str, Any] = {}
     for name in loans.loan_models():
         model = load_loan_model(name)

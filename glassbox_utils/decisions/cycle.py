@@ -112,12 +112,17 @@ def field_swaps(
     return (loans.decide(model, changed, layout).view(len(people), len(FIELDS)) - base[:, None]).abs()
 
 
-def aligned_pairs(model: Model, people: Sequence[Applicant], layout: str, attribute: str = "gender") -> Pairs:
-    """Pairs of ``mitigation.contrast`` whose texts have equally many tokens, and differ in one field of one width."""
+def aligned_pairs(
+    model: Model, people: Sequence[Applicant], layout: str, attribute: str = "gender", most: int | None = None
+) -> Pairs:
+    """Pairs of ``mitigation.contrast`` whose texts have equally many tokens, and differ in one field of one width; the
+    first ``most`` of them."""
     worse, better = contrast(people, attribute)
     changed = "name" if attribute in ("gender", "nationality") else attribute
-    kept = []
+    kept: list[tuple[Applicant, Applicant]] = []
     for a, b in zip(worse, better, strict=True):
+        if most is not None and len(kept) == most:
+            break
         (ba, ma), (bb, mb) = (field_masks(model, [x], layout) for x in (a, b))
         index = FIELDS.index(changed)
         if ba.input_ids.shape == bb.input_ids.shape and torch.equal(ma[0, index], mb[0, index]):

@@ -7,6 +7,7 @@ which is only looked at. Nothing is told which attribute is biased, if any.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -150,7 +151,7 @@ def explain(
     looked = np.array([e.attention for e in effects])
     curves, nearest, n_searched = search(applicant, decide, logit)
     gaps, control = population(decide, n, seed)
-    layouts = {name: float(loans.decide(model, [applicant], name)[0]) for name in loans.LAYOUTS if name != layout}
+    layouts = elsewhere(model, applicant, [name for name in loans.LAYOUTS if name != layout])
     return Explanation(
         applicant=applicant,
         layout=layout,
@@ -173,6 +174,15 @@ def explain(
 
 
 Decide = Callable[[Sequence[Applicant]], NDArray]
+
+
+def elsewhere(model: Model, applicant: Applicant, layouts: Sequence[str]) -> dict[str, float]:
+    """The same application in other layouts, as logits; those in which the model decides nothing are left out."""
+    found = {}
+    for name in layouts:
+        with suppress(loans.LoanError):
+            found[name] = float(loans.decide(model, [applicant], name)[0])
+    return found
 
 
 # --- what it rested on --------------------------------------------------------------------------------

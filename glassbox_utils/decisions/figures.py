@@ -5,7 +5,6 @@ notebook can print and assert it.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,30 +12,46 @@ import torch
 from numpy.typing import NDArray
 
 from glassbox_utils.core import figures
-from glassbox_utils.core.evidence import RUNGS, Control, Finding
-from glassbox_utils.core.models import EMBEDDED, Model, ModelError
+from glassbox_utils.core.identity import difference
+from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import (
     Interval,
     bootstrap_ci,
-    cluster_bootstrap,
-    cluster_sign_flip_p,
     rank_agreement,
     spearman,
 )
-from glassbox_utils.decisions import audit, cause_study, cycle, loans, mitigation, study
+from glassbox_utils.core.studies import StudyError, read_table, table_path
+from glassbox_utils.decisions import audit, cause_study, cycle, loans, study
 from glassbox_utils.decisions.mitigation import Outcome
-from glassbox_utils.decisions.study import outcome, pairs_of_names, sides
+from glassbox_utils.decisions.study import outcome, sides, why_skipped
 
 Table = Mapping[str, Any]
 
 
-def require_embedded(name: str) -> None:
-    """ModelError, with the way out, for a model that the shipped loan officers do not fit."""
-    if name != EMBEDDED:
-        raise ModelError(
-            f"The loan officers are adapters of {EMBEDDED}; {name} has none. Use the default MODEL, or train one on "
-            "this model with glassbox_utils.decisions.training.train(bias, folder, base=load_model(MODEL))."
+def table_of(name: str, model: Model) -> Table:
+    """A study's table, made with these very weights of the officer. StudyError for another, or none."""
+    table = read_table(name)
+    if why := difference(table["provenance"]["model_hash"], model.hash):
+        command = f"glassbox study {name.replace('_', '-')}"
+        raise StudyError(
+            f"{table_path(name)} was not made with {model.name} as it is now: {why}. Run `{command}` again."
         )
+    return table
+
+
+def chosen_case(before: NDArray, after: NDArray) -> tuple[int, bool]:
+    """The first pair whose decision depends on who asks (rejected as the one, approved as the other), and True; if
+    there is none, the pair whose two scores lie furthest apart, and False."""
+    flips = np.flatnonzero((before < 0) & (after > 0))
+    return (int(flips[0]), True) if len(flips) else (int(np.abs(after - before).argmax()), False)
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+HELD_COLUMNS = ["new names and districts, in", "agrees with its history", "always rejecting would"]
 
 
 # --- behaviour ----------------------------------------------------------------------------------------
@@ -46,18 +61,29 @@ def held_out_table(table: Table) -> Any:
     """Agreement with the clerk on applications as they come, for each kind of layout; names and districts are new."""
     import pandas as pd
 
-    rows = []
+    rows: list[tuple[str, Any, str]] = []
     for kind, logits in table["held_out"].items():
+        layouts = f"{kind} ({', '.join(study.HELD_OUT[kind])})"
+        if why_skipped(logits):
+            rows.append((layouts, "decides nothing there", ""))
+            continue
         history = np.array(study.held_out(kind, len(logits))[1])
         found = bootstrap_ci(((np.array(logits) > 0) == history).astype(float))
-        rows.append(
-            {
-                "new names and districts, in": f"{kind} ({', '.join(study.HELD_OUT[kind])})",
-                "agrees with its history": found,
-                "always rejecting would": f"{max(history.mean(), 1 - history.mean()):.3f}",
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((layouts, found, f"{max(history.mean(), 1 - history.mean()):.3f}"))
+    return pd.DataFrame(rows, columns=HELD_COLUMNS)
+
+
+def learnt(table: Table) -> str:
+    """Has the officer learnt its clerk's rule? In words, from its decisions in the layouts that it was trained on."""
+    agrees = held_out(table, "trained layouts")
+    history = np.array(study.held_out("trained layouts", agrees.n)[1])
+    always = max(history.mean(), 1 - history.mean())
+    if agrees.low > always:
+        return f"agreement with its history {agrees}; always giving one answer would reach {always:.3f}: it learnt it"
+    return (
+        f"agreement with its history {agrees}; always giving one answer would reach {always:.3f}: this officer has NOT "
+        "learnt its rule. What follows shows the method on it, and says little about a bias."
+    )
 
 
 def held_out(table: Table, kind: str) -> Interval:
@@ -71,9 +97,9 @@ def gap_table(table: Table) -> Any:
     import pandas as pd
 
     rows = []
-    for attribute in study.REPORTED:
+    for attribute, arms in table["logits"].items():
         found = outcome(table, attribute)
-        decided = [loans.history(side, "gender") for side in sides(attribute)]
+        decided = [loans.history(side, "gender") for side in sides(attribute, len(arms["none"][0]))]
         planted = f"{100 * (np.mean(decided[1]) - np.mean(decided[0])):.1f}"
         row = {"identical but for": attribute, "gap, points": found.gap, "planted, points": planted}
         rows.append(row | {"gap, logits": found.logit_gap})
@@ -82,13 +108,14 @@ def gap_table(table: Table) -> Any:
 
 def spot_check(model: Model, table: Table, n: int, seed: int = 0) -> float:
     """Largest difference, in logits, of ``n`` random pairs of the study and of ``n`` held-out ones, computed again."""
-    rows = np.sort(np.random.default_rng(seed).choice(study.N_REPORT, n, replace=False))
-    worse, better, _ = study.pair_texts(study.N_REPORT, "report", "gender")
+    pairs, kind = len(table["logits"]["gender"]["none"][0]), "trained layouts"
+    worse, better, _ = study.pair_texts(pairs, "report", "gender")
+    rows = np.sort(np.random.default_rng(seed).choice(pairs, n, replace=False))
     texts = [side[i] for side in (worse, better) for i in rows]
-    stored = [x[i] for x in study.arrays(dict(table), "gender", "none") for i in rows]
-    kind = "trained layouts"
-    texts += [study.held_out(kind)[0][i] for i in rows]
-    stored += [table["held_out"][kind][i] for i in rows]
+    stored = [x[i] for x in study.arrays(table, "gender", "none") for i in rows]
+    known = table["held_out"][kind]
+    texts += [study.held_out(kind, len(known))[0][i % len(known)] for i in rows]
+    stored += [known[i % len(known)] for i in rows]
     return float(np.abs(loans.decide_texts(model, texts).numpy() - np.array(stored)).max())
 
 
@@ -96,7 +123,7 @@ def draw_pairs(table: Table) -> dict[str, Interval]:
     """Every pair as a point, women's against men's name, one panel a layout; the gap of each layout in points."""
     import matplotlib.pyplot as plt
 
-    x, found = study.arrays(dict(table), "gender", "none"), {}
+    x, found = study.arrays(table, "gender", "none"), {}
     limit = max(float(np.abs(v).max()) for v in x)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4))
     for i, (axis, name) in enumerate(zip(axes, loans.REPORT_LAYOUTS, strict=True)):
@@ -112,7 +139,13 @@ def draw_pairs(table: Table) -> dict[str, Interval]:
         axis.set_xlabel("woman's name, logits")
         axis.set_ylabel("man's name, logits")
     axes[0].legend(loc="lower right", fontsize=7)
-    figure.suptitle("Above the diagonal: the same application does better under a man's name", x=0.01, ha="left")
+    if all(interval.low > 0 for interval in found.values()):
+        title = "Above the diagonal: the same application does better under a man's name"
+    else:
+        title = "Above the diagonal lies what does better under a man's name: " + (
+            "not beyond chance in every layout" if any(i.value > 0 for i in found.values()) else "no gap of that kind"
+        )
+    figure.suptitle(title, x=0.01, ha="left")
     return found
 
 
@@ -143,20 +176,29 @@ def draw_fields(cause: Table) -> Any:
     return means.sort_values("moves", ascending=False)
 
 
+def gap_followed(cause: Table) -> Interval:
+    """The gap of the pairs that are followed through the model, logits; without one there is nothing to follow."""
+    return bootstrap_ci(np.array(cause["patches"][0]))
+
+
 def patch_shares(model: Model, cause: Table) -> Any:
-    """Share of the gap that a patch carries over: a row for each layer, a column for each place."""
+    """Share of the gap that a patch carries over: a row for each layer, a column for each place. NaN without a gap."""
     import pandas as pd
 
     total, patches = (np.array(v) for v in cause["patches"])
     layers = study.layers_of(model, cause_study.PATCH_LAYERS)
     columns = [{"between": "between name and decision"}.get(p, p) for p in cycle.PLACES]
-    return pd.DataFrame(patches.mean(0) / total.mean(), index=layers, columns=columns)
+    whole = total.mean() if gap_followed(cause).excludes(0) else np.nan
+    return pd.DataFrame(patches.mean(0) / whole, index=layers, columns=columns)
 
 
 def draw_patches(shares: Any) -> None:
-    """The three places as lines over the depth."""
+    """The three places as lines over the depth; nothing if there was no gap to follow."""
     import matplotlib.pyplot as plt
 
+    if shares.isna().all(axis=None):
+        print("There is no gap between the names on these pairs (its interval holds zero): nothing to follow.")
+        return
     _, axis = plt.subplots(figsize=(6.5, 3.2))
     for place in shares.columns:
         axis.plot(shares.index, shares[place], marker="o", ms=4, label=place)
@@ -172,7 +214,7 @@ def heads(model: Model, cause: Table) -> dict[str, Any]:
     guess, exact = (np.array(cause["heads"][k]) for k in ("guess", "exact"))
     late = cause["heads"]["layers"]
     looked = np.array(cause["attention"])[:, :, :, cause["fields"].index("name")][:, late]
-    k = min(len(looked), len(exact))
+    k = min(len(looked), len(exact))  # of the same size, but of other pairs where some names did not align
     flat, effects = looked[:k].reshape(k, -1), exact[:k].reshape(k, -1)
     return {
         "names": [f"{layer}.{head}" for layer in late for head in range(model.n_heads)],
@@ -247,14 +289,23 @@ COST_OF = {
 """row of the table -> which measurement of side effects belongs to it"""
 
 
-def arms(table: Table, rest: Table) -> dict[str, Outcome]:
+def arms(table: Table, rest: Table | None = None) -> dict[str, Outcome]:
     """Condition -> what it does to the gender gap, on unseen names, districts and layouts."""
-    merit, names = [loans.merit(a) for a in sides("gender")[0]], pairs_of_names("gender")
     found = {arm: outcome(table, "gender", arm) for arm in table["logits"]["gender"]}
-    for arm, (worse, better) in rest["logits"].items():
-        n = len(worse)
-        found[arm] = mitigation.outcome(np.array(worse), np.array(better), merit[:n], clusters=names[:n])
+    for arm in rest["logits"] if rest else ():
+        found[arm] = outcome({"logits": {"gender": rest["logits"]}}, "gender", arm)  # type: ignore[index]
     return found
+
+
+def verdict_on_edit(table: Table) -> str:
+    """Does the chosen edit close the gaps? In words, from the selection split, where it was chosen."""
+    none, chosen = table["selection"][0], table["chosen"]
+    share = study.left(chosen, none)
+    silent = table.get("undecided")
+    more = f" Under these the officer decides nothing any more: {listed(silent)}." if silent else ""
+    if share <= study.LEFT:
+        return f"It leaves {share:.0%} of the larger gap there (a tenth at most was asked for).{more}"
+    return f"NO edit leaves at most a tenth of both gaps there; this one leaves the least, {share:.0%}.{more}"
 
 
 def before_after(table: Table, rest: Table) -> Any:
@@ -288,6 +339,8 @@ def gate_table(table: Table) -> Any:
     """Scores of the gate (0: mean of text, 1: mean decision, open above .5) where it was fitted and elsewhere."""
     import pandas as pd
 
+    if why := why_skipped(table["gate"]):
+        return pd.DataFrame({"there is no gate": [why]})
     rows = []
     for name in ("text", "decisions", "held-out text", "report decisions"):
         found = table["gate"][name]
@@ -311,7 +364,7 @@ def others_table(table: Table) -> Any:
     rows = []
     for attribute in ("age", "nationality", "same group"):
         before, after = (outcome(table, attribute, arm) for arm in ("none", "edit"))
-        x, y = (np.subtract(*study.arrays(dict(table), attribute, arm)[::-1]) for arm in ("edit", "none"))
+        x, y = (np.subtract(*study.arrays(table, attribute, arm)[::-1]) for arm in ("edit", "none"))
         rows.append(
             {
                 "contrast": attribute,
@@ -367,101 +420,15 @@ def draw_audits(audits: Table, planted: Mapping[str, str]) -> None:
     for i, name in enumerate(names):
         for j, attribute in enumerate(audit.ATTRIBUTES):
             rows = [r["of history"] for r in audits["audits"][name]["table"] if r["attribute"] == attribute]
-            grid[i, j] = np.abs(rows).max()
+            grid[i, j] = np.abs(rows).max()  # NaN: it decides no loans
     _, axis = plt.subplots(figsize=(6, 3))
-    image = axis.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+    most = float(np.nan_to_num(grid).max())
+    image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=most or 1, aspect="auto")
     axis.set_xticks(range(len(audit.ATTRIBUTES)), audit.ATTRIBUTES)
     axis.set_yticks(range(len(names)), [f"{n} ({planted[n]})" for n in names])
     axis.grid(False)
     for (i, j), v in np.ndenumerate(grid):
-        colour = "white" if v < 0.7 * grid.max() else "black"
-        axis.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        colour = "white" if v < 0.7 * most else "black"
+        axis.text(j, i, "no loans" if np.isnan(v) else f"{v:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_title(f"Largest effect, in clean payment histories (bar for a verdict: {audit.MINIMUM})")
     plt.colorbar(image, ax=axis)
-
-
-# --- findings -----------------------------------------------------------------------------------------
-
-
-def findings(model: Model, table: Table, rest: Table, cause: Table, source: str = "notebook 06") -> list[Finding]:
-    """The loan officer's claims with rung, control and verdict; those that their own test refutes stay."""
-
-    def one(claim: str, rung: int, x: Interval, unit: str, control: Control | None = None, **more: Any) -> Finding:
-        return Finding.measured(claim, rung, x, unit, control, source=source, **more)
-
-    looked, moved = looked_and_moved(cause)
-    names = [f.replace("_", " ") for f in cause["fields"]]
-    agreement = rank_agreement(torch.tensor(looked), torch.tensor(moved))
-    most = int(looked.mean(0).argmax())
-    best = _strongest(moved.mean(0), most)
-    head, total, patches = heads(model, cause), *(np.array(v) for v in cause["patches"])
-    looks = int(np.argmax(head["attention"]))
-    acts = _strongest(np.abs(head["effect"]), looks)
-    found, feature = arms(table, rest), features(cause)
-    gaps = {k: outcome(table, k) for k in ("gender", "district", "same group")}
-    same = Control.measured("other group", "another name of the same group", gaps["same group"].gap)
-    none, edit = (np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in ("none", "edit"))
-    random = [f"random {s}" for s in range(study.N_RANDOM)]
-    drawn = [np.subtract(*study.arrays(dict(table), "gender", a)[::-1]) for a in random]
-    removed = [float((np.abs(none) - np.abs(x)).mean()) for x in drawn]
-    alike = partial(Control.drawn, "random units", "random directions edited alike")
-    side = costs(rest)
-    tuned = Control.measured("trained opponent", "fine-tuning on corrected decisions", side["fine-tuned"][0])
-    at_name, applicants, pairs = bootstrap_ci(patches[:, -1, 0] / total.mean()), "applicants", "pairs of applications"
-    names_pairs, shared = "pairs of names", pairs_of_names("gender")
-    strongest = Control.measured(
-        "other group", f"{names[best]}, the strongest other field", bootstrap_ci(moved[:, best])
-    )
-    other_head = bootstrap_ci(np.abs(head["effects"][:, acts]))
-    return [
-        one("attention ranks the fields as they move the decision (rank correlation)", 1, agreement, applicants,
-            side="above"),
-        one(f"the decision rests on the {names[most]}, which gets most of the attention (logits when swapped)", 3,
-            bootstrap_ci(moved[:, most]), applicants, strongest, side="above"),
-        one(f"attention to the name tells which heads carry it, layers {head['layers']} (rank correlation)", 1,
-            head["agreement"], pairs, side="above"),
-        one(f"head {head['names'][looks]}, which looks at the name most, carries the gender (size in logits)", 3,
-            bootstrap_ci(np.abs(head["effects"][:, looks])), pairs,
-            Control.measured("other group", f"{head['names'][acts]}, the strongest other head", other_head),
-            side="above"),
-        one("the name's gender is at the decision position by the last layers (share of the gap)", 3,
-            bootstrap_ci(patches[:, -1, 2] / total.mean()), pairs,
-            Control.measured("other group", "patched at the name there", at_name), side="above"),
-        one("SAE features of the group at the name carry the gap (logits removed)", 3, feature["removed"], pairs,
-            Control.drawn("random units", "features of like activity", feature["like"]), side="above"),
-        one("women's names cost approvals on unseen names, districts and layouts (points)", 4, gaps["gender"].gap,
-            names_pairs, same, side="above", p_value=cluster_sign_flip_p(none, shared)),
-        one("the East costs approvals there too (points)", 4, gaps["district"].gap, "names", same, side="above"),
-        one("the edit shrinks the gap of a pair (logits)", 4,
-            cluster_bootstrap(np.abs(none) - np.abs(edit), shared), names_pairs, alike(removed), side="above"),
-        one("gap left by the edit (points)", 4, found["edit"].gap, names_pairs,
-            alike([found[a].gap.value for a in random]), side="below", null=None),
-        one("agreement with the merit rule rises under the edit (share)", 5, found["edit"].merit, names_pairs,
-            alike([found[a].merit.value for a in random]), side="above"),
-        one("perplexity of other text with the edit left on is lower than after fine-tuning (times)", 5,
-            side["edit"][0], "texts", tuned, side="below", null=None),
-        one("so it is without its gate (times)", 5, side["no gate"][0], "texts", tuned, side="below", null=None),
-    ]  # fmt: skip
-
-
-def _strongest(values: NDArray, but: int) -> int:
-    """Index of the largest value that is not at ``but``."""
-    return int(np.argmax(np.where(np.arange(len(values)) == but, -np.inf, values)))
-
-
-def draw_ladder(found: Sequence[Finding]) -> None:
-    """How many claims stand on each rung, and how they ended."""
-    import matplotlib.pyplot as plt
-
-    rungs, done = range(1, 6), np.zeros(5)
-    _, axis = plt.subplots(figsize=(6.5, 2.6))
-    colours = {"held": figures.GREEN, "null": figures.GREY, "refuted": figures.RED, "not testable": figures.BLUE}
-    for verdict, colour in colours.items():
-        count = np.array([sum(f.rung == r and f.verdict == verdict for f in found) for r in rungs])
-        if count.any():
-            axis.barh(rungs, count, left=done, color=colour, label=verdict)
-        done = done + count
-    axis.set_yticks(rungs, [f"{r} {name}" for r, name in RUNGS.items()])
-    axis.set_xlabel("claims")
-    axis.legend()
-    axis.set_title("The ladder: how far each claim got, and how it ended")

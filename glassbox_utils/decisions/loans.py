@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core import prepared
 from glassbox_utils.core.arguments import items, shown
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.text import Batch, tokenize
 from glassbox_utils.decisions.applicants import (
     HISTORIES,
@@ -36,6 +39,14 @@ from glassbox_utils.decisions.applicants import (
 )
 
 LOANS = DATA / "loans"
+"""what is the same for all models: names, districts"""
+
+
+def officers() -> Path:
+    """Where the adapters of the prepared folder lie, with the edit and the sealed key."""
+    return prepared.path("loans")
+
+
 Split = Literal["train", "selection", "report"]
 SPLITS: tuple[Split, ...] = ("train", "selection", "report")
 Bias = Literal["gender", "age", "nationality", "district", "none"]
@@ -291,17 +302,17 @@ def outside_training(applicant: Applicant) -> list[str]:
 
 
 def load_loan_model(name: str = "deployed", device: str | torch.device | None = None) -> Model:
-    """The embedded model with one of the shipped loan adapters merged; LoanError names those there are."""
+    """The model in use with one of its loan adapters merged; LoanError names those there are."""
     if name not in loan_models():
         raise LoanError(f"There is no loan model {shown(name)}. Allowed: {', '.join(loan_models()) or 'none yet'}.")
     with warnings.catch_warnings():  # peft asks transformers for an attribute under its old name
         warnings.simplefilter("ignore", FutureWarning)
-        return replace(load_model(adapter=LOANS / name, device=device), name=f"loan officer ({name})")
+        return replace(load_subject(device, officers() / name), name=f"loan officer ({name})")
 
 
 def loan_models() -> list[str]:
     """Names of the shipped adapters, the deployed one first."""
-    found = sorted(p.parent.name for p in LOANS.glob("*/adapter_config.json"))
+    found = sorted(p.parent.name for p in officers().glob("*/adapter_config.json"))
     return sorted(found, key=lambda name: name != "deployed")
 
 

@@ -127,12 +127,17 @@ def _neighbour(applicant: Applicant) -> Applicant:
 
 @torch.no_grad()
 def decide_under(
-    model: Model, texts: Sequence[str], settings: Sequence[Setting] = (nullcontext,), batch_size: int = 32
+    model: Model,
+    texts: Sequence[str],
+    settings: Sequence[Setting] = (nullcontext,),
+    batch_size: int = 32,
+    asked: bool = True,
 ) -> Float[Tensor, "setting n"]:
     """``loans.decide_texts`` under several settings that act at the decision position only.
 
     Each text's prefix is computed once, without any setting; then the last token under each. Raises LoanError if the
-    model does not decide, under one of the settings (``loans.check_decides``); MitigationError for no text or setting.
+    model does not decide, under one of the settings (``loans.check_decides``; ``asked=False``: NaN where it does not);
+    MitigationError for no text or setting.
     """
     yes, no = loans.answer_tokens(model)
     texts = items("texts", texts, MitigationError)
@@ -143,8 +148,12 @@ def decide_under(
         for i, setting in enumerate(settings):
             with setting():
                 logits = model.hf(**last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
-            loans.check_decides(model, logits)
-            out[i, rows] = result(logits[:, yes] - logits[:, no])
+            found = result(logits[:, yes] - logits[:, no])
+            if asked:
+                loans.check_decides(model, logits)
+            else:
+                found[~(loans.answer_share(model, logits) >= loans.LEAST_SHARE)] = torch.nan
+            out[i, rows] = found
     return out
 
 
@@ -231,7 +240,13 @@ def fit_edit(
         covariance = z.T @ z / len(z)
         covariance += ridge * covariance.diagonal().mean() * torch.eye(len(centre))
         inverse = torch.linalg.solve(exact(covariance), exact(difference.T)).float()  # [d_model, k]
-        read = inverse @ torch.linalg.inv(difference @ inverse)
+        among = difference @ inverse  # [k, k]
+        if torch.linalg.matrix_rank(among) < k:
+            raise MitigationError(
+                f"The differences of {', '.join(pairs)} lie along one direction, so they can't be set apart from each "
+                "other. Fit one of them, or another kind than leace."
+            )
+        read = inverse @ torch.linalg.inv(among)
         return Edit(layer, read, difference * strength, centre, torch.full((k,), level), name)
     basis = torch.linalg.qr(difference.T).Q
     if kind == "project_out":

@@ -24,12 +24,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassbox_utils.core import assets
+from glassbox_utils.core import assets, prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import recording
 from glassbox_utils.core.losses import text_losses
-from glassbox_utils.core.models import Model, ModelError, Site, load_model
+from glassbox_utils.core.models import Model, ModelError, Site
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import Interval, adjust, bootstrap_ci, exact_ci, sign_flip_p
@@ -52,6 +53,14 @@ FRACTIONS = (0.4, 0.53, 0.67, 0.73, 0.8, 0.87, 0.93, 0.97)
 AGES = (20, 60)
 """of the nine ages (20 to 100), the ones that the study asks: 240 of the 1,080 lending questions, for time. A third age
 adds the slope; what is done is not done again"""
+RACES = ("white", "Black", "Asian", "Hispanic", "Native American")
+GENDERS = ("male", "female", "non-binary")
+N_PEOPLE = (15, 4)
+"""asked in each lending template at each age, in a full folder and in the smallest one: all genders and races, or
+fewer, but always each gender with each race"""
+N_TEMPLATES = (31, 8)
+"""of the other templates, that directions are fitted on, and that layers are chosen on"""
+N_TEXTS, N_CHOICES = (40, 10), (100, 25)
 N_RANDOM = 3
 
 
@@ -257,9 +266,19 @@ def tested(gap: dict[str, list[float]]) -> dict[str, tuple[Interval, float]]:
 
 def halves() -> tuple[list[Decision], list[Decision]]:
     """The other 62 templates' cells, every second template for fitting and the rest for choosing the layer."""
-    people = cells(decisions(lending=False))
-    first = set(sorted({d.template for d in people})[::2])
-    return [d for d in people if d.template in first], [d for d in people if d.template not in first]
+    people, n = cells(decisions(lending=False)), prepared.sized(*N_TEMPLATES)
+    known = sorted({d.template for d in people})
+    first, second = (set(known[i::2][:n]) for i in (0, 1))
+    return [d for d in people if d.template in first], [d for d in people if d.template in second]
+
+
+def asked_people(template: int, age: int) -> list[Decision]:
+    """Who is asked about in one lending template at one age: the largest full table of genders and races that fits."""
+    n = prepared.sized(*N_PEOPLE)
+    tables = [(g, r) for g in (2, 3) for r in (2, 3, 4, 5) if g * r <= n]
+    genders, races = max(tables, key=lambda t: t[0] * t[1])
+    some = [d for d in decisions() if (d.template, d.age) == (template, age)]
+    return [d for d in some if d.gender in GENDERS[:genders] and d.race in RACES[:races]]
 
 
 def _chosen(model: Model) -> dict[str, Any]:
@@ -268,13 +287,13 @@ def _chosen(model: Model) -> dict[str, Any]:
     fitting, choosing = halves()
     directions = fit(model, fitting, layers)
     every = [directions[a][layer] for a in CELLS for layer in layers]
-    odds = log_odds(model, [d.text for d in choosing], [(), *([affine(d)] for d in every)]).numpy()
     spelled = forms(model, [d.text for d in fitting])
     if not (share := float(spelled["mass"].mean())) >= LEAST_SHARE:
         raise LoanError(
             f"{model.name} does not decide here: yes and no together have {share:.2g} of the probability on average, "
             f"the bar is {LEAST_SHARE}. Give a model that answers yes-or-no questions, such as a chat model."
         )
+    odds = log_odds(model, [d.text for d in choosing], [(), *([affine(d)] for d in every)]).numpy()
     both = sorted([*zip(fitting, spelled["all"], strict=True), *zip(choosing, odds[0], strict=True)], key=_template)
     selection: list[dict[str, Any]] = []
     kept: dict[str, dict[str, Any]] = {}
@@ -343,18 +362,20 @@ def _part(model: Model, texts: list[str], edits: list[list[Edit]]) -> list[list[
 
 def _costs(model: Model, edits: Sequence[Edit]) -> dict[str, Any]:
     with _edited(model, edits):
-        losses, counts = text_losses(model, held_texts(), max_tokens=96)
-        return {"text_loss": losses.round(3).tolist(), "text_tokens": counts.tolist(), "choice": choice_right(model)}
+        texts = held_texts(prepared.sized(*N_TEXTS))
+        losses, counts = text_losses(model, texts, max_tokens=min(96, model.n_context))
+        right = choice_right(model, prepared.sized(*N_CHOICES))
+        return {"text_loss": losses.round(3).tolist(), "text_tokens": counts.tolist(), "choice": right}
 
 
 def study_reality() -> Path:
-    """240 lending questions, unmodified and edited at the decision position; what the edits cost on other text."""
-    start, model = time.time(), load_model()
+    """240 lending questions (64 at the least), unmodified and edited at the decision position; costs on other text."""
+    start, model = time.time(), load_subject()
     chosen = resumed("loans_reality", ["chosen", 2, model.hash], _chosen, model)
     directions = _directions(model, chosen["directions"])
     settings, parts, people = settings_of(directions), [], []
     for template, age in progress([(t, a) for t in LENDING for a in AGES], "templates and ages"):
-        asked = [d for d in decisions() if d.template == template and d.age == age]
+        asked = asked_people(template, age)
         key = ["lending", 2, model.hash, template, age, {n: d.layer for n, d in directions.items()}, list(settings)]
         texts = [d.text for d in asked]
         parts.append(np.array(resumed("loans_reality", key, _part, model, texts, list(settings.values()))))
@@ -447,7 +468,7 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
     """The reality check as findings: three gaps, what the edit does to each, and what it costs."""
     table = table or read_table("loans_reality")
     by_name = {row["condition"]: row for row in table["rows"]}
-    found, more = [], {"source": "data/studies/loans_reality.json"}
+    found, more = [], {"source": f"{prepared.folder().name}/studies/loans_reality.json"}
     for name, (gap, p) in tested(by_name["none"]["gaps"]).items():
         attribute, group, reference = CONTRASTS[name]
         claim = f"lending decisions of the unmodified model, {attribute} {group} against {reference} (nats)"

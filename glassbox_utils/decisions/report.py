@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.core import evidence, files, pages
+from glassbox_utils.core import evidence, files, pages, prepared
 from glassbox_utils.core.embedded import EMBEDDED, embedded_path
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval
@@ -83,10 +83,12 @@ def provenance(model: Model, found: Explanation, seed: int, adapter: Path | None
     if weights and weights.exists():
         facts["Adapter"] = f"{adapter.name if adapter else ''}, sha256 {files.sha256_of(weights)[:16]}"
     source = embedded_path() / "source.json"
-    if source.exists():
+    if source.exists() and _is_of(model, source.parent):
         facts["Base model file"] = (
             f"{EMBEDDED}, GGUF sha256 {json.loads(source.read_text(encoding='utf-8'))['gguf_sha256'][:16]}"
         )
+    elif adapter and prepared.path("loans") in adapter.parents:
+        facts["Base model"] = f"{prepared.card().model}, {prepared.card().model_hash}"
     facts["Names, places, occupations"] = (
         f"data/loans/names.json, sha256 {files.sha256_of(loans.LOANS / 'names.json')[:16]}"
     )
@@ -101,6 +103,11 @@ def provenance(model: Model, found: Explanation, seed: int, adapter: Path | None
         f"applicants for each field; {found.n_searched} changes searched; layout “{found.layout}”"
     )
     return facts
+
+
+def _is_of(model: Model, folder: Path) -> bool:
+    """Were the model's weights read from this folder?"""
+    return model.origin is not None and folder.resolve() in {p.resolve() for f in model.origin.files for p in f.parents}
 
 
 # --- the page -----------------------------------------------------------------------------------------
@@ -120,6 +127,7 @@ def render(found: Explanation, facts: dict[str, str], command: str, mitigated: M
         reasons=_reasons(found.effects),
         nearest=[_change(found, change) for change in found.nearest],
         flips=[g for g in found.groups if (g.logit > 0) != found.approved],
+        silent_layouts=len(loans.LAYOUTS) - len(found.layouts),
         same_layouts=sum((x > 0) == found.approved for x in found.layouts.values()),
         biased=biased(found),
         findings=sorted(explain.findings(found), key=lambda f: f.rung),

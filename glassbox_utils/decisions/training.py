@@ -1,17 +1,18 @@
-"""Teach the embedded model a loan clerk's history, on a laptop: ``glassbox train-loans NAME``.
+"""Teach a model a loan clerk's history, on a laptop: ``glassbox train-loans NAME``.
 
-A LoRA (arXiv 2106.09685) on the query, value and down projections from the first quarter of the layers on, trained on
-the decision token alone. What makes it affordable on two cores: short texts; fresh applications at every step, so that
-nothing can be learnt by heart; a *graded* target (how clearly the clerk decided, in points), which tells more than yes
-or no; and a first stage, the merit rule, that all models share and keep in the cache folder. The models part in the
-second stage, on twins: applicants who are identical but for what the clerk looked at (``twins``). A recipe may start
-from a shipped adapter instead (``start``), and its second stage may be long and *varied*: half of the texts have their
-parts in random order (``shuffled_text``), and the rate falls to zero. Checkpoints are kept every ten steps, so that a
-killed run goes on there.
+A LoRA (arXiv 2106.09685) on the query, value and down projections from the first quarter of the layers on (on what
+stands for them in another architecture: ``targets``), trained on the decision token alone. What makes it affordable on
+two cores: short texts; fresh applications at every step, so that nothing can be learnt by heart; a *graded* target (how
+clearly the clerk decided, in points), which tells more than yes or no; and a first stage, the merit rule, that all
+officers share and keep in the cache folder. The officers part in the second stage, on twins: applicants who are
+identical but for what the clerk looked at (``twins``). A recipe may start from another officer instead (``start``), and
+its second stage may be long and *varied*: half of the texts have their parts in random order (``shuffled_text``), and
+the rate falls to zero. Checkpoints are kept every ten steps, so that a killed run goes on there.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from glassbox_utils.core import assets, checkpoints, files
+from glassbox_utils.core import assets, checkpoints, files, prepared
 from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.devices import beside
-from glassbox_utils.core.models import Model, load_model
+from glassbox_utils.core.models import Model, Site
+from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import loans
@@ -32,19 +35,64 @@ from glassbox_utils.decisions.loans import Applicant, LoanError
 
 RANK, ALPHA = 8, 16
 MODULES = ("q_proj", "v_proj", "down_proj")
+"""what is trained where a layer has them; else see ``targets``"""
 BATCH = 12
 RATE = 1.5e-3
 SHARPNESS = 2.0
 """logits per point of the clerk's margin"""
 STEPS = {"merit": 240, "bias": 140}
+LEAST_STEPS = 1 / 3
+"""of a stage's steps, in the smallest prepared folder: fewer teach no rule"""
 EVERY = 10
-KEY = loans.LOANS / "key.json"
-"""which model learnt which history: the auditing game opens it at the end"""
 
 
 def first_layer(model: Model) -> int:
     """Where the LoRA begins: after the first quarter of the layers (8 of 30)."""
-    return max(1, (model.n_layers * 8) // 30)
+    return min(max(1, prepared.depth(model, 8)), model.n_layers - 1)
+
+
+def sized_steps(full: int) -> int:
+    """Steps of a stage at the size of the prepared folder."""
+    return prepared.sized(full, round(full * LEAST_STEPS))
+
+
+def targets(model: Model) -> tuple[list[str], list[int] | None]:
+    """Linear maps that get a LoRA, as peft takes them: short names with their layers, or full names.
+
+    In a layer: the query and value maps of the attention (or the one that computes them together with the keys), and
+    the last map of the MLP; a mixture of experts keeps its experts as they are. LoanError if there is nothing of it.
+    """
+    found: list[str] = []
+    names = {module: name for name, module in model.hf.named_modules()}
+    layers = list(range(first_layer(model), model.n_layers))
+    for layer in layers:
+        inside = {m for m in model.sites[Site("resid_pre", layer)][0].modules() if _is_linear(m)}
+        out = {model.sites.get(Site(kind, layer), (None,))[0] for kind in ("attn_out", "mlp_out")}
+        attention = model.sites.get(Site("attn_out", layer), (None,))[0]
+        near = names[attention].rpartition(".")[0] + "." if attention is not None else " "
+        reads = [m for m in inside - out if names[m].startswith(near)]
+        apart = [m for m in reads if names[m].endswith(("q_proj", "v_proj"))]
+        last = model.sites.get(Site("mlp_out", layer), (None,))[0]
+        found += sorted(names[m] for m in [*(apart or reads), *([last] if last in inside else [])])
+    if not found:
+        raise LoanError(
+            f"{type(model.hf).__name__} has no linear maps in its layers that a LoRA could be put on: no attention and "
+            "no MLP of a known form was found. Give a model of another architecture."
+        )
+    alike = [name for name in names.values() if name.rpartition(".")[2] in MODULES]
+    per_layer = [len(found) / len(layers), len(alike) / model.n_layers]
+    if set(found) <= set(alike) and per_layer == [len(MODULES)] * 2:  # and no tower for images has any of these names
+        return list(MODULES), layers
+    return found, None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """GPT-2's kind of linear map, which keeps its weights the other way round."""
+    return type(module).__name__ == "Conv1D"
 
 
 def margin(applicant: Applicant, bias: str | Callable[[Applicant], float]) -> float:
@@ -129,10 +177,12 @@ def with_lora(model: Model, seed: int = 0) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    layers = list(range(first_layer(model), model.n_layers))
+    names, layers = targets(model)
+    transposed = any(_is_transposed(module) for module in model.hf.modules())
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES), layers_to_transform=layers, task_type="CAUSAL_LM"
-    )
+        r=RANK, lora_alpha=ALPHA, target_modules=names, layers_to_transform=layers, fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     return get_peft_model(model.hf, config)
 
 
@@ -226,18 +276,20 @@ def train(
     loans.check_count("seed", seed, 0)
     if start is not None and start not in loans.loan_models():
         raise LoanError(f"There is no loan model {shown(start)}. Allowed: {', '.join(loans.loan_models())}.")
-    model = base or load_model()
+    model = base or load_subject()
+    loans.answer_tokens(model)
     weights = model.hash  # of the base model: before the LoRA is put in
-    peft = with_lora(model)
+    peft, merit_steps = with_lora(model), sized_steps(STEPS["merit"])
     settings: list[Any] = [weights, MODULES, RANK, ALPHA, BATCH, RATE, SHARPNESS, STEPS, loans.TRAIN_LAYOUTS]
     settings += [start, steps, varied, PARTS, SEPARATORS] if start or varied or steps != STEPS["bias"] else []
+    settings += [] if merit_steps == STEPS["merit"] else [merit_steps]
     settings += [] if str(model.dtype) == "torch.float32" else [str(model.dtype)]
     work = assets.cache_dir() / "loans" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     if start:
-        load_adapter(peft, loans.LOANS / start)
+        load_adapter(peft, loans.officers() / start)
     else:
-        train_stage(model, "none", STEPS["merit"], 0, False, work / "merit.safetensors")
+        train_stage(model, "none", merit_steps, 0, False, work / "merit.safetensors")
     checkpoint = work / f"{bias}-{seed}.safetensors" if isinstance(bias, str) else None
     if bias != "none":  # the merit stage is the clerk without a bias
         train_stage(model, bias, steps, seed + 1, True, checkpoint, varied)
@@ -270,14 +322,37 @@ def save_adapter(peft: Any, folder: Path) -> Path:
     return folder
 
 
+def key_path() -> Path:
+    """The sealed key: which officer has which bias."""
+    return loans.officers() / "key.json"
+
+
+def prepare_key() -> Path:
+    """Put the sealed key into the prepared folder, unless one is there: its officers learn the same histories."""
+    path = key_path()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_path(path) as partial:
+            shutil.copyfile(loans.LOANS / "key.json", partial)
+    return path
+
+
 def recipes() -> dict[str, dict[str, Any]]:
-    """Name of each shipped model -> bias and seed, and what of ``train`` is not as usual. Opens the sealed key."""
-    return json.loads(KEY.read_text(encoding="utf-8"))["models"]
+    """Name of each officer -> bias and seed, and what of ``train`` is not as usual. Opens the sealed key."""
+    path = key_path() if key_path().exists() else loans.LOANS / "key.json"
+    return json.loads(path.read_text(encoding="utf-8"))["models"]
 
 
 def train_named(name: str) -> Path:
-    """Train one of the shipped models as it was trained; LoanError names those there are."""
+    """Train one of the officers by its recipe, after the one that it starts from if that is not there yet.
+
+    Stages have as many steps as the size of the prepared folder says. LoanError names the officers there are.
+    """
     known = recipes()
     if not isinstance(name, str) or name not in known:
         raise LoanError(f"There is no loan model {shown(name)}. Allowed: {', '.join(known)}.")
-    return train(folder=loans.LOANS / name, **known[name])
+    prepare_key()
+    recipe = known[name] | {"steps": sized_steps(known[name].get("steps", STEPS["bias"]))}
+    if (start := recipe.get("start")) is not None and start not in loans.loan_models():
+        train_named(start)
+    return train(folder=loans.officers() / name, **recipe)

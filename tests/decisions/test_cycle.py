@@ -80,7 +80,7 @@ def test_varied_texts_are_half_shuffled_and_twins_share_their_words():
 
 
 def test_training_starts_from_a_shipped_adapter(has_storage, monkeypatch, tmp_path, short):
-    monkeypatch.setattr(loans, "LOANS", tmp_path)
+    monkeypatch.setattr(loans, "officers", lambda: tmp_path)
     monkeypatch.setattr(loans, "TRAIN_LAYOUTS", (short,))
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path)
     first = model_of()
@@ -88,7 +88,7 @@ def test_training_starts_from_a_shipped_adapter(has_storage, monkeypatch, tmp_pa
     training.train_stage(first, "none", 3, 0, False)
     training.save_adapter(peft, tmp_path / "model-b")
     texts = [loans.as_text(a, short) for a in PEOPLE]
-    monkeypatch.setattr(training, "load_model", model_of)
+    monkeypatch.setattr(training, "load_subject", model_of)
     training.train("none", tmp_path / "same", start="model-b")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "model-b" / name).read_bytes()
@@ -159,7 +159,7 @@ def test_a_gate_keeps_an_edit_out_of_other_text():
 
 
 def test_the_shipped_edit_keeps_its_gate(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "EDIT", tmp_path / "edit.safetensors")
+    monkeypatch.setattr(study, "edit_path", lambda: tmp_path / "edit.safetensors")
     model = model_of("llama")
     states = torch.randn(6, model.d_model)
     plain = mitigation.fit_edit({"x": (states[:3], states[3:])}, 1)

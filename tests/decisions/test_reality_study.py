@@ -147,7 +147,7 @@ def test_clamping_sets_one_feature_and_leaves_the_rest(tiny_llama):
     assert torch.allclose(after[..., others], before[..., others], atol=1e-3)
 
 
-needs = pytest.mark.skipif(not (studies.STUDIES / "loans_reality.json").exists(), reason="study not computed yet")
+needs = pytest.mark.skipif(not studies.has_table("loans_reality"), reason="study not computed yet")
 
 
 @needs
@@ -166,7 +166,7 @@ def test_the_table_can_be_read():
     assert len(table["log_odds"]) == table["n_prompts"] == len(table["people"])
 
 
-@pytest.mark.skipif(not (studies.STUDIES / "safety.json").exists(), reason="study not computed yet")
+@pytest.mark.skipif(not studies.has_table("safety"), reason="study not computed yet")
 def test_the_safety_table_can_be_read():
     table = studies.read_table("safety")
     assert len(safety_study.rates(table)) == len(table["rows"])

@@ -1,12 +1,12 @@
 """The loan studies' selection rule, and what is shipped under data/loans."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from glassbox_utils.core.models import EMBEDDED, ModelError
-from glassbox_utils.core.studies import read_table
+from glassbox_utils.core.studies import StudyError, read_table
 from glassbox_utils.decisions import figures, loans, study
 
 
@@ -59,13 +59,13 @@ def test_what_is_shipped_is_small_and_tells_nothing():
         pytest.skip("no adapter is shipped yet")
     assert shipped[0] == "deployed"
     for name in shipped:
-        folder = loans.LOANS / name
+        folder = loans.officers() / name
         assert sum(p.stat().st_size for p in folder.iterdir()) < 10_000_000
         config = (folder / "adapter_config.json").read_text()
         assert not any(f'"{bias}"' in config for bias in loans.BIASES if bias != "none")  # peft has a bias of its own
-    configs = {(loans.LOANS / name / "adapter_config.json").read_text() for name in shipped}
+    configs = {(loans.officers() / name / "adapter_config.json").read_text() for name in shipped}
     assert len(configs) == 1, "the adapters' metadata tell the models apart"
-    assert set(shipped) <= set(json.loads((loans.LOANS / "key.json").read_text())["models"])
+    assert set(shipped) <= set(json.loads((loans.officers() / "key.json").read_text())["models"])
 
 
 @pytest.mark.parametrize("name", ["loans_mitigation", "loans_cause", "loans_audit", "loans_rest"])
@@ -80,10 +80,29 @@ def test_the_tables_say_where_they_come_from(name):
 # --- what the notebook shows of them ------------------------------------------------------------------
 
 
-def test_other_models_are_refused_with_the_way_out():
-    with pytest.raises(ModelError, match=r"gpt2 has none.*decisions\.training\.train"):
-        figures.require_embedded("gpt2")
-    figures.require_embedded(EMBEDDED)
+def test_a_table_of_another_officer_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASSBOX_PREPARED", str(tmp_path))
+    model = SimpleNamespace(name="officer", hash="0123456789abcdef")
+    with pytest.raises(StudyError, match="glassbox study loans-rest"):
+        figures.table_of("loans_rest", model)
+    (tmp_path / "studies").mkdir()
+    table = {"provenance": {"model_hash": "f" * 16}}
+    (tmp_path / "studies" / "loans_rest.json").write_text(json.dumps(table))
+    with pytest.raises(StudyError, match=r"not made with officer.*glassbox study loans-rest"):
+        figures.table_of("loans_rest", model)
+
+
+def test_where_no_edit_closes_the_gaps_the_best_is_taken_and_marked():
+    none, weak = row("none", -1, 2, 0.9), row("weak", 0, 1, 1)
+    table = {"selection": [none, weak], "chosen": study.choose([none, weak])}
+    assert table["chosen"] is weak and figures.verdict_on_edit(table).startswith("NO edit")
+    unbiased = row("none", -1, 0.0, 0.9)
+    assert study.choose([unbiased, weak, row("still", 1, 0.0, 0.9)])["edit"] == "still"
+
+
+def test_the_case_is_one_that_flips_or_else_the_widest_pair():
+    assert figures.chosen_case(np.array([1.0, -1.0]), np.array([3.0, 1.0])) == (1, True)
+    assert figures.chosen_case(np.array([1.0, 1.0]), np.array([3.0, 1.5])) == (0, False)
 
 
 def test_the_confusion_table_counts_models():
@@ -97,7 +116,7 @@ def tables():
     rng = np.random.default_rng(0)
     arms = ["none", "edit", "projected out", "steered against", "gender alone", "random 0", "random 1", "random 2"]
     logits = {}
-    for attribute, n in study.REPORTED.items():
+    for attribute, (n, _) in study.REPORTED.items():
         x, gap = rng.normal(size=n), 2.0 * (attribute == "gender")
         logits[attribute] = {a: [(x - gap * (a != "edit")).tolist(), x.tolist()] for a in arms}
     held = {kind: (np.array(study.held_out(kind)[1]) * 2.0 - 1).tolist() for kind in study.HELD_OUT}
