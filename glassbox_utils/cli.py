@@ -55,12 +55,8 @@ def _run(args: argparse.Namespace) -> int:
 
     notebooks.find(args.notebook)
     notebooks.runs_of(check_output(args.site, "--site", folder=True))
-    model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
-    if model:
-        from glassbox_utils.core.models import load_model
-
-        load_model(model)  # a wrong name fails here, with its message, and not in the middle of a notebook
-    notebooks.build_site(Path(args.site), args.notebook, {"MODEL": model} if model else None)
+    parameters = {"MODEL": args.model} if args.model else None
+    notebooks.build_site(Path(args.site), args.notebook, parameters, args.cell_minutes)
     print(f"Open {Path(args.site) / 'index.html'}")
     return 0
 
@@ -150,7 +146,7 @@ def _explain(args: argparse.Namespace) -> int:
     from glassbox_utils.core.files import check_output
 
     check_output(args.out, "--out")
-    from glassbox_utils.core import schema
+    from glassbox_utils.core import prepared, schema
     from glassbox_utils.core.models import load_model
     from glassbox_utils.decisions import loans, report, study
 
@@ -162,13 +158,14 @@ def _explain(args: argparse.Namespace) -> int:
         model = load_model(folder)
     elif (folder / "adapter_config.json").exists():
         schema.read_mapping(folder / "adapter_config.json", loans.LoanError, "an adapter's folder as peft writes it")
-        model, adapter = load_model(adapter=folder), folder
+        model, adapter = prepared.load_subject(adapter=folder), folder
     elif args.model in loans.loan_models():
-        model, adapter = loans.load_loan_model(args.model), loans.LOANS / args.model
+        model, adapter = loans.load_loan_model(args.model), loans.officers() / args.model
     else:
         there = "holds neither config.json nor adapter_config.json" if folder.is_dir() else "is no such folder or name"
+        known = "".join(f"{name}, " for name in loans.loan_models())
         raise loans.LoanError(
-            f"--model is {args.model!r}, which {there}. Allowed: {', '.join(loans.loan_models())}, the folder of an "
+            f"--model is {args.model!r}, which {there}. Allowed: {known}the folder of an "
             "adapter (as peft writes it) or of a model (as save_pretrained writes it)."
         )
     options = {"layout": args.layout, "seed": args.seed, "adapter": adapter, "model_argument": folder.name}
@@ -193,7 +190,7 @@ def _train_loans(args: argparse.Namespace) -> int:
         known = training.recipes()
         if unknown := [name for name in names if name not in known]:
             raise loans.LoanError(f"There is no loan model {unknown[0]!r}. Allowed: {', '.join(known)}.")
-        targets = {name: loans.LOANS / name for name in names}
+        targets = {name: loans.officers() / name for name in names}
     else:
         if args.bias not in loans.BIASES:
             raise loans.LoanError(f"There is no bias {args.bias!r}. Allowed: {', '.join(loans.BIASES)}.")
@@ -210,15 +207,14 @@ def _train_loans(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from glassbox_utils.core import distributed
+    from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
-    from glassbox_utils.core.studies import STUDIES
 
     known, names = studies(), list(dict.fromkeys(args.name))
     for name in names:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
-    check_output(STUDIES, "the folder of the tables", folder=True)
+    check_output(prepared.path("studies"), "the folder of the tables", folder=True)
     with distributed.ranks():
         mine = names[distributed.rank() :: distributed.world()]
         if not mine:
@@ -226,6 +222,27 @@ def _study(args: argparse.Namespace) -> int:
         for name in mine:  # each writes its own table
             print(known[name]())
         distributed.barrier()
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from glassbox_utils.lab import prepare
+
+    out = Path(args.out) if args.out else None
+    corpus = args.text or ("sampled" if args.sampled else args.corpus)
+    folder = prepare.prepare(args.model, studies(), args.budget, out, corpus)
+    print(f"prepared: {folder}. `make run MODEL={args.model}` runs the notebooks on it.")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.lab import compare
+
+    check_output(args.out, "--out")
+    rows = compare.write_page(Path(args.first), Path(args.second), Path(args.out))
+    both = sum(row.outcome == "both" for row in rows)
+    print(f"{len(rows)} claims, {both} held on both models. Open {args.out}")
     return 0
 
 
@@ -258,6 +275,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("notebook", type=_text, nargs="*", help="numbers or names; all without")
     p.add_argument("--model", type=_text, help="a model's name or folder instead of the embedded one")
     p.add_argument("--site", type=_text, default="build/site", help="folder of the pages")
+    p.add_argument("--cell-minutes", type=_minutes, help="give a cell up after so many minutes; without: never")
     p.set_defaults(function=_run)
 
     p = commands.add_parser("execute", help="execute notebooks in place, in the form that is committed")
@@ -302,6 +320,21 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
     p.add_argument("name", type=_text, nargs="+", help="which, in order; a wrong name lists all")
     p.set_defaults(function=_study)
+    p = commands.add_parser("prepare", help="make all that the notebooks read for another model; resumable")
+    p.add_argument("model", type=_text, help="a name or folder that `load_model` takes")
+    p.add_argument("--budget", type=_minutes, help="minutes; without: everything at full size (hours)")
+    p.add_argument("--out", type=_text, help="the folder to make; without: one of that name in your data folder")
+    text = p.add_mutually_exclusive_group()
+    text.add_argument("--corpus", type=_text, default="mix", help="what the SAEs learn from: `mix`, or a hub data set")
+    text.add_argument("--text", type=_text, nargs="+", help="your own text files (.txt, .md, .jsonl), or folders")
+    text.add_argument("--sampled", action="store_true", help="text that the model itself writes")
+    p.set_defaults(function=_prepare)
+
+    p = commands.add_parser("compare", help="the same claims on two models: a page from two folders of `run`")
+    p.add_argument("first", type=_text, help="the --site folder of a run")
+    p.add_argument("second", type=_text, help="that of a run on another model")
+    p.add_argument("--out", type=_text, default="compare.html", help="the page to write")
+    p.set_defaults(function=_compare)
     for command in commands.choices.values():
         device = "cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest"
         number = (
@@ -309,6 +342,7 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", type=_text, help=device)
         command.add_argument("--dtype", type=_text, help=number)
+        command.add_argument("--prepared", type=_text, help="the prepared folder to work with, instead of data/")
         command.add_argument("--debug", action="store_true", help="show where in the code an error arose")
     return top
 
@@ -318,6 +352,16 @@ def _text(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise argparse.ArgumentTypeError(f"{value!r} is empty or no text; leave it out, or give a value")
     return value
+
+
+def _minutes(value: str) -> float:
+    try:
+        minutes = float(value)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of minutes; allowed: a number above 0, such as 120")
+    return minutes
 
 
 def _seed(value: str) -> int:
@@ -332,8 +376,8 @@ def _seed(value: str) -> int:
 
 @contextmanager
 def _chosen(args: argparse.Namespace) -> Iterator[None]:
-    """Device and number type in the environment, where ``load_model`` finds them, here and in notebooks' kernels."""
-    wanted = {"GLASSBOX_DEVICE": args.device, "GLASSBOX_MODEL_DTYPE": args.dtype}
+    """Device, number type and prepared folder in the environment, for this process and notebooks' kernels."""
+    wanted = {"GLASSBOX_DEVICE": args.device, "GLASSBOX_MODEL_DTYPE": args.dtype, "GLASSBOX_PREPARED": args.prepared}
     before = {name: os.environ.get(name) for name in wanted}
     if args.device:
         from glassbox_utils.core import devices
@@ -343,6 +387,11 @@ def _chosen(args: argparse.Namespace) -> Iterator[None]:
         from glassbox_utils.core.models import dtype_of
 
         dtype_of(args.dtype)
+    if args.prepared:
+        from glassbox_utils.core import prepared
+
+        wanted["GLASSBOX_PREPARED"] = str(Path(args.prepared).absolute())
+        prepared.card(Path(args.prepared))
     try:
         os.environ.update({name: value for name, value in wanted.items() if value})
         yield

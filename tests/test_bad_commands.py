@@ -118,6 +118,13 @@ COMMANDS = [
     *(f"train-loans {name}" for name in (
         "nosuch", "deployed nosuch", "deployed --seed 1", "deployed --folder x", "x --bias nosuch", "x --bias Age",
         "x y --bias age --folder f", "../x --bias age", "a/b --bias age", ".. --bias age", ".hidden --bias age")),
+    *(f"prepare {rest}" for rest in ("", "''", "nosuch", "empty", "there.txt", "adapter")),
+    *(f"prepare model {rest}" for rest in (
+        "--budget 0", "--budget -5", "--budget nan", "--budget soon", "--out there.txt", "--text nosuch",
+        "--text good.json", "--text empty", "--corpus nosuch", "--corpus mix --sampled", "--corpus a/b")),
+    *(f"{command} --prepared {folder}" for command in ("study saes", "run 05", EXPLAIN) for folder in (
+        "nosuch", "empty", "there.txt")),
+    *(f"compare {rest}" for rest in ("", "nosuch", "nosuch nosuch", "empty empty", "there.txt there.txt")),
     *(f"study {name}" for name in ("nosuch", "saes nosuch", "SAES", "heads_table", "s" * 5000)),
 ]  # fmt: skip
 
@@ -192,6 +199,6 @@ def test_a_good_command_goes_on_to_the_model(here, monkeypatch, command):
         raise Reached
 
     (here / "bom.json").write_bytes(b"\xef\xbb\xbf" + FILES["good.json"])
-    monkeypatch.setattr("glassbox_utils.decisions.loans.load_model", reached)
+    monkeypatch.setattr("glassbox_utils.decisions.loans.load_subject", reached)
     monkeypatch.setattr(cli, "_unexpected", lambda error, args: 77 if isinstance(error, Reached) else pytest.fail())
     assert cli.main(shlex.split(command)) == 77

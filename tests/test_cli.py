@@ -100,7 +100,14 @@ def test_all_files_are_read_in_a_locale_without_utf8(tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_in_any_command_is_one_line(monkeypatch, capsys, name):
     planted(monkeypatch, KeyboardInterrupt(), COMMANDS[name].get_default("function").__name__)
-    needed = {"explain": ["--applicant", "x"], "assets": [], "run": [], "execute": [], "corpus": []}
+    needed = {
+        "explain": ["--applicant", "x"],
+        "compare": ["x", "x"],
+        "assets": [],
+        "run": [],
+        "execute": [],
+        "corpus": [],
+    }
     assert cli.main([name, *needed.get(name, ["x"])]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -1,10 +1,15 @@
-"""Run the notebooks: with parameters into a web site, or in place into the form that is committed."""
+"""Run the notebooks: with parameters into a web site, or in place into the form that is committed.
+
+With another model than the embedded one they work with what was prepared for it, and skip the rest: see ``subjects``.
+"""
 
 import hashlib
+import html
 import json
 import logging
 import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,18 +28,25 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 import glassbox_utils
-from glassbox_utils.core import figures, files, pages, schema
+from glassbox_utils.core import figures, files, pages, prepared, schema
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.lab import subjects
+from glassbox_utils.lab.subjects import Subject
 
 NOTEBOOKS = ROOT / "notebooks"
-
-CELL_TIMEOUT = 1800
-"""seconds; nbclient's own default is to wait for ever"""
 
 
 class NotebookError(GlassboxError):
     """A notebook that does not exist, a parameter that it does not have, or a cell that failed."""
+
+
+class StoppedError(NotebookError):
+    """A notebook that stopped in one of its cells; it keeps what was computed until then."""
+
+    def __init__(self, name: str, cell: int, reason: str, notebook: Any, seconds: float, peak: float) -> None:
+        super().__init__(f"{name}, cell {cell}: {reason}")
+        self.where, self.notebook, self.seconds, self.peak = f"in cell {cell}: {reason}", notebook, seconds, peak
 
 
 class _Client(PapermillNotebookClient):
@@ -65,8 +77,11 @@ class _Client(PapermillNotebookClient):
 
 class _Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-        client = _Client(nb_man, kernel_name=kernel_name, timeout=CELL_TIMEOUT)
+    def execute_managed_notebook(
+        cls, nb_man: Any, kernel_name: str, kept: Any = None, cell_seconds: Any = None, **options: Any
+    ) -> Any:
+        kept.append(nb_man.nb)  # papermill hands nothing back of a notebook that stops
+        client = _Client(nb_man, kernel_name=kernel_name, timeout=cell_seconds)
         return client.execute(stderr=subprocess.DEVNULL)  # its cells' stderr is output; the rest is its own last words
 
 
@@ -76,6 +91,10 @@ papermill_engines.register("glassbox", _Engine)
 RUNS = "runs.json"
 """in the folder of the pages: what each was made from"""
 RUN: dict[str, Any] = {"stamp": str, "seconds": int | float, "peak_gib": int | float, "parameters": dict, "title": str}
+MORE: dict[str, Any] = {
+    "model": str, "model_hash": str, "size": int | float, "findings": list, "skipped": list, "stopped": str,
+}  # fmt: skip
+"""``size``: share of the full number of cases that the model's studies took; ``stopped`` only if it did"""
 
 
 @dataclass(frozen=True)
@@ -118,20 +137,33 @@ def parameters_of(notebook: Any) -> list[str]:
     return re.findall(r"^([A-Za-z_]\w*)\s*(?::[^=]+)?=", source, re.M)
 
 
-def execute(path: Path, output: Path | None, parameters: Mapping[str, Any] | None = None) -> tuple[Any, float, float]:
+def execute(
+    path: Path,
+    output: Path | None,
+    parameters: Mapping[str, Any] | None = None,
+    subject: Subject | None = None,
+    cell_minutes: float | None = None,
+) -> tuple[Any, float, float]:
     """Run a notebook with papermill; the executed notebook, seconds, and the kernel's peak memory in GiB.
 
-    Raises NotebookError for an unknown parameter (before anything runs) or a failing cell.
+    Its kernel works with what was prepared for ``subject`` (found by the parameter MODEL if not given).
+    ``cell_minutes``: when a cell is given up; None waits as long as it takes. Raises NotebookError for an unknown
+    parameter (before anything runs), StoppedError for a failing cell.
     """
-    wanted = dict(parameters or {})
-    known = parameters_of(nbformat.read(path, 4))
+    wanted, notebook = placed(parameters), nbformat.read(path, 4)
+    known = parameters_of(notebook)
     if unknown := sorted(set(wanted) - set(known)):
         raise NotebookError(f"{path.name} has no parameter {unknown[0]!r}. Allowed: {', '.join(known)}.")
-    start = time.perf_counter()
+    subject = subject or subjects.subject_of(wanted.get("MODEL"))
+    start, kept = time.perf_counter(), list[Any]()
     try:
-        with _peak_memory() as peak:
-            notebook = papermill.execute_notebook(
-                str(path),
+        with tempfile.TemporaryDirectory() as folder, _peak_memory() as peak, prepared.using(subject.folder):
+            source = path
+            if subjects.adapt(notebook, subject) or not subject.is_embedded:
+                source = Path(folder) / path.name
+                nbformat.write(notebook, source)
+            done = papermill.execute_notebook(
+                str(source),
                 str(output) if output else None,
                 parameters=wanted,
                 engine_name="glassbox",
@@ -139,17 +171,49 @@ def execute(path: Path, output: Path | None, parameters: Mapping[str, Any] | Non
                 cwd=str(path.parent),
                 progress_bar={"desc": path.stem},
                 request_save_on_cell_execute=False,
+                kept=kept,
+                cell_seconds=None if cell_minutes is None else max(1, round(60 * cell_minutes)),
             )
     except papermill.PapermillExecutionError as error:
-        raise NotebookError(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+        reason = f"{error.ename}: {error.evalue}"
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that is given up
         raise
-    except CellTimeoutError as error:
-        raise NotebookError(f"{path.name}: a cell took more than {CELL_TIMEOUT} s and was stopped.") from error
-    except DeadKernelError as error:
-        raise NotebookError(f"{path.name}: its process was killed, perhaps for want of memory. Free some.") from error
-    return notebook, time.perf_counter() - start, peak[0]
+    except CellTimeoutError:
+        reason = (
+            f"it took more than {cell_minutes:g} minutes and was stopped. Give it more with --cell-minutes, or leave "
+            "the limit out."
+        )
+    except DeadKernelError:
+        reason = "its process was killed, perhaps for want of memory. Free some."
+    else:
+        return done, time.perf_counter() - start, peak[0]
+    reason = " ".join(reason.split())
+    reason = reason if len(reason) <= 1000 else f"{reason[:997]}..."
+    number = _mark_stop(kept[0], reason)
+    raise StoppedError(path.name, number, reason, kept[0], time.perf_counter() - start, peak[0])
+
+
+def placed(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Parameters with a model's folder as an absolute path: the kernel works in another folder."""
+    wanted = dict(parameters or {})
+    if (model := wanted.get("MODEL")) and Path(model).exists():
+        wanted["MODEL"] = str(Path(model).resolve())
+    return wanted
+
+
+def _mark_stop(notebook: Any, reason: str) -> int:
+    """Put one paragraph in the place of the traceback; the number of the cell, counting code cells from 1."""
+    marks = papermill.execute.ERROR_MARKER_TAG
+    notebook.cells = [c for c in notebook.cells if marks not in c.metadata.get("tags", [])]
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    begun = [i for i, c in enumerate(code) if c.metadata.get("papermill", {}).get("status") not in (None, "pending")]
+    last = begun[-1] if begun else 0
+    words = {"text/plain": f"Stopped here: {reason}"}
+    words["text/html"] = f'<p class="stopped"><b>Stopped here.</b> {html.escape(reason)}</p>'
+    outputs = [o for o in code[last].outputs if o.output_type != "error"]
+    code[last].outputs = [*outputs, nbformat.v4.new_output("display_data", words)]
+    return last + 1
 
 
 @contextmanager
@@ -244,7 +308,12 @@ def runs_of(target: Path) -> dict[str, dict[str, Any]]:
         return {}
     runs = schema.read_mapping(path, NotebookError, "the file that an earlier run wrote, or delete it")
     for name, run in runs.items():
-        if not isinstance(run, dict) or run.keys() != RUN.keys() or any(not isinstance(run[k], RUN[k]) for k in RUN):
+        kinds = RUN | MORE
+        if (
+            not isinstance(run, dict)
+            or not RUN.keys() <= run.keys() <= kinds.keys()
+            or any(not isinstance(value, kinds[key]) for key, value in run.items())
+        ):
             raise NotebookError(
                 f"{path} is damaged: the entry {name!r} does not hold {', '.join(RUN)} of one run. Delete the file and "
                 "run again; the pages are made anew."
@@ -252,49 +321,66 @@ def runs_of(target: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
-def build_site(target: Path, names: Sequence[str] = (), parameters: Mapping[str, Any] | None = None) -> list[Run]:
+def build_site(
+    target: Path,
+    names: Sequence[str] = (),
+    parameters: Mapping[str, Any] | None = None,
+    cell_minutes: float | None = None,
+) -> list[Run]:
     """Execute notebooks into ``target`` as pages with an index; what has not changed is not run again.
 
-    Raises NotebookError after the last notebook if one of them failed.
+    A notebook that stops leaves the page of what it computed, marked in the index, and runs again next time; after the
+    last notebook NotebookError names all that stopped. ``runs.json`` keeps findings, for ``glassbox compare``.
     """
-    chosen, runs, stamp_file = find(names), runs_of(target), target / RUNS
+    chosen, runs, wanted = find(names), runs_of(target), placed(parameters)
+    subject = subjects.subject_of(wanted.get("MODEL"))
     target.mkdir(parents=True, exist_ok=True)
     failed = []
     for path in chosen:
-        stamp = _stamp(path, parameters)
+        stamp = _stamp(path, wanted, subject)
         page = target / f"{path.stem}.html"
-        if page.exists() and runs.get(path.stem, {}).get("stamp") == stamp:
+        before = runs.get(path.stem, {})
+        if page.exists() and before.get("stamp") == stamp and "stopped" not in before:
             print(f"{path.stem}: unchanged, {page}")
             continue
+        stopped = {}
         try:
-            notebook, seconds, peak = execute(path, None, parameters)
-        except NotebookError as error:
+            notebook, seconds, peak = execute(path, None, wanted, subject, cell_minutes)
+        except StoppedError as error:
+            notebook, seconds, peak = error.notebook, error.seconds, error.peak
+            stopped = {"stopped": error.where}
             failed.append(str(error))
-            continue
         with files.atomic_path(page) as partial:
             partial.write_text(to_html(notebook), encoding="utf-8")
         runs[path.stem] = {
             "stamp": stamp,
             "seconds": round(seconds, 1),
             "peak_gib": round(peak, 2),
-            "parameters": dict(parameters or {}),
+            "parameters": wanted,
             "title": _title(notebook),
+            "model": subject.name,
+            "model_hash": subject.hash,
+            "size": subject.card.size if subject.card else 1.0,
+            "findings": subjects.findings_of(notebook),
+            "skipped": subjects.adapt(nbformat.read(path, 4), subject),
+            **stopped,
         }
-        with files.atomic_path(stamp_file) as partial:
-            partial.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-        print(f"{path.stem}: {seconds:.0f} s, {peak:.1f} GiB, {page}")
+        for name, text in ((RUNS, json.dumps(runs, indent=1)), ("index.html", _index(runs))):
+            with files.atomic_path(target / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+        print(f"{path.stem}: {'stopped after ' if stopped else ''}{seconds:.0f} s, {peak:.1f} GiB, {page}")
     with files.atomic_path(target / "index.html") as partial:
         partial.write_text(_index(runs), encoding="utf-8")
     if failed:
-        raise NotebookError("These notebooks failed:\n" + "\n".join(failed))
+        raise NotebookError(f"These notebooks stopped; {target / 'index.html'} shows them:\n" + "\n".join(failed))
     return [Run(name, run["seconds"], run["peak_gib"], f"{name}.html") for name, run in runs.items()]
 
 
-def _stamp(path: Path, parameters: Mapping[str, Any] | None) -> str:
-    """Changes with the notebook, the package, the committed data and the parameters."""
-    digest = hashlib.sha256(json.dumps(dict(parameters or {}), sort_keys=True).encode())
+def _stamp(path: Path, parameters: Mapping[str, Any], subject: Subject) -> str:
+    """Changes with the notebook, the package, the committed data, what was prepared, the weights and the parameters."""
+    digest = hashlib.sha256(json.dumps([dict(parameters), subject.hash], sort_keys=True).encode())
     package = sorted(Path(glassbox_utils.__file__).parent.rglob("*.py"))
-    data = sorted(p for p in DATA.rglob("*") if p.is_file())
+    data = [p for folder in dict.fromkeys([DATA, subject.folder]) for p in sorted(folder.rglob("*")) if p.is_file()]
     for file in [path, *package, *data]:
         digest.update(f"{file.name}{file.stat().st_size}".encode())
         if file.stat().st_size < 1_000_000 or file == path:

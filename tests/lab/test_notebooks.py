@@ -116,17 +116,17 @@ def test_every_printed_number_is_compared(path):
 
 
 def test_parameters_are_passed_and_checked(tmp_path):
-    source = "MODEL = 'x'  # a model\nN: int = 3"
+    source = "WORD = 'x'  # a word\nN: int = 3"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})])
-    notebook.cells.append(nbformat.v4.new_code_cell("print(MODEL, N)"))
+    notebook.cells.append(nbformat.v4.new_code_cell("print(WORD, N)"))
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     path = tmp_path / "p.ipynb"
     nbformat.write(notebook, path)
-    assert notebooks.parameters_of(notebook) == ["MODEL", "N"]
-    done, seconds, peak = notebooks.execute(path, None, {"MODEL": "y"})
+    assert notebooks.parameters_of(notebook) == ["WORD", "N"]
+    done, seconds, peak = notebooks.execute(path, None, {"WORD": "y"})
     assert done.cells[-1].outputs[0].text == "y 3\n" and seconds > 0 and peak > 0
-    with pytest.raises(NotebookError, match=r"no parameter 'MODLE'. Allowed: MODEL, N"):
-        notebooks.execute(path, None, {"MODLE": "y"})
+    with pytest.raises(NotebookError, match=r"no parameter 'WRD'. Allowed: WORD, N"):
+        notebooks.execute(path, None, {"WRD": "y"})
 
 
 def test_a_large_widget_output_does_not_hang(tmp_path):
@@ -149,14 +149,54 @@ def test_the_site_is_built_once(tmp_path, monkeypatch, capsys):
     assert "07_small.html" in (tmp_path / "site" / "index.html").read_text()
 
 
-def test_a_failing_notebook_is_named_and_leaves_no_page(tmp_path, monkeypatch):
-    shutil.copy(small(tmp_path), tmp_path / "07_small.ipynb")
-    text = (tmp_path / "07_small.ipynb").read_text()
-    (tmp_path / "07_small.ipynb").write_text(text.replace("bootstrap_ci([1, 2, 4])", "missing_name"))
+def made(path, *cells):
+    """A notebook of (type, source, tags); not executed."""
+    notebook = nbformat.v4.new_notebook()
+    for kind, source, *tags in cells:
+        new = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
+        notebook.cells.append(new(source, metadata={"tags": tags}))
+    notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_a_notebook_that_stops_keeps_what_it_computed(tmp_path, monkeypatch, capsys):
+    cells = [("md", "# Title"), ("code", "x = 6 * 7\nprint(x)"), ("code", "print('so far')\nmissing_name<3")]
+    path = made(tmp_path / "07_small.ipynb", *cells, ("code", "print('never', 'reached')"))
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
-    with pytest.raises(NotebookError, match=r"07_small.ipynb.*NameError"):
+    site = tmp_path / "site"
+    with pytest.raises(NotebookError, match=r"stopped.*\n07_small.ipynb, cell 2: NameError: name 'missing_name'"):
+        notebooks.build_site(site)
+    page, index = (site / "07_small.html").read_text(), (site / "index.html").read_text()
+    assert "42" in page and "so far" in page and "Stopped here." in page and "Traceback" not in page
+    assert "papermill" not in page
+    assert "Title" in index and "in cell 2: NameError" in index and "Not all of them came to their end" in index
+    assert notebooks.runs_of(site)["07_small"]["stopped"].startswith("in cell 2: NameError")
+    made(path, *cells[:2])
+    notebooks.build_site(site)
+    assert "stopped" not in (site / "index.html").read_text().lower()
+    assert "stopped" not in notebooks.runs_of(site)["07_small"]
+    capsys.readouterr()
+
+
+def test_one_that_stopped_is_run_again_though_nothing_changed(tmp_path, monkeypatch):
+    source = "import pathlib\nassert pathlib.Path('there').exists(), 'not there yet'"
+    made(tmp_path / "07_small.ipynb", ("code", source))
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    with pytest.raises(NotebookError, match="not there yet"):
         notebooks.build_site(tmp_path / "site")
-    assert not (tmp_path / "site" / "07_small.html").exists()
+    (tmp_path / "there").touch()
+    assert notebooks.build_site(tmp_path / "site")
+
+
+def test_a_cell_that_takes_too_long_is_named_in_words(tmp_path):
+    path = made(tmp_path / "slow.ipynb", ("code", "print('before')"), ("code", "import time\ntime.sleep(60)"))
+    with pytest.raises(
+        notebooks.StoppedError, match=r"slow.ipynb, cell 2: it took more than 0.02 min.*--cell-minutes"
+    ) as e:
+        notebooks.execute(path, None, cell_minutes=0.02)
+    assert "\n" not in str(e.value) and e.value.notebook.cells[0].outputs[0].text == "before\n"
+    assert "Stopped here" in e.value.notebook.cells[1].outputs[-1].data["text/html"]
 
 
 @pytest.mark.parametrize("name", ["99", "0", "00", "", "_", "attention", "ipynb", "5_", "../05_steering_vectors.ipynb"])
@@ -181,7 +221,7 @@ def test_a_notebook_whose_process_is_killed_is_named(tmp_path):
         path.read_text().replace("from glassbox_utils", "import os; os.kill(os.getpid(), 9)\\nfrom glassbox_utils")
     )
     before = path.read_bytes()
-    with pytest.raises(NotebookError, match=r"small\.ipynb: its process was killed.*memory"):
+    with pytest.raises(NotebookError, match=r"small\.ipynb, cell 1: its process was killed.*memory"):
         notebooks.execute_in_place(path)
     assert path.read_bytes() == before
 
