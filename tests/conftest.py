@@ -9,9 +9,10 @@ import far
 import pytest
 import torch
 
-if any(
+if os.environ.get("GLASSBOX_TESTS_ON") == "far" or any(
     a == "--device=far" or (a, b) == ("--device", "far") for a, b in zip(sys.argv, [*sys.argv[1:], ""], strict=True)
 ):
+    os.environ["GLASSBOX_TESTS_ON"] = "far"  # for the workers of pytest-xdist, whose command line is another
     torch.inference_mode = torch.no_grad  # torch's Python backends know no inference tensors; before it decorates
 
 import tiny

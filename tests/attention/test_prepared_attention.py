@@ -13,6 +13,7 @@ from glassbox_utils.core import prepared, studies
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import load_model, wrap_model
 from glassbox_utils.core.studies import read_table, table_path
+from glassbox_utils.core.text import padded
 
 LAYERS, HEADS = 6, 8
 
@@ -73,7 +74,7 @@ def test_sizes_shrink_with_the_prepared_folder(tmp_path):
 def test_a_few_logits_are_those_of_all(kind):
     """The metric of an answer needs two columns of the unembedding: the effects are the same, and it is whole again."""
     model = wrap_model(tiny.build(kind), tiny.tokenizer(), kind)
-    batch = attribution.Batch(torch.randint(5, 300, (3, 9)), torch.ones(3, 9, dtype=torch.long))
+    batch = padded(model, torch.randint(5, 300, (3, 9)).tolist())
     metric = attribution.logit_difference(torch.tensor([7, 8, 7]), torch.tensor([9, 7, 11]))
     means = study.head_means(model, [batch])
     for work in (attribution.replace_each_head, attribution.replace_each_head_at_the_end):
