@@ -25,6 +25,8 @@ from glassbox_utils.core.models import Model, load_model
 VARIABLE = "GLASSBOX_PREPARED"
 PLACE = "GLASSBOX_MODELS"
 CARD = "prepared.json"
+UNKNOWN = "that of the model it was made from"
+"""licence of what is derived from weights whose terms nobody has told us"""
 ROLES = ("main", "late")
 """which SAE is meant: the one at half of the depth, and the one at two thirds"""
 
@@ -40,7 +42,7 @@ class Card:
     model: Annotated[str, Field(min_length=1)]
     """what ``load_model`` takes"""
     model_hash: Annotated[str, Field(min_length=1)]
-    licence: str = "that of the model it was made from"
+    licence: str = UNKNOWN
     """of what is derived from the weights"""
     saes: dict[str, str] = field(default_factory=dict)
     """role -> folder in ``saes/``, a folder elsewhere, or a release of sae_lens"""
@@ -101,13 +103,19 @@ def load_subject(device: Any = None, adapter: Path | None = None) -> Model:
     return model if adapter is None else load_model(mine.model, adapter=adapter, device=device)
 
 
-def found(model: Model) -> Path | None:
+def found(model_hash: str) -> Path | None:
     """The prepared folder that was made for these very weights: that in use, ``data/``, or one of ``models_dir()``."""
     others = sorted(p.parent for p in models_dir().glob(f"*/{CARD}"))
     for where in dict.fromkeys([folder(), assets.DATA, *others]):
-        if (where / CARD).exists() and card(where).model_hash == model.hash:
+        if (where / CARD).exists() and card(where).model_hash == model_hash:
             return where
     return None
+
+
+def licence_of(model_hash: str) -> str:
+    """Of what is derived from these weights: as their prepared folder says."""
+    where = found(model_hash)
+    return UNKNOWN if where is None else card(where).licence
 
 
 def choose(model: Model) -> Path:
@@ -115,7 +123,7 @@ def choose(model: Model) -> Path:
 
     If there is none, an empty place is chosen: nothing that was made for another model is read by mistake.
     """
-    where = found(model)
+    where = found(model.hash)
     os.environ[VARIABLE] = str(where or models_dir() / model.name)
     if where is None:
         print(

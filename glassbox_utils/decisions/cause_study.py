@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from glassbox_utils.core import files, prepared
+from glassbox_utils.core import prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.studies import SEED, resumed, write_table
 from glassbox_utils.decisions import audit, cycle, loans, study
 from glassbox_utils.decisions.loans import Applicant, load_loan_model
 from glassbox_utils.saes import reading
-from glassbox_utils.saes.config import SaeError, site_of
-from glassbox_utils.saes.store import WEIGHTS, folder_of, load_sae
+from glassbox_utils.saes.config import site_of
+from glassbox_utils.saes.store import identity_of, load_sae
 
 PATCH_LAYERS = (4, 10, 14, 18, 20, 22, 24, 26, 28)
 """of 30"""
@@ -78,21 +78,13 @@ def study_cause() -> Path:
     if study.why_skipped(name):
         out["features"] = name
     else:
-        about = [*key, "features", name, sae_print(name)]
+        about = [*key, "features", name, identity_of(name)]
         out["features"] = resumed("loans_cause", about, study.or_why, _features, model, name, pairs)
     return write_table("loans_cause", model, time.time() - start, **out, layout=CAUSE_LAYOUT, fields=cycle.FIELDS)
 
 
 def _rounded(x: torch.Tensor) -> Any:
     return x.double().numpy().round(4).tolist()
-
-
-def sae_print(name: str) -> str:
-    """What changes when an SAE is trained again: the hash of its weights; the name of one that is fetched."""
-    try:
-        return str(files.sha256_of(folder_of(name) / WEIGHTS))
-    except (SaeError, OSError):
-        return name
 
 
 def _features(model: Model, name: str, pairs: cycle.Pairs) -> dict[str, Any]:

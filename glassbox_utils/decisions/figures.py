@@ -393,7 +393,7 @@ def draw_arms(found: Mapping[str, Outcome]) -> None:
     axis.axvspan(-2.5, 2.5, color="grey", alpha=0.12)
     axis.set_xlabel("gender gap, points of the approval rate (band: ± 2.5)")
     axis.set_ylabel("agreement with the merit rule")
-    axis.set_title("Left is fairer, up is more faithful to the merit rule")
+    axis.set_title("Fair is the grey band, left of it men pay; up is more faithful to the merit rule")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 

@@ -36,10 +36,9 @@ from glassbox_utils.core.skills import held_texts
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
-from glassbox_utils.decisions.cause_study import sae_print
 from glassbox_utils.decisions.study import or_why, why_skipped
 from glassbox_utils.saes import detection, features, reading
-from glassbox_utils.saes.store import load_sae
+from glassbox_utils.saes.store import identity_of, load_sae
 from glassbox_utils.steering.apply import steer
 from glassbox_utils.steering.vectors import Direction, SteeringError, load_direction, random_direction
 
@@ -265,7 +264,7 @@ def study_safety() -> Path:
         changes |= steered(model, vector)
     name = or_why(prepared.sae, "main")
     sae = name if why_skipped(name) else or_why(load_sae, name, model)
-    version = None if why_skipped(name) else sae_print(name)[:16]
+    version = None if why_skipped(name) else identity_of(name)[:16]
     found = sae
     if not why_skipped(sae):
         found = resumed("safety", ["feature", 1, model.hash, version, texts], or_why, search_feature, model, sae)

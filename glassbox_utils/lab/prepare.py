@@ -79,7 +79,6 @@ def prepare(
     minutes: float | None = None,
     out: Path | None = None,
     corpus: str | Path | Sequence[str | Path] = "mix",
-    device: str | None = None,
 ) -> Path:
     """Make the prepared folder of a model, or go on where an earlier call was stopped; returns the folder.
 
@@ -92,7 +91,7 @@ def prepare(
     if minutes is not None and not 0 < minutes < 1e6:
         raise PreparedError(f"The budget is {minutes!r} minutes. Allowed: a number above 0, or none for full size.")
     source = str(Path(model).absolute()) if Path(model).exists() else str(model)
-    subject = load_model(source, device=device)
+    subject = load_model(source)
     folder = files.check_output(out or prepared.models_dir() / subject.name, "--out", folder=True).absolute()
     log = _begun(folder, {"model_hash": subject.hash, "minutes": minutes, "corpus": texts})
     with prepared.using(folder):
@@ -138,8 +137,7 @@ def _establish(folder: Path, log: dict[str, Any], source: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, log)
     if not (folder / prepared.CARD).exists():
-        embedded = prepared.card(assets.DATA)
-        licence = embedded.licence if embedded.model_hash == log["model_hash"] else Card("x", "x").licence
+        licence = prepared.licence_of(log["model_hash"])  # of another folder for the same weights, if there is one
         card = Card(source, log["model_hash"], licence, size=log["size"], minutes=log["minutes"])
         prepared.write_card(card, folder)
     training.prepare_key()

@@ -58,7 +58,7 @@ def subject_of(model: str | None = None) -> Subject:
         its_own = (mine / prepared.CARD).exists() and prepared.card(mine).model_hash == known
         return Subject(EMBEDDED, known, mine.absolute() if its_own else assets.DATA)
     loaded = load_model(model, device="cpu", dtype="bfloat16")  # the hash is the same in any type and place
-    where = prepared.found(loaded) or prepared.models_dir() / loaded.name
+    where = prepared.found(loaded.hash) or prepared.models_dir() / loaded.name
     return Subject(str(model), loaded.hash, where.absolute())
 
 

@@ -288,7 +288,7 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "hours": round(state["seconds"] / 3600, 3),
         "command": f"glassbox train-sae {_shown(folder)}/config.yaml",
         "excluded": f"first token of a row, and residual norms above {OUTLIER} times the median",
-        "licence": _licence(model),
+        "licence": prepared.licence_of(model.hash),
         "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
         "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
     }
@@ -303,12 +303,6 @@ def _shown(folder: Path) -> str:
     """A folder as a command on another machine may name it: as in the repository, else by its name."""
     inside = Path(folder).resolve().is_relative_to(assets.DATA.parent)
     return Path(folder).resolve().relative_to(assets.DATA.parent).as_posix() if inside else Path(folder).resolve().name
-
-
-def _licence(model: Model) -> str:
-    """Of what is derived from a model's weights: as its prepared folder says, else the model's own."""
-    where = prepared.found(model)
-    return "that of the model it was made from" if where is None else prepared.card(where).licence
 
 
 def _readme(card: dict[str, Any]) -> str:

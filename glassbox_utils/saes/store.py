@@ -183,6 +183,14 @@ def _finite(sae: Any, name: str, again: str) -> Any:
     return sae.eval()
 
 
+def identity_of(name: str) -> str:
+    """What changes when an SAE is trained again: the hash of its weights; the name of one that is fetched."""
+    try:
+        return str(files.sha256_of(folder_of(name) / WEIGHTS))
+    except (SaeError, OSError):
+        return name
+
+
 # --- published ----------------------------------------------------------------------------------------
 
 

@@ -183,8 +183,6 @@ def random_vector(like: Vector, seed: int, shared: bool = False) -> Vector:
 
 
 UNITS = "alpha 1 adds a vector of length scale, the layer's typical residual norm"
-LICENCE = "that of the model it was made from"
-"""unless the card of the folder that was prepared for the same weights says it"""
 EXAMPLE = "the path of a card that save_direction wrote"
 
 
@@ -219,7 +217,7 @@ class _Frame:
 
     sha256: str
     units: str = UNITS
-    licence: str = LICENCE
+    licence: str = prepared.UNKNOWN
     parts: list[dict[str, Any]] | None = None
     """the cards of several layers"""
 
@@ -258,9 +256,9 @@ def save_direction(direction: Vector, path: str | Path) -> Path:
 
 
 def _licence(vector: Vector) -> str:
-    """What the card of the prepared folder in use says, if it is about the weights that the vector was made from."""
-    known = prepared.card() if prepared.path(prepared.CARD).exists() else None
-    return known.licence if known and all(d.model_hash == known.model_hash for d in parts_of(vector)) else LICENCE
+    """Of a vector, by the weights that it was made from."""
+    made_from = {d.model_hash for d in parts_of(vector)}
+    return prepared.licence_of(made_from.pop()) if len(made_from) == 1 else prepared.UNKNOWN
 
 
 def _pair(path: str | Path) -> tuple[Path, Path]:

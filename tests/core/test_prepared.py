@@ -28,7 +28,7 @@ def folder_for(there, where, **more):
 
 
 def test_data_is_the_prepared_folder_of_the_embedded_model(smol):
-    assert prepared.folder() == assets.DATA and prepared.is_for(smol) and prepared.found(smol) == assets.DATA
+    assert prepared.folder() == assets.DATA and prepared.is_for(smol) and prepared.found(smol.hash) == assets.DATA
     assert prepared.size() == 1 and prepared.sized(37) == 37 and prepared.sae("late").startswith("topk")
     assert all(prepared.path("saes", name).is_dir() for name in prepared.card().saes.values())
 
