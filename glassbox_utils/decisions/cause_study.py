@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from glassbox_utils.core import prepared
+from glassbox_utils.core import coding, prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.studies import SEED, resumed, write_table
 from glassbox_utils.decisions import audit, cycle, loans, study
 from glassbox_utils.decisions.loans import Applicant, load_loan_model
-from glassbox_utils.saes import reading
 from glassbox_utils.saes.config import site_of
 from glassbox_utils.saes.store import identity_of, load_sae
 
@@ -114,8 +113,8 @@ def _features(model: Model, name: str, pairs: cycle.Pairs) -> dict[str, Any]:
         "layer": layer,
         "features": chosen.tolist(),
         "difference": difference.tolist(),
-        "worse": result(reading.encode(sae, there_worse))[:, chosen].tolist(),
-        "better": result(reading.encode(sae, there_better))[:, chosen].tolist(),
+        "worse": result(coding.encode(sae, there_worse))[:, chosen].tolist(),
+        "better": result(coding.encode(sae, there_better))[:, chosen].tolist(),
         "gap": ablated,
     }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.attribution import attribution_patching, logit_difference, replace_each_head, resume
 from glassbox_utils.attention.patterns import over_patterns
+from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import items, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture
@@ -25,7 +26,6 @@ from glassbox_utils.core.text import Batch, tokenize
 from glassbox_utils.decisions import loans
 from glassbox_utils.decisions.loans import Applicant
 from glassbox_utils.decisions.mitigation import contrast
-from glassbox_utils.saes import reading
 
 FIELDS = tuple(f.name for f in fields(Applicant))
 PLACES = ("name", "between", "decision")
@@ -206,7 +206,7 @@ def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple
     LoanError for more features than the SAE has.
     """
     k = whole("k", k, 1, loans.LoanError, sae.cfg.d_sae)
-    codes = (result(reading.encode(sae, x)) for x in (worse, better))
+    codes = (result(coding.encode(sae, x)) for x in (worse, better))
     difference = (next(codes) - next(codes)).mean(0)
     top = difference.abs().topk(k).indices
     return top, difference[top]
@@ -214,7 +214,7 @@ def group_features(sae: Any, worse: Tensor, better: Tensor, k: int = 5) -> tuple
 
 def like_features(sae: Any, states: Float[Tensor, "n d_model"], features: Tensor, seed: int) -> Tensor:
     """As many other features of about the same mean activation on these states: the control of an ablation."""
-    mean = result(reading.encode(sae, states)).mean(0)
+    mean = result(coding.encode(sae, states)).mean(0)
     generator = torch.Generator().manual_seed(seed)
     found: list[int] = []
     for feature in features.tolist():
@@ -239,8 +239,8 @@ def ablate_at_name(model: Model, pairs: Pairs, sae: Any, features: Tensor, layer
     metric, site, found = _metric(model, pairs), Site("resid_post", layer), []
     for batch in (pairs.worse, pairs.better):
         x = capture(model, batch, [site])[site]
-        code = reading.encode(sae, x)[..., features]
-        part = code @ like(reading.rows(sae)[features], code) * reading.gain(sae, x)
+        code = coding.encode(sae, x)[..., features]
+        part = code @ like(coding.rows(sae)[features], code) * coding.gain(sae, x)
         resid = torch.where(beside(pairs.name[..., None], x), x - like(part, x), x)
         with resume(model, layer + 1, resid):
             found.append(metric(loans.final_logits(model, batch)))

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from glassbox_utils.attention.patterns import over_patterns
-from glassbox_utils.core import files, prepared
+from glassbox_utils.core import coding, files, prepared
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.evidence import Control, Finding
@@ -37,7 +37,7 @@ from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
 from glassbox_utils.decisions.study import or_why, why_skipped
-from glassbox_utils.saes import detection, features, reading
+from glassbox_utils.saes import detection, features
 from glassbox_utils.saes.store import identity_of, load_sae
 from glassbox_utils.steering.apply import steer
 from glassbox_utils.steering.vectors import Direction, SteeringError, load_direction, random_direction
@@ -197,11 +197,11 @@ def _rounded(interval: Interval) -> list[float]:
 @contextmanager
 def clamped(model: Model, sae: Any, feature: int, value: float) -> Iterator[None]:
     """One SAE feature set to ``value`` at every token; all else, the SAE's error included, stays as it was."""
-    row = reading.rows(sae)[feature]
+    row = coding.rows(sae)[feature]
 
     def function(x: Tensor) -> Tensor:
-        now = reading.encode(sae, x)[..., feature, None]
-        return x + like((value - now) * reading.gain(sae, x) * beside(row, now), x)
+        now = coding.encode(sae, x)[..., feature, None]
+        return x + like((value - now) * coding.gain(sae, x) * beside(row, now), x)
 
     with torch.no_grad(), edit(model, features.site_of_sae(sae), function):
         yield

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import whole
 from glassbox_utils.core.corpora import Rows
 from glassbox_utils.core.devices import result
@@ -21,8 +22,7 @@ from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.saes.config import SaeError, hook_of
 from glassbox_utils.saes.harvest import activations, ordinary
-from glassbox_utils.saes.reading import encode, site_of_sae
-from glassbox_utils.saes.reading import rows as reading_rows
+from glassbox_utils.saes.reading import site_of_sae
 
 FEWEST = 10
 """words, below which no probe is fitted"""
@@ -143,8 +143,8 @@ def first_letter_test(sae: Any, words: Words, n_features: int = 5, minimum: int 
     whole("n_features", n_features, 1, SaeError), whole("minimum", minimum, 1, SaeError)
     x, letters, half, probe = words.x, words.letters, words.train, words.probe
     said = (x @ probe[:, :-1].t() + probe[:, -1]).argmax(-1)
-    code = torch.cat([result(encode(sae, part)) for part in x.split(2048)])
-    active, decoder = code > 0, result(reading_rows(sae))
+    code = torch.cat([result(coding.encode(sae, part)) for part in x.split(2048)])
+    active, decoder = code > 0, result(coding.rows(sae))
     reports = []
     for index, letter in enumerate(string.ascii_lowercase):
         true, fake = letters == index, words.permuted == index

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
@@ -146,7 +147,7 @@ def last_codes(model: Model, sae: Any, texts: Sequence[str]) -> Float[Tensor, "t
     for start in range(0, len(texts), LAST_BATCH):
         batch = tokenize(model, texts[start : start + LAST_BATCH])
         last = capture(model, batch, [site])[site][:, -1].float()
-        codes.append(result(reading.encode(sae, last)))
+        codes.append(result(coding.encode(sae, last)))
     return torch.cat(codes)
 
 
@@ -210,8 +211,8 @@ class Handle(NamedTuple):
 def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device, median_norm: float) -> Handle:
     """The chosen features, gathered once. Where a feature's activation does not depend on the others' (ReLU, JumpReLU)
     only the chosen ones are encoded: the same numbers but for the order of the sums, at a fraction of the cost."""
-    tool, chosen = reading.tool(sae, device), beside(torch.tensor(list(indices)), device)
-    write = reading.rows(tool)[chosen]
+    tool, chosen = coding.tool(sae, device), beside(torch.tensor(list(indices)), device)
+    write = coding.rows(tool)[chosen]
     read: Callable[[Tensor], Tensor] | None
     if mode == "add":
         read = None
@@ -220,16 +221,16 @@ def handle(sae: Any, indices: Sequence[int], mode: Mode, device: torch.device, m
         threshold = tool.threshold.detach()[chosen] if hasattr(tool, "threshold") else None
 
         def read(x: Tensor) -> Tensor:
-            before = tool.process_sae_in(like(reading.seen(tool, x), write)) @ columns + bias
+            before = tool.process_sae_in(like(coding.seen(tool, x), write)) @ columns + bias
             code = tool.activation_fn(before)
-            return reading.numbers(tool, code if threshold is None else code * (before > threshold))
+            return coding.numbers(tool, code if threshold is None else code * (before > threshold))
 
     else:
 
         def read(x: Tensor) -> Tensor:
-            return reading.encode(tool, x).index_select(-1, chosen)
+            return coding.encode(tool, x).index_select(-1, chosen)
 
-    return Handle(read, write, MASSIVE * median_norm, lambda x: reading.gain(tool, like(x, write)))
+    return Handle(read, write, MASSIVE * median_norm, lambda x: coding.gain(tool, like(x, write)))
 
 
 def apply(
@@ -437,7 +438,7 @@ def activations_in(model: Model, what: What, text: str) -> tuple[list[str], Floa
     for one, _ in _row(what, 1.0):
         check_sae(model, one.sae)
         x = activations(model, batch.input_ids, [one.site], batch.attention_mask)[one.site].float()
-        value = result(reading.encode(one.sae, x)[0, :, one.index] / one.unit)
+        value = result(coding.encode(one.sae, x)[0, :, one.index] / one.unit)
         value[0] = 0.0
         values.append(value)
     return str_tokens(model, batch.input_ids[0]), torch.stack(values).amax(0)

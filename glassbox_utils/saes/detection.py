@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import corpora, files
+from glassbox_utils.core import coding, corpora, files
 from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import not_first
@@ -37,7 +37,7 @@ def text_scores(model: Model, sae: Any, texts: Sequence[str], batch_size: int = 
         batch = tokenize(model, texts[start : start + batch_size])
         x = activations(model, batch.input_ids, [site], batch.attention_mask)[site].float()
         keep = not_first(batch) & (x.norm(dim=-1) <= OUTLIER * median)
-        scores.append(result((reading.encode(sae, x) * keep[..., None]).amax(1)))
+        scores.append(result((coding.encode(sae, x) * keep[..., None]).amax(1)))
     return torch.cat(scores)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glassbox_utils.core import readout
+from glassbox_utils.core import coding, readout
 from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import beside, like, result
@@ -73,7 +73,7 @@ def scan(model: Model, sae: Any, rows: Rows, documents: Sequence[Document], rows
         x = activations(model, rows.tokens[start : start + rows_per_batch].long(), [site])[site].float()
         keep = ordinary(x, median)
         usual[start : start + rows_per_batch] = result(keep)
-        code = reading.encode(sae, x[keep])
+        code = coding.encode(sae, x[keep])
         where = keep.flatten().nonzero()[:, 0] + start * width
         token, feature = code.nonzero(as_tuple=True)
         found.append((result(feature), result(where[token]), result(code[token, feature])))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
+from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import some_texts, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import capture, edit
@@ -125,10 +126,10 @@ def learn_group(
     _check_lessons(given, features.site_of_sae(sae))
     for what, value in (("n", n), ("steps", steps)):
         whole(what, value, 1, clamping.ClampError)
-    code = reading.tool(sae, model.device)
-    decoder = reading.rows(code).float()
+    code = coding.tool(sae, model.device)
+    decoder = coding.rows(code).float()
     massive = clamping.MASSIVE * reading.median_norm(model, sae)
-    usual = [(x.resid.norm(dim=-1, keepdim=True) <= massive) * reading.gain(code, x.resid) for x in given]
+    usual = [(x.resid.norm(dim=-1, keepdim=True) <= massive) * coding.gain(code, x.resid) for x in given]
     effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
     for lesson, keep in zip(given, usual, strict=True):
         with torch.enable_grad():
@@ -137,7 +138,7 @@ def learn_group(
         real = lesson.batch.attention_mask.bool()
         with torch.no_grad():
             effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
-            fires += result((reading.encode(code, lesson.resid)[real] > 0).float().sum(0))
+            fires += result((coding.encode(code, lesson.resid)[real] > 0).float().sum(0))
         count += int(real.sum())
     quiet = (fires <= QUIET * count) & (result(decoder.norm(dim=-1)) > 0)
     if int(quiet.sum()) < 2 * n:
@@ -146,7 +147,7 @@ def learn_group(
     order = beside(order, decoder)
     rows = decoder[order]
     with torch.no_grad():
-        codes = [reading.encode(code, x.resid)[..., order].float() for x in given]
+        codes = [coding.encode(code, x.resid)[..., order].float() for x in given]
     values, alive = decoder.new_zeros(len(order)).requires_grad_(), decoder.new_ones(len(order)).bool()
     left = {int(steps * share): times * n for share, times in ((0.25, 4), (0.35, 2), (0.5, 1))}
 

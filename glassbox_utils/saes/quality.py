@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import assets, corpora, files, prepared, schema
+from glassbox_utils.core import assets, coding, corpora, files, prepared, schema
 from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
@@ -100,9 +100,9 @@ def evaluate_sae(
     norms = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(tokens), 8):
         x = activations(model, tokens[start : start + 8], [site])[site].float()
-        usual, average = ordinary(x, median_norm), reading.seen(sae, beside(mean, x))
-        features = reading.encode(sae, x)
-        out, x = reading.decode(sae, features), reading.seen(sae, x)
+        usual, average = ordinary(x, median_norm), coding.seen(sae, beside(mean, x))
+        features = coding.encode(sae, x)
+        out, x = coding.decode(sae, features), coding.seen(sae, x)
         wrong, spread = exact((out - x).square().sum(-1)), exact((x - average).square().sum(-1))
         here = result(usual)
         residual += torch.stack([wrong[here].sum(), wrong.sum()])
@@ -148,7 +148,7 @@ def _splices(model: Model, sae: Any, tokens: Tensor, site: Site, median_norm: fl
         return change
 
     def rebuilt(x: Tensor) -> Tensor:
-        return reading.decode(sae, reading.encode(sae, x.float()))
+        return coding.decode(sae, coding.encode(sae, x.float()))
 
     edits: dict[str, Callable[[Tensor], Tensor]] = {
         "ce": lambda x: x,

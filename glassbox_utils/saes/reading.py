@@ -1,13 +1,12 @@
 """What an SAE reads and writes: its own hook, in its own units, at the positions that it was made for.
 
-Whatever encodes with an SAE, or adds one of its rows to a stream, comes here first. An SAE that somebody else trained
+Whatever uses an SAE comes here first (the code itself: ``core.coding``). An SAE that somebody else trained
 may lack what ours record: its *hook* is needed; its *median norm* (which says what an outlier is) and the scale of its
 inputs, if it wants one and its file does not hold it, are measured; and of which *weights* it was made nobody can know.
 Refused are tools whose output stands at another place than their input (transcoders), whose features have a sign or
 depend on other positions, and whose inputs are whitened by a matrix that is not stored with them.
 """
 
-import copy
 import math
 import weakref
 from numbers import Integral, Real
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from glassbox_utils.core import corpora, packing
 from glassbox_utils.core.arguments import shown
-from glassbox_utils.core.devices import beside, like, result
+from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.identity import difference
 from glassbox_utils.core.models import Model, Site
@@ -32,10 +31,6 @@ READ = (
 """architectures whose features are not negative and depend on one position"""
 SCALED = ("expected_average_only_in", "covariance_whitening")
 """normalisations by numbers of the training text, which sae_lens folds into the weights and does not store"""
-CENTRED = "center_writing_weights"
-"""what GPT-2's releases declare: TransformerLens had taken the mean over the width out of all that writes"""
-ROUNDING = 1e-3
-"""decoder rows whose length differs from 1 by less are of length 1, but for float16"""
 
 
 def check_kind(sae: Any) -> None:
@@ -96,67 +91,6 @@ def check_fits(model: Model, sae: Any, error: type[GlassboxError] = SaeError) ->
             "of one of these layers."
         )
     return site
-
-
-# --- the code -----------------------------------------------------------------------------------------
-
-
-def tool(sae: Any, place: Tensor | torch.device) -> Any:
-    """The SAE on the device of ``place``, reading sites as we shape them: the heads of z lie side by side already."""
-    near = beside(sae, place)
-    if getattr(near, "hook_z_reshaping_mode", False):
-        near = copy.copy(near)  # the same tensors; the caller's own goes on to take heads apart
-        near.turn_off_forward_pass_hook_z_reshaping()
-    return near
-
-
-def seen(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    """The part of an activation that the SAE is about: all of it, or (if it declares so) all but its mean.
-
-    An SAE of a model whose writing weights were centred knows a stream without a mean over the width. LayerNorm takes
-    no notice of that mean, so the model is the same; ``z`` is no part of the stream and stays as it is.
-    """
-    meta = getattr(getattr(sae, "cfg", None), "metadata", None) or {}
-    declared = (meta.get("model_from_pretrained_kwargs") or {}).get(CENTRED)
-    if not declared or str(meta.get("hook_name")).endswith(("hook_z", "attn.o.hook_in")):
-        return x
-    return x - x.mean(-1, keepdim=True)
-
-
-def encode(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_sae"]:
-    """Features of activations as a site has them, on their device; the SAE computes in its own type."""
-    near, x = tool(sae, x), seen(sae, x)
-    return numbers(sae, near.encode(like(x, near.W_dec) if hasattr(near, "W_dec") else x))
-
-
-def numbers(sae: Any, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-    """Features, none of them active where an activation is zero: an SAE that divides by the norm gives NaN there."""
-    rescaled = getattr(getattr(sae, "cfg", None), "normalize_activations", "none") == "constant_norm_rescale"
-    return code.nan_to_num(0.0) if rescaled else code
-
-
-def decode(sae: Any, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch width"]:
-    """Activations from the features that ``encode`` gave (of the same ones, if the SAE normalises)."""
-    return tool(sae, code).decode(code)
-
-
-def rows(sae: Any) -> Float[Tensor, "d_sae width"]:
-    """What one unit of each feature adds to the reconstruction (times ``gain``)."""
-    written = sae.W_dec.detach()
-    if getattr(getattr(sae, "cfg", None), "rescale_acts_by_decoder_norm", False):
-        length = written.norm(dim=-1, keepdim=True)
-        written = written / torch.where((length - 1).abs() < ROUNDING, 1.0, length)
-    return written
-
-
-def gain(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"] | float:
-    """What the rows are multiplied by at each position: 1, unless the SAE normalises what it reads."""
-    declared = getattr(sae.cfg, "normalize_activations", "none")
-    if declared == "layer_norm":
-        return x.std(-1, keepdim=True)
-    if declared == "constant_norm_rescale":
-        return seen(sae, x).norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-    return 1.0
 
 
 # --- what is usual ------------------------------------------------------------------------------------

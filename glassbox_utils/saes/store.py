@@ -33,7 +33,7 @@ WEIGHTS, SETTINGS = "sae_weights.safetensors", "cfg.json"
 SCALER = "activation_scaler.json"
 """where a checkpoint of sae_lens keeps the scale of its inputs"""
 CENTRING = r"\s*This SAE has non-empty model_from_pretrained_kwargs"
-"""sae_lens's advice to load the model with centred weights; ``reading.seen`` does what that would do"""
+"""sae_lens's advice to load the model with centred weights; ``coding.seen`` does what that would do"""
 
 
 def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, model: Model) -> None:

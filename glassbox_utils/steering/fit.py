@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import items, shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import capture, edits
@@ -230,7 +231,7 @@ def fit_directions(
     if method == "sae":
         fit = _from_sae(sae)
         a, b = (
-            pooled(model, t, chosen, pool, encode=lambda x: beside(sae, x).encode(x), system=system)[0]
+            pooled(model, t, chosen, pool, encode=partial(_written, sae), system=system)[0]
             for t in (positive, negative)
         )
     elif method in ("gradient", "combined"):
@@ -291,6 +292,11 @@ def _check_sae(model: Model, sae: Any, layers: Sequence[int]) -> None:
         )
 
 
+def _written(sae: Any, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_sae"]:
+    """What each feature adds along its decoder row, in the stream's own units."""
+    return coding.encode(sae, x) * coding.gain(sae, x)
+
+
 def _from_sae(sae: Any, n_features: int = 10) -> Callable[[Tensor, Tensor], Tensor]:
     """(features of positive texts, of negative texts) -> unit direction, through the decoder."""
 
@@ -298,9 +304,7 @@ def _from_sae(sae: Any, n_features: int = 10) -> Callable[[Tensor, Tensor], Tens
     def fit(positive: Tensor, negative: Tensor) -> Tensor:
         change = positive.mean(0) - negative.mean(0)
         top = change.abs().topk(min(n_features, len(change))).indices
-        only = torch.zeros_like(change)
-        only[top] = change[top]
-        vector = (sae.decode(only[None]) - sae.decode(torch.zeros_like(only)[None]))[0]  # without the decoder's bias
+        vector = change[top] @ result(coding.rows(sae))[top]
         length = vector.norm()
         if not torch.isfinite(length) or length == 0:
             raise SteeringError("No feature of the SAE changes between positive and negative texts.")

@@ -9,6 +9,7 @@ import worded
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 from worded import PROMPTS
 
+from glassbox_utils.core import coding
 from glassbox_utils.core.corpora import Document, token_rows
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import edit
@@ -103,7 +104,7 @@ def test_features_clamp_and_quality_are_sae_lenss(model, kind, tmp_path):
     reference, x = theirs(tmp_path), at(model, site)
     code = reference.encode(apart(model, site, x)).nan_to_num()
     assert 0 < (code > 0).float().mean() < 1
-    torch.testing.assert_close(reading.encode(ours, x), code, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(coding.encode(ours, x), code, atol=1e-4, rtol=1e-4)
 
     # features: every activation of a scan
     ours.cfg.metadata.median_norm = 1e6
@@ -147,7 +148,7 @@ def test_a_scale_that_is_not_stored_is_measured(model, tmp_path):
         ours = load_sae(tmp_path, model)
     factor = width_of(model, site) ** 0.5 / float(reading.norms_at(model, site, 16).mean())
     reference, x = SAE.load_from_disk(tmp_path, dtype="float32"), at(model, site)
-    torch.testing.assert_close(reading.encode(ours, x), reference.encode(x * factor), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(coding.encode(ours, x), reference.encode(x * factor), atol=1e-4, rtol=1e-4)
     for wrong in (0, -1, "2", float("inf"), True):
         (tmp_path / store.SCALER).write_text(json.dumps({"scaling_factor": wrong}))
         with pytest.raises(SaeError, match="scaling_factor is"):
@@ -168,8 +169,8 @@ def test_centred_writing_weights_are_minded(tmp_path):
         warnings.simplefilter("ignore")
         reference = theirs(tmp_path)
     want = reference.encode(centred)
-    torch.testing.assert_close(reading.encode(ours, x), want, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(reading.encode(ours, x), reference.encode(x), atol=1e-3)
+    torch.testing.assert_close(coding.encode(ours, x), want, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(coding.encode(ours, x), reference.encode(x), atol=1e-3)
     one = int(want.amax((0, 1)).argmax())
     with clamping.clamp(model, clamping.feature(model, ours, one, 1.0), 2.0):
         after = at(model, site)
@@ -213,7 +214,7 @@ def test_a_release_is_fetched_by_its_id(tmp_path, monkeypatch, scaled):
     with pytest.warns(UserWarning, match="a-release/l1/res does not say which weights"):
         ours = load_sae("a-release/l1/res", model)
     x = at(model, site)
-    torch.testing.assert_close(reading.encode(ours, x), reference.encode(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(coding.encode(ours, x), reference.encode(x), atol=1e-4, rtol=1e-4)
     with pytest.raises(SaeError, match=r"SAE l9/res of the release a-release can't be fetched.*ids of a release"):
         load_sae("a-release/l9/res", model)
     if not scaled:  # a bare repository names no factor

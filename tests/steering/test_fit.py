@@ -113,6 +113,31 @@ def test_a_direction_from_the_features_of_an_sae(llama, hook):
     assert d.coordinates[1] > d.coordinates[0]
 
 
+def test_an_sae_that_normalises_and_knows_no_mean_is_read_as_it_declares(llama):
+    sae, texts = small_sae(), [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(5)) for i in range(20)]
+    marked = [t + " w31 w31" for t in texts]
+    plain = fit_direction(llama, marked, texts, "sae", layer=1, sae=sae, n_resamples=0).vector
+    sae.cfg.normalize_activations = "layer_norm"
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    declared = type(sae)(sae.cfg).eval()
+    declared.load_state_dict(sae.state_dict())
+    d = fit_direction(llama, marked, texts, "sae", layer=1, sae=declared, n_resamples=0)
+    features = []
+    for group in (marked, texts):  # by hand, with sae_lens's own encode on one text at a time
+        rows = []
+        for text in group:
+            x = result(capture(llama, tokenize(llama, [text]), [Site("resid_post", 1)])[Site("resid_post", 1)])[0, 1:]
+            x = x - x.mean(-1, keepdim=True)
+            with torch.no_grad():
+                rows.append((declared.encode(x) * x.std(-1, keepdim=True)).mean(0))
+        features.append(torch.stack(rows).mean(0))
+    change = features[0] - features[1]
+    top = change.abs().topk(10).indices
+    expected = change[top] @ sae.W_dec[top]
+    torch.testing.assert_close(d.vector, expected / expected.norm(), atol=1e-3, rtol=1e-3)
+    assert float(d.vector @ plain) < 0.999
+
+
 def test_an_sae_of_another_place_is_refused(llama):
     for sae, message in [
         (small_sae(2), "blocks.2.hook_resid_post.*layer 1 of llama.*Use layer=2"),
