@@ -83,7 +83,8 @@ def rows() -> list[list[str]]:
 def studies() -> str:
     """What all steps of ``glassbox prepare`` but the SAEs take at full size for the embedded model, by its own log."""
     steps = json.loads((assets.DATA / "prepare.json").read_text(encoding="utf-8"))["steps"]
-    full = sum(s["seconds"] / s["size"] for name, s in steps.items() if not name.startswith("sae-"))
+    largest = {name: max(rows, key=lambda row: row["size"]) for name, rows in steps.items()}
+    full = sum(row["seconds"] / row["size"] for name, row in largest.items() if not name.startswith("sae-"))
     return f"{full / 3600:.1f} h"
 
 

@@ -1,11 +1,12 @@
 """``glassbox prepare MODEL``: all that the notebooks read, made for another model, in one folder that can be resumed.
 
 A plan comes first: the steps, the share of the full number of cases that the budget of minutes allows, the memory and
-the disk. Times are those of ``data/prepare.json`` (a run on the embedded model), scaled by how fast this model reads
-and writes on this machine, and corrected after every step by what the steps so far have taken. A step that can't be
-done on a model is recorded in ``refused.json`` with its reason, and the others go on.
+the disk. Times are those of ``data/prepare.json`` (each step at one or more sizes, on the embedded model), scaled by
+how fast this model reads and writes on this machine, and corrected after every step by what the steps so far have
+taken. A step that can't be done on a model is recorded in ``refused.json`` with its reason, and the others go on.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ TOKENS = {"main": 1_638_400, "late": 720_896}
 LEAST_TOKENS = 65_536
 FIXED = 20.0
 """seconds that a step takes whatever its size: loading the model, the words of the plan"""
+BELIEF = 120.0
+"""seconds for which the plan is believed against what the first steps took"""
 SAMPLED = 4_000
 """documents that the model writes at full size where it writes its own corpus"""
 
@@ -53,11 +56,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the preparation. ``seconds``: expected at full size on this machine."""
+    """One step of the preparation."""
 
     name: str
-    seconds: float
+    points: Sequence[tuple[float, float]]
+    """(size, seconds) as measured, on this machine, sizes ascending"""
     run: Callable[[], Any]
+
+    def seconds(self, size: float) -> float:
+        """Expected at a size: on the line through the two nearest points."""
+        (a, low), (b, high) = next(
+            (pair for pair in itertools.pairwise(self.points) if size <= pair[1][0]), self.points[-2:]
+        )
+        return max(low, low + (high - low) * (size - a) / (b - a))
 
 
 @dataclass(frozen=True)
@@ -174,20 +185,19 @@ def speed_of(model: Model) -> Speed:
 
 
 def reference() -> dict[str, Any]:
-    """A run on the embedded model: its speed on that machine, and each step's size and seconds."""
+    """Runs on the embedded model: its speed on that machine, and of each step a list of ``{size, seconds}``."""
     return json.loads((assets.DATA / LOG).read_text(encoding="utf-8"))
 
 
 def _plan(model: Model, source: str, folder: Path, studies: Studies, log: Mapping[str, Any]) -> Plan:
     known, mine = reference(), speed_of(model)
     slower = ((mine.reading / known["reading"]) * (mine.writing / known["writing"])) ** 0.5
-    full = {name: max(0.0, row["seconds"] - FIXED) / row["size"] * slower for name, row in known["steps"].items()}
+    points = {name: _points(rows, slower) for name, rows in known["steps"].items()}
+    typical = ((0.0, FIXED), (1.0, sum(p[-1][1] / p[-1][0] for p in points.values()) / max(1, len(points))))
     runs = dict(_runs(model, source, folder, studies, log["corpus"]))
-    typical = sum(full.values()) / max(1, len(full))
-    steps = [Step(name, full.get(name, typical), run) for name, run in runs.items()]
-    left = [s for s in steps if s.name not in log["steps"]]
-    size = log["size"] or _size(steps, log["minutes"])
-    seconds = sum(FIXED + s.seconds * size for s in left)
+    steps = [Step(name, points.get(name, typical), run) for name, run in runs.items()]
+    size = log["size"] or _first_size(steps, log["minutes"])
+    seconds = sum(s.seconds(size) for s in steps if s.name not in log["steps"])
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters()) / 2**30
     harvested = max(_tokens(role, size) for role in prepared.ROLES) * model.d_model * 2 / 2**30
     sae = 2 * _width(size) * model.d_model * 4 / 2**30
@@ -196,19 +206,35 @@ def _plan(model: Model, source: str, folder: Path, studies: Studies, log: Mappin
     return Plan(steps, size, seconds, memory, disk)
 
 
-def _size(steps: Sequence[Step], minutes: float | None) -> float:
+def _points(rows: Sequence[Mapping[str, float]], slower: float) -> Sequence[tuple[float, float]]:
+    """(size, seconds) on this machine, at least two: at size 0 stands what a step takes whatever its size."""
+    measured = sorted((row["size"], row["seconds"] * slower) for row in rows)
+    return measured if len(measured) > 1 else [(0.0, min(FIXED, measured[0][1])), *measured]
+
+
+def _fitting(steps: Sequence[Step], seconds: float) -> float:
+    """The largest size at which the steps together take no longer; below ``SMALLEST`` if there is none."""
+    low, high = 0.0, 1.0
+    if sum(s.seconds(high) for s in steps) <= seconds:
+        return high
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(s.seconds(middle) for s in steps) <= seconds else (low, middle)
+    return low
+
+
+def _first_size(steps: Sequence[Step], minutes: float | None) -> float:
     """The share of the full sizes that fits into the budget."""
     if minutes is None:
         return 1.0
-    budget = minutes * 60 - FIXED * len(steps)
-    size = budget / sum(s.seconds for s in steps)
+    size = _fitting(steps, minutes * 60)
     if size < SMALLEST:
-        least = (SMALLEST * sum(s.seconds for s in steps) + FIXED * len(steps)) / 60
+        least = sum(s.seconds(SMALLEST) for s in steps) / 60
         raise PreparedError(
             f"The budget is {minutes:g} minutes. With this model on this machine even {SMALLEST:.0%} of the full sizes "
             f"takes about {least:.0f}. Give a larger budget, or a faster --device."
         )
-    return min(1.0, round(size, 3))
+    return round(size, 3)
 
 
 def _tokens(role: str, size: float) -> int:
@@ -241,7 +267,7 @@ def _say(plan: Plan, model: Model, folder: Path, log: Mapping[str, Any]) -> None
     print(f"{model}: {len(plan.steps)} steps into {folder}" + (f", {done} of them done before" if done else ""))
     for step in plan.steps:
         if step.name not in log["steps"]:
-            print(f"  {step.name:20} about {(FIXED + step.seconds * plan.size) / 60:5.1f} min")
+            print(f"  {step.name:20} about {step.seconds(plan.size) / 60:5.1f} min")
     print(
         f"at {plan.size:.0%} of the full sizes: about {plan.seconds / 60:.0f} minutes, {plan.memory:.1f} GiB of "
         f"memory, {plan.disk:.1f} GiB of disk. It can be stopped at any time; the same command goes on.",
@@ -288,14 +314,12 @@ def _next_size(plan: Plan, i: int, log: Mapping[str, Any]) -> float:
     """Of the next step: what is left of the budget, for all steps that are left, as slow as those so far were."""
     if log["minutes"] is None:
         return 1.0
-    done = [(s, log["steps"][s.name]) for s in plan.steps if s.name in log["steps"] and s.seconds]
+    done = [(s, log["steps"][s.name]) for s in plan.steps if s.name in log["steps"]]
     done = [(s, row) for s, row in done if "refused" not in row]
-    expected = 120 + sum(s.seconds * row["size"] for s, row in done)  # two minutes of belief in the plan
-    ratio = (120 + sum(max(0.0, row["seconds"] - FIXED) for _, row in done)) / expected
-    rest = plan.steps[i:]
-    left = log["minutes"] * 60 - log["spent"] - FIXED * len(rest)
-    size = left / max(1.0, ratio * sum(s.seconds for s in rest))
-    return round(min(1.0, 2 * plan.size, max(SMALLEST, plan.size / 4, size)), 4)
+    expected = BELIEF + sum(s.seconds(row["size"]) for s, row in done)
+    ratio = (BELIEF + sum(row["seconds"] for _, row in done)) / expected
+    size = _fitting(plan.steps[i:], (log["minutes"] * 60 - log["spent"]) / ratio)
+    return round(min(2 * plan.size, max(SMALLEST, plan.size / 4, size)), 4)
 
 
 def _refuse(folder: Path, name: str, reason: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.core import coding, corpora, files
+from glassbox_utils.core import coding, corpora, files, prepared
 from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import not_first
@@ -153,13 +153,14 @@ def golden_gate(model: Model, sae: Any) -> Detection:
     Feature and threshold are the best by F1 on sentences of the project-written training passages: about the bridge
     against about everything else in them, other bridges, gates and golden things included. The test is every real
     sentence that names the bridge (never trained on) against held-out real sentences with the words bridge, gate or
-    golden. Raises AssetError if the packages are not there.
+    golden (a share of each where the folder in use is smaller). Raises AssetError if the packages are not there.
     """
     name = r"golden gate bridge"
     written = corpora.load_corpus("landmarks", "train")
     with_name = corpora.sentences(written, name)[:100]
     without = [d for d in corpora.sentences(written, r"\w") if name not in d.text.lower()][:400]
-    fit = (text_scores(model, sae, [d.text for d in part]) for part in (with_name, without))
+    parts = (with_name, 30), (without, 120)
+    fit = (text_scores(model, sae, _share([d.text for d in part], least)) for part, least in parts)
     feature, threshold, _ = choose_detector(*fit)
     return detect(model, sae, feature, threshold, *golden_gate_test())
 
@@ -169,7 +170,13 @@ def golden_gate_test() -> tuple[list[str], list[str]]:
     real = corpora.sentences(corpora.load_corpus("mix", "golden_gate"), r"golden gate bridge")
     held = [d for d in corpora.load_corpus("mix", "held") if d.source != "landmarks"]
     other = corpora.sentences(held, r"\b(bridges?|gates?|golden)\b")
-    return [d.text for d in real], [d.text for d in other]
+    return _share([d.text for d in real], 40), _share([d.text for d in other], 60)
+
+
+def _share(texts: list[str], least: int) -> list[str]:
+    """Of texts in a row, evenly, the share that the folder in use takes of everything."""
+    n = prepared.sized(len(texts), min(least, len(texts)))
+    return [texts[i * len(texts) // n] for i in range(n)]
 
 
 def add_golden_gate(model: Model, folder: str | Path) -> Detection:

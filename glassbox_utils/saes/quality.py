@@ -225,8 +225,12 @@ def baselines(x: Float[Tensor, "sample d_model"], k: int, d_sae: int, seed: int 
     return {"pca": Linear(vectors[:, -k:].t(), mean), "random": plain._replace(gain=gain)}
 
 
-def held_out(model: Model, config: TrainConfig, n_rows: int = 64) -> Int[Tensor, "row pos"]:
-    """The held-out rows on which every shipped SAE is evaluated."""
+HELD_ROWS = 64
+"""on which every shipped SAE is evaluated; one of ``prepare`` with its share of them, but 16"""
+
+
+def held_out(model: Model, config: TrainConfig, n_rows: int = HELD_ROWS) -> Int[Tensor, "row pos"]:
+    """Rows of text that no SAE was trained on."""
     return corpora.token_rows(model, corpora.load_corpus(config.corpus, "held"), n_rows, config.context).tokens
 
 
@@ -234,7 +238,8 @@ def _reports(
     model: Model, sae: Any, config: TrainConfig, x: Float[Tensor, "row pos d_model"]
 ) -> tuple[dict[str, SaeReport], dict[str, Any]]:
     """An SAE and its baselines on held-out text, and the scaling used; ``x``: activations of training text."""
-    scaling, tokens, site = measure_scaling(x), held_out(model, config), site_of(config.hook)
+    scaling, site = measure_scaling(x), site_of(config.hook)
+    tokens = held_out(model, config, prepared.sized(HELD_ROWS, 16))
     sample = x[ordinary(x, scaling.median_norm)].float()
     measure: dict[str, Any] = {"median_norm": scaling.median_norm, "mean": scaling.mean}
     reports = {"sae": evaluate_sae(model, sae, tokens, site, **measure)}

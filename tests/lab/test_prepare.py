@@ -15,7 +15,7 @@ from glassbox_utils.core.prepared import PreparedError
 from glassbox_utils.lab import prepare
 
 STEPS = ("sae-main", "sae-late", "one", "two", "three")
-REFERENCE = {"reading": 1.0, "writing": 1.0, "steps": {n: {"size": 1.0, "seconds": 320.0} for n in STEPS}}
+REFERENCE = {"reading": 1.0, "writing": 1.0, "steps": {n: [{"size": 1.0, "seconds": 310.0}] for n in STEPS}}
 
 
 @pytest.fixture(scope="module")
