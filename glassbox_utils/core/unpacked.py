@@ -7,6 +7,7 @@ model is read by ``embedded`` instead, which depends on no version.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,28 @@ def folder_of(gguf: Path) -> Path:
 
     Raises ModelError for a file that transformers can't read, AssetError if the disk is full.
     """
-    import transformers
-
     status = gguf.stat()
-    key = [str(gguf.resolve()), str(status.st_size), str(status.st_mtime_ns), transformers.__version__]
+    key = [str(gguf.resolve()), str(status.st_size), str(status.st_mtime_ns), reader()]
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
     folder = assets.cache_dir() / "models" / f"{gguf.stem}-gguf-{digest}"
+    return made_once(folder, lambda partial: write(gguf, partial))
+
+
+def reader() -> str:
+    """The version of transformers, which decides what is made of a GGUF."""
+    import transformers
+
+    return transformers.__version__
+
+
+def made_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, written whole by ``write`` unless it is there and as it was written."""
     with files.explain_os_errors(folder):
         if not _intact(folder):
             with files.locked(folder):
                 if not _intact(folder):
                     with files.atomic_path(folder) as partial:
-                        _write(gguf, partial)
+                        write(partial)
                     files.record(folder)
     return folder
 
@@ -39,7 +50,8 @@ def _intact(folder: Path) -> bool:
     return files.is_recorded(folder) and not files.damage(folder)
 
 
-def _write(gguf: Path, folder: Path) -> None:
+def write(gguf: Path, folder: Path) -> None:
+    """De-quantise a GGUF into ``folder``; ModelError if transformers can't read it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from glassbox_utils.core import assets, corpora, files, own_text, prepared, schema
+from glassbox_utils.core import assets, corpora, files, own_text, packaged, prepared, schema
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.prepared import Card, PreparedError
@@ -148,7 +148,8 @@ def _establish(folder: Path, log: dict[str, Any], source: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, log)
     if not (folder / prepared.CARD).exists():
-        licence = prepared.licence_of(log["model_hash"])  # of another folder for the same weights, if there is one
+        known = packaged.MODELS.get(source)
+        licence = known.licence if known else prepared.licence_of(log["model_hash"])  # as another folder of it says
         card = Card(source, log["model_hash"], licence, size=log["size"], minutes=log["minutes"])
         prepared.write_card(card, folder)
     training.prepare_key()

@@ -1,13 +1,15 @@
 """A GGUF file is de-quantised once into a folder, and is then a model like any other."""
 
+import hashlib
 import json
+import zipfile
 
 import pytest
 import tiny
 import torch
 from gguf import GGUFWriter
 
-from glassbox_utils.core import assets, unpacked
+from glassbox_utils.core import assets, packaged, unpacked
 from glassbox_utils.core.embedded import _NAMES
 from glassbox_utils.core.models import ModelError, load_model
 
@@ -63,8 +65,45 @@ def test_it_is_the_model_of_the_file_and_has_one_hash(tmp_path, monkeypatch):
         mine = model.hf(ids.to(model.device)).logits.cpu()
         assert torch.allclose(mine, hf(ids).logits, atol=1e-3)
     assert model.tokenizer.decode(model.tokenizer("The doctor")["input_ids"]).endswith("The doctor")
-    monkeypatch.setattr(unpacked, "_write", None)  # made once
+    monkeypatch.setattr(unpacked, "write", None)  # made once
     assert load_model(path, dtype="float16").hash == load_model(path, dtype="bfloat16").hash == model.hash
+
+
+@pytest.fixture
+def in_two_packages(tmp_path, monkeypatch):
+    """A tiny model whose GGUF lies in two cached wheels, and its name."""
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path / "cache"))
+    whole = written(tiny.build("llama"), tmp_path / "small.gguf").read_bytes()
+    folder = tmp_path / "cache" / "packages"
+    folder.mkdir(parents=True)
+    for i, piece in enumerate((whole[:5000], whole[5000:])):
+        name = f"small-part{i}"
+        path = folder / f"small_part{i}-1.0.whl"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(f"small_part{i}/small.gguf.part0{i}", piece)
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        pin = assets.Package(name, "1.0", path.name, sha, path.stat().st_size, "terms", "a piece")
+        monkeypatch.setitem(assets.PACKAGES, name, pin)
+    sha = hashlib.sha256(whole).hexdigest()
+    kept = packaged.Packaged("small.gguf", sha, ("small-part0", "small-part1"), "terms")
+    monkeypatch.setattr(packaged, "MODELS", {"small": kept})
+    return kept
+
+
+def test_a_model_that_is_cut_into_packages_is_put_together_once(in_two_packages, tmp_path, monkeypatch):
+    model = load_model("small")
+    assert model.name == "small" and model.hash == load_model(tmp_path / "small.gguf").hash
+    monkeypatch.setattr(unpacked, "write", None)
+    assert load_model("small").hash == model.hash
+    assert not list((tmp_path / "cache" / "models").rglob("*small.gguf"))  # only the folder is kept
+
+
+def test_pieces_that_are_not_the_pinned_file_give_no_model(in_two_packages, tmp_path, monkeypatch):
+    turned = packaged.Packaged(in_two_packages.gguf, in_two_packages.sha256, in_two_packages.parts[::-1], "terms")
+    monkeypatch.setattr(packaged, "MODELS", {"small": turned})
+    with pytest.raises(assets.AssetError, match=r"small\.gguf, put together from small-part1.*No model was made"):
+        load_model("small")
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")]
 
 
 def test_what_is_no_gguf_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
