@@ -1,6 +1,8 @@
 """Five kinds of model, each from ``prepare`` through all notebooks: none stops, what can't be done says why.
 
-The whole is an hour on two cores (``pytest tests/lab/test_shapes.py -m shapes``); the suite takes one kind.
+The whole is an hour on two cores (``pytest tests/lab -m shapes``). The suite takes each notebook once, on a model for
+which nothing was prepared (01, 02 and 05 in ``tests/notebooks``); the studies' own tests are each room's
+``test_prepared_*``.
 """
 
 import json
@@ -50,22 +52,34 @@ def apart(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(apart, folder, names=()):
+    """Pages of notebooks; NotebookError names the cell if one stops."""
+    notebooks.build_site(apart / "site", names, {"MODEL": str(folder)})
+    runs = notebooks.runs_of(apart / "site")
+    assert not [name for name, run in runs.items() if "stopped" in run]
+    for name, run in runs.items():
+        page = (apart / "site" / f"{name}.html").read_text(encoding="utf-8")
+        assert page.count("glassbox prepare") >= bool(run["skipped"])  # skipped in words, with the way to have it
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k == "gpt2" else pytest.mark.shapes) for k in shapes.KINDS]
+    ("kind", "name"), [("grouped", "03_sae_training"), ("no-bos", "04_feature_clamping"), ("base", "06_full_cycle")]
 )
+def test_a_notebook_on_a_model_for_which_nothing_was_prepared(kind, name, apart):
+    assert list(run(apart, shapes.save(kind, apart / kind), [name])) == [name]
+
+
+@pytest.mark.shapes
+@pytest.mark.parametrize("kind", shapes.KINDS)
 def test_no_notebook_stops(kind, apart):
     folder = shapes.save(kind, apart / kind)
     made = prepare.prepare(folder, cli.studies(), minutes=60.0)
     reasons = json.loads((made / subjects.REFUSED).read_text())
     unforeseen = {name: reason for name, reason in reasons.items() if "not foreseen" in reason}
     assert not unforeseen
-    notebooks.build_site(apart / "site", (), {"MODEL": str(folder)})  # an error that names the cell, if one stops
-    runs = notebooks.runs_of(apart / "site")
-    assert sorted(runs) == NAMES and not [name for name, run in runs.items() if "stopped" in run]
-    for name, run in runs.items():
-        page = (apart / "site" / f"{name}.html").read_text(encoding="utf-8")
-        assert page.count("glassbox prepare") >= bool(run["skipped"])  # skipped in words, with the way to have it
+    assert sorted(run(apart, folder)) == NAMES
 
 
 KILLED = """
@@ -96,18 +110,18 @@ def test_killed_again_and_again_prepare_ends_with_the_same_folder(tmp_path):
     """Every real step: a kill -9 at a random write, the same command again, until it is done."""
     model, chance = shapes.save("grouped", tmp_path / "grouped"), random.Random(0)
 
-    def run(out, moment, cache):
+    def dying(out, moment, cache):
         here = Path(__file__).parent
         code = KILLED.format(paths=[str(here), str(here.parent)], moment=moment, model=str(model), out=str(out))
         environment = os.environ | {files.CACHE_VARIABLE: str(cache), "GLASSBOX_QUIET": "1"}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    whole = run(tmp_path / "whole", 0, own_cache(tmp_path / "cache"))
+    whole = dying(tmp_path / "whole", 0, own_cache(tmp_path / "cache"))
     assert whole.returncode == 0, whole.stderr[-2000:]
     writes = int(whole.stdout.rsplit(maxsplit=1)[-1])
     cache, deaths, code = own_cache(tmp_path / "other"), 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
-        again = run(tmp_path / "out", chance.randint(2, max(4, writes // 8)), cache)
+        again = dying(tmp_path / "out", chance.randint(2, max(4, writes // 8)), cache)
         code, deaths = again.returncode, deaths + 1
     assert code == 0 and deaths > 5, again.stderr[-2000:]
     assert _content(tmp_path / "out") == _content(tmp_path / "whole")
