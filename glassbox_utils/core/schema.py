@@ -188,9 +188,12 @@ def _read(
     import yaml
 
     try:
-        if path.stat().st_size > largest:
-            raise error(f"{path} has {path.stat().st_size:,} bytes. Allowed: at most {largest:,}. Give {example}.")
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:  # a device has no size, and no end
+            raw = file.read(largest + 1)
+        if len(raw) > largest:
+            size = max(len(raw), path.stat().st_size)
+            raise error(f"{path} has {size:,} bytes or more. Allowed: at most {largest:,}. Give {example}.")
+        text = raw.decode("utf-8-sig")
         note(text)
         values = (
             json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _strict_yaml())

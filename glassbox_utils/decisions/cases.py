@@ -164,14 +164,16 @@ def _bytes(table: Table, folder: Path, source: schema.Marked) -> tuple[str, byte
         return f"{pinned.name}=={pinned.version}: {table.member}", assets.read(table.package, table.member)
     path = folder / table.file
     try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise DecisionError(f"{path} has {size:,} bytes. Allowed: at most {LARGEST:,}. Leave rows out.")
-        return str(path), path.read_bytes()
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST + 1)
     except OSError as reason:
         raise DecisionError(
             f"{source.place('cases', 'file')}: {path} can't be read ({reason.strerror or reason}). Allowed: the name "
             "of a CSV file in the folder. Put it there, or correct the name."
         ) from reason
+    if len(raw) > LARGEST:
+        raise DecisionError(f"{path} has more than {LARGEST:,} bytes. Allowed: at most that. Leave rows out.")
+    return str(path), raw
 
 
 def _rows(where: str, raw: bytes, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -24,7 +24,7 @@ from glassbox_utils.core import schema
 from glassbox_utils.core.arguments import shown
 from glassbox_utils.decisions import fields as rules
 from glassbox_utils.decisions.cases import Case, parse_values
-from glassbox_utils.decisions.fields import Category, DecisionError, Field, Number, Plain, Text, Value, checked
+from glassbox_utils.decisions.fields import Category, DecisionError, Field, Finite, Number, Plain, Text, Value, checked
 
 FILE = "decision.yaml"
 EXAMPLE = f"a {FILE} such as data/decisions/hiring/{FILE}"
@@ -87,10 +87,10 @@ class Points:
     """A line of the merit rule: so many points for one value, or for a number in a range (both ends belong to it)."""
 
     field: Plain
-    points: int | float
+    points: Finite
     equals: str | None = None
-    at_least: int | float | None = None
-    at_most: int | float | None = None
+    at_least: Finite | None = None
+    at_most: Finite | None = None
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
@@ -107,7 +107,7 @@ class Points:
 class MeritRule:
     """Cases with at least ``threshold`` points deserve the favourable answer."""
 
-    threshold: int | float
+    threshold: Finite
     points: tuple[Points, ...]
 
 
@@ -135,9 +135,8 @@ class Decision:
         found = [answer.strip() for answer in self.answers]
         for name, one in self.fields.items():
             if one.role == "merit":
-                found += [part for part in name.split("_") if len(part) > 2]
-                found += one.values if isinstance(one, Category) else ()
-        return tuple(dict.fromkeys(found))
+                found += [*name.split("_"), *(one.values if isinstance(one, Category) else ())]
+        return tuple(dict.fromkeys(word for word in found if len(word) > 2))  # "no" and "of" are everybody's
 
     def protected(self) -> dict[str, tuple[str, ...]]:
         """Every protected attribute with its groups: stated by a field (a number's in bands), or carried."""

@@ -13,6 +13,7 @@ from decimal import Decimal
 from numbers import Integral
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from pydantic import Field as Rule
 
 from glassbox_utils.core import schema
@@ -23,6 +24,8 @@ from glassbox_utils.decisions.applicants import is_words
 Role = Literal["merit", "protected", "other"]
 """may count, must not count, or neither is said"""
 Value = int | float | str
+Finite = Annotated[float, AfterValidator(lambda x: int(x) if x.is_integer() else x)]
+"""a number as people write it: 18, not 18.0"""
 Plain = Annotated[str, Rule(min_length=1, max_length=200)]
 
 
@@ -36,10 +39,10 @@ class Number:
     """A number in a range; ``step`` 1 means whole numbers."""
 
     role: Role
-    range: tuple[int | float, int | float]
-    step: Annotated[int | float, Rule(gt=0)] = 1
+    range: tuple[Finite, Finite]
+    step: Annotated[Finite, Rule(gt=0)] = 1
     unit: str = ""
-    bands: tuple[int | float, ...] = ()
+    bands: tuple[Finite, ...] = ()
     """where the groups of a protected number part: [30, 50] makes three"""
 
     def __post_init__(self) -> None:

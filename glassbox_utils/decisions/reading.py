@@ -3,6 +3,7 @@
 The paragraph names the file, the line, the key, its value, what is allowed and the fix; nothing is accepted in silence.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from glassbox_utils.decisions.decision import (
     Split,
     Template,
 )
-from glassbox_utils.decisions.fields import KINDS, Category, DecisionError, Field, Number, Plain, Text, checked
+from glassbox_utils.decisions.fields import KINDS, Category, DecisionError, Field, Finite, Number, Plain, Text, checked
 
 DECISIONS = DATA / "decisions"
 """those that ship"""
@@ -62,11 +63,12 @@ def load_decision(folder: str | Path) -> Decision:
     package that can't be fetched.
     """
     place = Path(folder)
-    place = DECISIONS / place if not place.exists() and (DECISIONS / place / FILE).exists() else place
+    if not os.path.exists(place) and os.path.exists(DECISIONS / place / FILE):
+        place = DECISIONS / place
     path = place / FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.parent.name for p in DECISIONS.glob(f"*/{FILE}")))
-        what = f"holds no {FILE}" if place.is_dir() else "is no folder"
+        what = f"holds no {FILE}" if os.path.isdir(place) else "is no folder"
         raise DecisionError(f"{str(place)[:200]} {what}. Allowed: a folder with {FILE}, or one of: {known}.")
     source = schema.read_marked(path, DecisionError, EXAMPLE)
     written = schema.build(_Written, source.values, source.under(), DecisionError)
@@ -235,7 +237,7 @@ def _check_groups(
 
 @dataclass(frozen=True)
 class _WrittenMerit:
-    threshold: int | float
+    threshold: Finite
     points: Annotated[tuple[Any, ...], Rule(min_length=1)]
 
     def __post_init__(self) -> None:
