@@ -36,7 +36,6 @@ from glassbox_utils.decisions.applicants import (
     check_count,
     parse_applicant,
 )
-from glassbox_utils.decisions.scoring import LEAST_SHARE as LEAST_SHARE
 from glassbox_utils.decisions.scoring import final_logits as final_logits
 
 LOANS = DATA / "loans"
@@ -58,6 +57,7 @@ SIDES = ("East", "West", "North", "South")
 APPROVED, REJECTED = " approved", " rejected"
 """the two answers; each must be one token"""
 THRESHOLD = 3.5
+LEAST_SHARE = scoring.LEAST_SHARE
 
 
 @cache
@@ -332,7 +332,7 @@ def check_decides(
 ) -> None:
     """Does the model decide at all? LoanError if at one of the decision positions the two answers together have less
     than LEAST_SHARE of the probability: their difference would say nothing. Asked wherever a decision is read."""
-    scoring.check_share(model, logits, answer_tokens(model, answers), answers, LoanError, ADVICE)
+    scoring.check_share(model, logits, answer_tokens(model, answers), answers, LoanError, ADVICE, LEAST_SHARE)
 
 
 def answer_share(

@@ -112,16 +112,17 @@ def check_share(
     answers: tuple[str, str],
     error: type[GlassboxError] = DecisionError,
     advice: str = ADVICE,
+    least: float = LEAST_SHARE,
 ) -> None:
-    """``error`` if at one of the decision positions the two answers together have less than LEAST_SHARE of the
+    """``error`` if at one of the decision positions the two answers together have less than ``least`` of the
     probability: their difference would say nothing."""
     together = share(logits, tokens)
-    low = ~(together >= LEAST_SHARE)  # so that NaN is low
+    low = ~(together >= least)  # so that NaN is low
     if low.any():
         raise error(
             f"{model.name} does not decide here: {answers[0]!r} and {answers[1]!r} together have "
             f"{float(together.min()):.2g} of the probability at the decision position ({int(low.sum())} of "
-            f"{len(together)} texts are below the bar of {LEAST_SHARE}). {advice}"
+            f"{len(together)} texts are below the bar of {least}). {advice}"
         )
 
 

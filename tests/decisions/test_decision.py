@@ -29,10 +29,10 @@ def deciding(decision, template=None):
     keep = list(scoring.answer_tokens(model, decision, prompt))
     head = torch.nn.Linear(hf.config.hidden_size, hf.config.vocab_size)
     with torch.no_grad():
-        head.weight.copy_(hf.lm_head.weight * 0.3)
+        head.weight.copy_(hf.lm_head.weight.cpu() * 0.3)
         head.bias.fill_(-1e4)
         head.bias[keep] = 0.0
-    hf.lm_head = head
+    hf.lm_head = head.to(model.device)
     return model
 
 

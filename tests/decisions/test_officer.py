@@ -124,7 +124,7 @@ def test_an_officer_learns_and_a_killed_run_goes_on(shelf, real, tmp_path, monke
     assert "b.safetensors" in refused(other)
 
 
-def test_the_command_writes_an_adapter_that_loads_and_a_card(shelf, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_an_adapter_that_loads_and_a_card(has_storage, shelf, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     tiny.network("llama", len(tiny.tokenizer()), 4, positions=256).save_pretrained(base)
     tiny.tokenizer().save_pretrained(base)
