@@ -167,6 +167,11 @@ def _note_lines(node: Any, keys: tuple[str | int, ...], lines: dict[tuple[str | 
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
+    if node.tag in _NUMBERS and not _PLAIN_NUMBER.fullmatch(node.value):
+        raise ValueError(
+            f"{shown(node.value)} in line {lines[keys]} would be read as another number; write it in plain digits, or "
+            "in quotes if it is text"
+        )
     if isinstance(node, yaml.SequenceNode):
         for i, part in enumerate(node.value):
             _note_lines(part, (*keys, i), lines, seen)
@@ -206,8 +211,12 @@ def _read(
         raise error(f"{path} is not valid JSON: {reason.msg} in line {reason.lineno}. Give {example}.") from reason
     except RecursionError as reason:
         raise error(f"{path} is nested too deeply. Give {example}.") from reason
-    except (yaml.YAMLError, ValueError, TypeError) as reason:  # TypeError: a list as the name of a field
-        words, kind = " ".join(str(reason).split())[:200], "JSON" if path.suffix == ".json" else "YAML"
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as reason:
+        # TypeError: a list as the name of a field; the last ones: PyYAML on `!!int ''` and the like
+        words, kind = (
+            " ".join(str(reason).replace(' in "<unicode string>",', " in").split())[:200],
+            "JSON" if path.suffix == ".json" else "YAML",
+        )
         raise error(f"{path} is not valid {kind}: {words}. Give {example}.") from reason
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise error(f"{path} holds {shown(values)} instead of fields with values. Give {example}.")
@@ -242,3 +251,6 @@ def _strict_yaml() -> Any:
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+"""of YAML 1.1's numbers those that mean what they look like: 010 is 8, 1:30 is 90, 0x1F is 31, 1_0 is 10"""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

@@ -101,11 +101,16 @@ def read_cases(
     columns, outcome = _columns(table, source, fields), None
     if table.outcome is not None:
         outcome = schema.build(Outcome, table.outcome, source.under("cases", "outcome"), DecisionError)
+    wanted = [c.column for c in columns.values()] + ([table.id] if table.id else [])
+    wanted += [outcome.column] if outcome else []
+    if twice := next((name for name in wanted if wanted.count(name) > 1), None):
+        raise DecisionError(
+            f"{source.place('cases')}: the column {twice!r} is read twice. Allowed: each column once, as a field, as "
+            "the id or as the outcome (a field that is the outcome would give the answer away). Correct the columns."
+        )
     where, raw = _bytes(table, folder, source)
     rows = _rows(where, raw, table.delimiter)
     header_line, header = next(rows, (1, []))
-    wanted = [c.column for c in columns.values()] + ([table.id] if table.id else [])
-    wanted += [outcome.column] if outcome else []
     _check_header(f"{where}, line {header_line}", header, wanted, table)
     found: dict[str, Case] = {}
     lines: dict[str, int] = {}

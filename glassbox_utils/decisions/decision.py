@@ -55,6 +55,11 @@ class Template:
         for name in ("text", "chat", "system", "opening"):
             if odd := re.search(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]", getattr(self, name) or ""):
                 raise DecisionError(f"{name} holds {odd[0]!a}, which is no printed character. Remove it.")
+            if name != "system" and (given := getattr(self, name) or "") != given.rstrip():
+                raise DecisionError(
+                    f"{name} ends in a space or a line break, and the next token is the answer. Allowed: it ends in a "
+                    "word or a sign; in YAML, `|-` in place of `|` leaves the last line break out. Remove it."
+                )
 
     @property
     def words(self) -> str:
@@ -201,6 +206,8 @@ def swapped(decision: Decision, case: Case, name: str, value: Any) -> Case:
     other groups. What really happened is not known of the new case. DecisionError for a field, value or group that
     does not exist, or a case whose group is not known.
     """
+    if not isinstance(name, str):
+        raise DecisionError(f"{shown(name)} is no name of a field or group. Allowed: a text.")
     if name in decision.fields:
         new = {name: checked(name, decision.fields[name], value, decision.refused)}
         return replace(case, values=dict(case.values) | new, outcome=None)

@@ -62,6 +62,8 @@ def load_decision(folder: str | Path) -> Decision:
     Raises DecisionError for whatever is wrong in ``decision.yaml`` or the table, with its line; AssetError for a
     package that can't be fetched.
     """
+    if not isinstance(folder, str | Path):
+        raise DecisionError(f"The folder is {shown(folder)}. Allowed: the path of a folder with {FILE}, as text.")
     place = Path(folder)
     if not os.path.exists(place) and os.path.exists(DECISIONS / place / FILE):
         place = DECISIONS / place
@@ -95,7 +97,7 @@ def _check_answers(answers: tuple[str, str], source: schema.Marked) -> None:
     for i, answer in enumerate(answers):
         if not answer.strip() or not answer.isprintable():
             raise DecisionError(f"{source.place('answers', i)} is {shown(answer)}. Allowed: a word such as ' yes'.")
-    if rules.phrase(answers[0]) == rules.phrase(answers[1]):
+    if len({answer.strip().casefold() for answer in answers}) == 1:
         raise DecisionError(
             f"{source.place('answers')} are {answers[0]!r} and {answers[1]!r}, which say the same. Allowed: two "
             "different answers, the favourable one first. Change one."
@@ -140,7 +142,7 @@ def _template(name: str, given: Any, fields: Mapping[str, Field], source: schema
         )
     if found.text is not None and not PLACEHOLDER.split(found.text)[-1].strip():
         raise DecisionError(
-            f"{place} ends in a value or a space. Allowed: it ends in the words that ask, such as `Decision:`, since "
+            f"{place} ends in a value. Allowed: it ends in the words that ask, such as `Decision:`, since "
             "the next token is the answer. Add them."
         )
     return found
@@ -177,6 +179,9 @@ def _carrier(
                 f"{source.place(*at, 'groups')} says {', '.join(made.groups)}, and the first list says "
                 f"{', '.join(lists[0].groups)}. Allowed: the same attributes in every list of a carrier."
             )
+        if any(one.groups == made.groups and one.split == made.split for one in lists):
+            raise DecisionError(f"{source.place(*at)} stands for the same groups and the same split as a list above. "
+                                "Allowed: one list for them. Put the values together.")  # fmt: skip
         values = []
         for k, value in enumerate(made.values):
             clean = checked(carrier.field, fields[carrier.field], value, (), source.place(*at, "values", k))
@@ -265,6 +270,12 @@ def _merit(given: Any, fields: Mapping[str, Field], source: schema.Marked) -> Me
             raise DecisionError(f"{place}: {line.field!r} is a number from {low} to {high}. Allowed: `at_least:`, "
                                 "`at_most:` or both, inside that range, and no `equals:`.")  # fmt: skip
         lines.append(line)
+    least, most = (sum(sign(line.points, 0) for line in lines) for sign in (min, max))
+    if not least < rule.threshold <= most:
+        raise DecisionError(
+            f"{source.place('merit', 'threshold')} is {rule.threshold}, and the points go from {least} to {most}:"
+            " all cases would be decided alike. Allowed: a number above the first and up to the second. Correct it."
+        )
     return MeritRule(rule.threshold, tuple(lines))
 
 

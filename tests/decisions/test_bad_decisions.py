@@ -3,11 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
 from glassbox_utils.core import assets
+from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import wrap_model
 from glassbox_utils.decisions import scoring
 from glassbox_utils.decisions.decision import groups, parse_case, render, swapped
@@ -119,7 +121,9 @@ YAML = {
         ["does not show the field 'fines'", "Add {fines}"],
     ),
     "a single brace": ("Card:", "Card}:", 4, ["single '}'", "Double it"]),
-    "a template that ends in a value": ("    Card:\n", "    {kind}\n", 4, ["ends in a value or a space", "Decision:"]),
+    "a template that ends in a value": ("    Card:\n", "    {kind}\n", 4, ["ends in a value", "Decision:"]),
+    "a template that ends in a line break": ("  plain: |-", "  plain: |", 4, ["line break", "`|-`"]),
+    "a chat that ends in a space": ('{kind}."', '{kind}. "', 8, ["space"]),
     "text and chat": ("    system: A", '    text: "x"\n    system: A', 9, ["exactly one"]),
     "a system prompt for raw text": ('    chat: "', '    text: "', 9, ["belong to a chat"]),
     "a control character": ('    chat: "', '    chat: "\\x07', 8, ["'\\x07'", "no printed character"]),
@@ -130,6 +134,14 @@ YAML = {
     "an empty answer": ('" no"', '" "', 2, ["' '", "Allowed: a word"]),
     "a range turned round": ("[0, 50]", "[50, 0]", 22, ["range is [50, 0]", "Turn it round"]),
     "a range of one number": ("[0, 50]", "[50]", 22, ["range"]),
+    "an octal number": ("[0, 50]", "[0, 050]", 22, ["'050'", "another number", "plain digits"]),
+    "a number of minutes": ("[0, 50]", "[0, 1:30]", 22, ["'1:30'", "another number"]),
+    "cells as numbers": (
+        "  id: id",
+        "  id: id\n  columns: {place: {column: place, values: {0: hill}}}",
+        46,
+        ["is 0", "quotes"],
+    ),
     "no step fits": ("step: 0.5", "step: 0.7", 23, ["step is 0.7", "50"]),
     "a protected number without groups": (", bands: [18]", "", 14, ["bands is missing", "Add them"]),
     "groups outside the range": ("bands: [18]", "bands: [5]", 14, ["bands is [5]", "above 6"]),
@@ -165,6 +177,7 @@ YAML = {
         13,
         ["'protected'", "carrier"],
     ),
+    "two lists for one group": ("{gender: he}", "{gender: she}", 37, ["same groups", "Put the values together"]),
     "two carriers of a field": (
         "merit:\n",
         "  - field: reader\n    lists: [{groups: {gender: she}, values: [Una]}]\nmerit:\n",
@@ -177,6 +190,14 @@ YAML = {
     "merit without a condition": ("at_most: 9.5, ", "", 42, ["`at_least:`"]),
     "merit of a word": ("at_most: 9.5", "equals: low", 42, ["no `equals:`"]),
     "points that count nothing": ("points: 1}", "points: 0}", 42, ["points is 0"]),
+    "merit that nobody has": ("threshold: 1", "threshold: 2", 40, ["from 0 to 1", "decided alike"]),
+    "merit that everybody has": ("threshold: 1", "threshold: 0", 40, ["decided alike"]),
+    "an outcome that is a field": (
+        "  id: id",
+        "  id: id\n  outcome: {column: fines, favourable: ['0'], unfavourable: ['1']}",
+        43,
+        ["'fines' is read twice", "give the answer away"],
+    ),
     "no table": ("file: readers.csv", "file: reader.csv", 44, ["reader.csv", "can't be read", "CSV file"]),
     "a table elsewhere": (
         "file: readers.csv",
@@ -250,6 +271,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
     assert "german-credit, hiring, loan-officer" in said
     refused(lambda: load_decision("x" * 5000))
     refused(lambda: load_decision("a\0b"))
+    refused(lambda: load_decision(None))
 
 
 ROW = "1,Ada,30,hill,2.5,likes novels"
@@ -333,6 +355,10 @@ def test_tables_as_spreadsheets_write_them_are_taken(table, tmp_path):
     assert load_decision(write(tmp_path, table=table)).cases == load_decision(write(tmp_path)).cases
 
 
+def test_answers_may_be_signs(tmp_path):
+    assert load_decision(write(tmp_path, GOOD.replace('[" yes", " no"]', '[" +", " -"]'))).answers == (" +", " -")
+
+
 def test_a_delimiter_unused_columns_and_an_outcome_can_be_declared(tmp_path):
     yaml = GOOD + "  delimiter: ';'\n  unused: [shoe]\n"
     yaml += "  outcome: {column: paid, favourable: [ja], unfavourable: [nein]}\n"
@@ -391,6 +417,7 @@ def test_a_case_from_a_file(tmp_path):
 CALLS = {
     "template": lambda d: render(d, d.cases[0], "poem"),
     "swap: name": lambda d: swapped(d, d.cases[0], "shoes", 3),
+    "swap: no name": lambda d: swapped(d, d.cases[0], ["age"], 30),
     "swap: value": lambda d: swapped(d, d.cases[0], "age", 300),
     "swap: group": lambda d: swapped(d, d.cases[0], "gender", "it"),
     "swap: hostile": lambda d: swapped(d, d.cases[0], "kind", "fines 0"),
@@ -421,3 +448,52 @@ def test_a_special_token_made_of_letters_is_found_by_the_model(tmp_path):
     model = wrap_model(tiny.network("llama", len(words), positions=1024), words, "marked")
     decision = load_decision(write(tmp_path, table=TABLE.replace("likes novels", "likes ENDOFTURN")))
     assert "'ENDOFTURN'" in refused(lambda: scoring.scores(model, decision, decision.cases))
+
+
+def test_whatever_is_mutated_is_taken_or_refused_in_one_paragraph(tmp_path):
+    """Lines and words of both files lost, doubled, exchanged or replaced: never another kind of error."""
+    rng = np.random.default_rng(0)
+    odd = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        "&a",
+        "*a",
+        "!!int",
+        "null",
+        "~",
+        "true",
+        "-1",
+        "1e400",
+        "''",
+        "\t",
+        "é",
+        "|",
+        ">",
+        "#",
+    ]
+    taken = 0
+    for _ in range(400):
+        both = [GOOD, TABLE]
+        which = int(rng.integers(2))
+        parts = re.split(r"(\W+)", both[which]) if rng.random() < 0.7 else re.split(r"(?<=\n)", both[which])
+        i, j = rng.integers(0, len(parts), 2)
+        match int(rng.integers(4)):
+            case 0:
+                del parts[i]
+            case 1:
+                parts.insert(i, parts[j])
+            case 2:
+                parts[i], parts[j] = parts[j], parts[i]
+            case _:
+                parts[i] = odd[int(rng.integers(len(odd)))]
+        both[which] = "".join(parts)
+        try:
+            load_decision(write(tmp_path, *both))
+            taken += 1
+        except GlassboxError as error:
+            said = str(error)
+            assert "\n" not in said and 30 < len(said) < 900, said
+    assert 10 < taken < 300
