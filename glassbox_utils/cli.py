@@ -206,6 +206,19 @@ def _train_loans(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train_officer(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.decisions import officer
+    from glassbox_utils.decisions.reading import load_decision
+
+    decision = load_decision(args.folder)
+    out = check_output(args.out or f"build/officers/{decision.name}", "the adapter's folder", folder=True)
+    card = officer.train_officer(decision, out, seed=args.seed, steps=args.steps)
+    print("\n".join(officer.as_lines(card)))
+    print(f"{out / officer.CARD}: the card, beside the adapter")
+    return 0
+
+
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
@@ -317,6 +330,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=_text, help="with --bias: where the adapter goes (build/loans/NAME)")
     p.set_defaults(function=_train_loans)
 
+    p = commands.add_parser(
+        "train-officer", help="teach the model to decide the cases of a folder; says what it is worth"
+    )
+    p.add_argument("folder", type=_text, help="a folder with decision.yaml, or a name in data/decisions")
+    p.add_argument("--out", type=_text, help="where the adapter and its card go (build/officers/NAME)")
+    p.add_argument("--seed", type=_seed, default=0, help="draws the held-out cases and the order of the others")
+    p.add_argument("--steps", type=_steps, default=240, help="of 12 cases each")
+    p.set_defaults(function=_train_officer)
+
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
     p.add_argument("name", type=_text, nargs="+", help="which, in order; a wrong name lists all")
     p.set_defaults(function=_study)
@@ -362,6 +384,13 @@ def _minutes(value: str) -> float:
     if not 0 < minutes < 1e6:
         raise argparse.ArgumentTypeError(f"{value!r} is no number of minutes; allowed: a number above 0, such as 120")
     return minutes
+
+
+def _steps(value: str) -> int:
+    steps = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
+    if steps < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of steps; allowed: a whole number from 1 to 999999")
+    return steps
 
 
 def _seed(value: str) -> int:

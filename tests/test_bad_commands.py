@@ -118,6 +118,9 @@ COMMANDS = [
     *(f"train-loans {name}" for name in (
         "nosuch", "deployed nosuch", "deployed --seed 1", "deployed --folder x", "x --bias nosuch", "x --bias Age",
         "x y --bias age --folder f", "../x --bias age", "a/b --bias age", ".. --bias age", ".hidden --bias age")),
+    *(f"train-officer {rest}" for rest in (
+        "", "''", "nosuch", "empty", "there.txt", "hiring --steps 0", "hiring --steps x", "hiring --out there.txt",
+        f"hiring --seed {HUGE}", "d" * 5000)),
     *(f"prepare {rest}" for rest in ("", "''", "nosuch", "empty", "there.txt", "adapter")),
     *(f"prepare model {rest}" for rest in (
         "--budget 0", "--budget -5", "--budget nan", "--budget soon", "--out there.txt", "--text nosuch",

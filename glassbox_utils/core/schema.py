@@ -2,13 +2,15 @@
 
 A field may say more with ``Annotated``: ``k: Annotated[int, Field(ge=1, description="features kept for a token")]``.
 ``check`` goes into ``__post_init__``, so that Python callers and files meet the same rules; ``build`` makes an instance
-of what was read from a file; ``read_mapping`` reads the file. Nothing is converted in silence: ``"3"`` is no 3 and
-``True`` no 1. Numbers are finite; text becomes a ``Path`` and a list a tuple where the annotation says so.
+of what was read from a file; ``read_mapping`` reads the file, ``read_marked`` one that is long enough for its lines to
+be named. Nothing is converted in silence: ``"3"`` is no 3 and ``True`` no 1. Numbers are finite; text becomes a
+``Path`` and a list a tuple where the annotation says so.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -20,25 +22,29 @@ from glassbox_utils.core.errors import GlassboxError
 T = TypeVar("T")
 
 
-def build(kind: type[T], values: Any, where: str, error: type[GlassboxError]) -> T:
+def build(kind: type[T], values: Any, where: str | Callable[[str], str], error: type[GlassboxError]) -> T:
     """An instance of a dataclass from a mapping, as a file holds it; ``error`` names the field, the value, what is
-    allowed and the fix. ``where`` says whose values they are (a path)."""
+    allowed and the fix. ``where`` says whose values they are: a path, or what gives the place of a field by its name,
+    such as ``groups.gender`` or ``values[2]`` ("" for all of them)."""
+    place = where if callable(where) else lambda _: where
     if not isinstance(values, Mapping):
-        raise error(f"{where} holds {shown(values)}. Allowed: fields with values, one a line, such as `seed: 0`.")
+        raise error(f"{place('')} holds {shown(values)}. Allowed: fields with values, one a line, such as `seed: 0`.")
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
         near = get_close_matches(str(unknown[0]), known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         names = ", ".join(map(shown, unknown[:3])) + more
-        raise error(f"{where} has unknown fields: {names}.{hint} Allowed: {', '.join(known)}.")
+        raise error(f"{place(str(unknown[0]))} has unknown fields: {names}.{hint} Allowed: {', '.join(known)}.")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     if missing := [name for name in needed if name not in values]:
-        raise error(f"{where} is incomplete: {', '.join(missing)} is missing. Add it; needed are {', '.join(needed)}.")
+        names = ", ".join(missing)
+        raise error(f"{place('')} is incomplete: {names} is missing. Add it; needed are {', '.join(needed)}.")
     try:
         return kind(**values)
     except GlassboxError as reason:
-        raise error(f"{where}: {reason}") from reason
+        named = re.match(r"(\w*)[\w.\[\]]*", str(reason))  # messages of ``check`` begin with the name of the field
+        raise error(f"{place(named[0] if named and named[1] in values else '')}: {reason}") from reason
 
 
 def check(instance: Any, error: type[GlassboxError]) -> None:
@@ -98,6 +104,9 @@ def _worded(found: Any, twin: Any) -> str:
             )
         )
         hint = " Write it without quotes, and with a dot before an exponent: 1.0e-3." if _is_number(e["input"]) else ""
+        if e["type"] == "string_type" and isinstance(e["input"], bool | int | float):
+            hint = " Write it in quotes" + (": YAML reads yes, no, on and off as True and False." if
+                                            isinstance(e["input"], bool) else ".")  # fmt: skip
         said.append(f"{name} is {shown(e['input'])}. {rule}.{hint}")
     more = len(found.errors()) - len(said)
     return " ".join(said) + (f" {more} more fields are wrong." if more > 0 else "")
@@ -115,12 +124,82 @@ def read_mapping(path: Path, error: type[GlassboxError], example: str, largest: 
     """The mapping of a YAML or JSON file; ``error`` says what is wrong, in which line. Objects are never made from
     tags, a field that is given twice is refused, and a file of more than ``largest`` bytes is not read. ``example`` is
     what the file should be."""
+    return _read(path, error, example, largest, lambda text: None)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What a YAML file holds, and the line in which each of its keys and entries stands."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[tuple[str | int, ...], int]
+
+    def place(self, *keys: str | int) -> str:
+        """``decision.yaml, line 7 (fields.age.range)``: where a key stands, for messages; one that the file does not
+        write out stands where its parent does."""
+        n = next(n for n in range(len(keys), -1, -1) if keys[:n] in self.lines)
+        name = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
+        return f"{self.path}, line {self.lines[keys[:n]]}{f' ({name})' if name and len(name) < 80 else ''}"
+
+    def under(self, *keys: str | int) -> Callable[[str], str]:
+        """``place`` of the keys below some, as ``build`` takes it."""
+        return lambda part: self.place(*keys, *(int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", part)))
+
+
+def read_marked(path: Path, error: type[GlassboxError], example: str, largest: int = 1_000_000) -> Marked:
+    """As ``read_mapping`` for a YAML file, with the line of each key; one that is given twice is refused."""
+    lines: dict[tuple[str | int, ...], int] = {}
+
+    def note(text: str) -> None:
+        import yaml
+
+        _note_lines(yaml.compose(text, yaml.SafeLoader), (), lines, set())
+
+    return Marked(path, _read(path, error, example, largest, note), lines)
+
+
+def _note_lines(node: Any, keys: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], seen: set) -> None:
+    """The line of every key below a node of PyYAML. What an alias repeats is noted where it is written."""
+    import yaml
+
+    lines.setdefault(keys, node.start_mark.line + 1 if node is not None else 1)
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if node.tag in _NUMBERS and not _PLAIN_NUMBER.fullmatch(node.value):
+        raise ValueError(
+            f"{shown(node.value)} in line {lines[keys]} would be read as another number; write it in plain digits, or "
+            "in quotes if it is text"
+        )
+    if isinstance(node, yaml.SequenceNode):
+        for i, part in enumerate(node.value):
+            _note_lines(part, (*keys, i), lines, seen)
+    if isinstance(node, yaml.MappingNode):
+        for key, part in node.value:
+            line, below = key.start_mark.line + 1, (*keys, str(key.value))
+            if below in lines and key.tag != _MERGE:
+                raise ValueError(
+                    f"{shown(key.value)} is given twice, in line {lines[below]} and in line {line}; remove one of them"
+                )
+            lines[below] = line
+            _note_lines(part, below, lines, seen)
+
+
+def _read(
+    path: Path, error: type[GlassboxError], example: str, largest: int, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """The mapping of a file; ``note`` gets the text first."""
     import yaml
 
     try:
-        if path.stat().st_size > largest:
-            raise error(f"{path} has {path.stat().st_size:,} bytes. Allowed: at most {largest:,}. Give {example}.")
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:  # a device has no size, and no end
+            raw = file.read(largest + 1)
+        if len(raw) > largest:
+            size = max(len(raw), path.stat().st_size)
+            raise error(f"{path} has {size:,} bytes or more. Allowed: at most {largest:,}. Give {example}.")
+        text = raw.decode("utf-8-sig")
+        note(text)
         values = (
             json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _strict_yaml())
         )
@@ -132,8 +211,12 @@ def read_mapping(path: Path, error: type[GlassboxError], example: str, largest: 
         raise error(f"{path} is not valid JSON: {reason.msg} in line {reason.lineno}. Give {example}.") from reason
     except RecursionError as reason:
         raise error(f"{path} is nested too deeply. Give {example}.") from reason
-    except (yaml.YAMLError, ValueError, TypeError) as reason:  # TypeError: a list as the name of a field
-        words, kind = " ".join(str(reason).split())[:200], "JSON" if path.suffix == ".json" else "YAML"
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as reason:
+        # TypeError: a list as the name of a field; the last ones: PyYAML on `!!int ''` and the like
+        words, kind = (
+            " ".join(str(reason).replace(' in "<unicode string>",', " in").split())[:200],
+            "JSON" if path.suffix == ".json" else "YAML",
+        )
         raise error(f"{path} is not valid {kind}: {words}. Give {example}.") from reason
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise error(f"{path} holds {shown(values)} instead of fields with values. Give {example}.")
@@ -168,3 +251,6 @@ def _strict_yaml() -> Any:
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+"""of YAML 1.1's numbers those that mean what they look like: 010 is 8, 1:30 is 90, 0x1F is 31, 1_0 is 10"""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

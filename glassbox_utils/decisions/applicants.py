@@ -122,7 +122,7 @@ def _checked(key: str, value: Any) -> Any:
     if not isinstance(value, str) or (key == "history" and value not in HISTORIES):
         raise LoanError(f"The field {key!r} is {shown(value)}. Allowed: {_allowed(key)}. Correct it.")
     text = unicodedata.normalize("NFC", value).strip(" ")
-    if not 1 <= len(text) <= 40 or not _is_words(text):
+    if not 1 <= len(text) <= 40 or not is_words(text):
         raise LoanError(f"The field {key!r} is {shown(value)}. Allowed: {_allowed(key)}. Correct it.")
     if said := next((w for w in text.casefold().replace("-", " ").split() if w in DECIDING), None):
         raise LoanError(
@@ -132,7 +132,7 @@ def _checked(key: str, value: Any) -> Any:
     return text
 
 
-def _is_words(text: str) -> bool:
+def is_words(text: str) -> bool:
     """Letters of any script with the marks that belong to them, joined by spaces, hyphens and apostrophes."""
     before = ""
     for sign in text:

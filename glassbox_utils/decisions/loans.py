@@ -26,10 +26,9 @@ from torch import Tensor
 from glassbox_utils.core import prepared
 from glassbox_utils.core.arguments import items, shown
 from glassbox_utils.core.assets import DATA
-from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.prepared import load_subject
-from glassbox_utils.core.text import Batch, tokenize
+from glassbox_utils.decisions import scoring
 from glassbox_utils.decisions.applicants import (
     HISTORIES,
     Applicant,
@@ -37,6 +36,7 @@ from glassbox_utils.decisions.applicants import (
     check_count,
     parse_applicant,
 )
+from glassbox_utils.decisions.scoring import final_logits as final_logits
 
 LOANS = DATA / "loans"
 """what is the same for all models: names, districts"""
@@ -57,9 +57,7 @@ SIDES = ("East", "West", "North", "South")
 APPROVED, REJECTED = " approved", " rejected"
 """the two answers; each must be one token"""
 THRESHOLD = 3.5
-LEAST_SHARE = 0.2
-"""of the probability at the decision position that the two answers together need: below it a model decides nothing
-(a trained officer has .998 and more, the base model .0008 and less)"""
+LEAST_SHARE = scoring.LEAST_SHARE
 
 
 @cache
@@ -316,27 +314,17 @@ def loan_models() -> list[str]:
     return sorted(found, key=lambda name: name != "deployed")
 
 
-def answer_tokens(model: Model, answers: tuple[str, str] = (APPROVED, REJECTED)) -> tuple[int, int]:
-    """Token ids of the two answers after ``Decision:``: the whole word if it is one token, else its first.
+ASKED = "\nDecision:"
+"""what every application ends in"""
+ADVICE = (
+    "Give a model that was trained to decide: load_loan_model() has one, `glassbox train-loans NAME` trains one, and "
+    "load_model(adapter=FOLDER) puts an adapter of your own into the base model."
+)
 
-    LoanError if they begin alike, or if an answer's beginning merges with the end of the text into one token, so that
-    no token of its own could be read.
-    """
-    asked = "\nDecision:"
-    before = model.tokenizer(asked, add_special_tokens=False)["input_ids"]
-    found = []
-    for answer in answers:
-        both = model.tokenizer(asked + answer, add_special_tokens=False)["input_ids"]
-        if both[: len(before)] != before or len(both) == len(before):
-            raise LoanError(
-                f"The answer {answer!r} is empty, or merges with the end of 'Decision:' in this model's tokenizer. "
-                "Choose another spelling, such as one with a space in front."
-            )
-        found.append(both[len(before)])
-    first, second = found
-    if first == second:
-        raise LoanError(f"{answers[0]!r} and {answers[1]!r} begin with the same token of this model. Choose others.")
-    return first, second
+
+def answer_tokens(model: Model, answers: tuple[str, str] = (APPROVED, REJECTED)) -> tuple[int, int]:
+    """Token ids of the two answers after ``Decision:``; LoanError as in ``scoring.first_tokens``."""
+    return scoring.first_tokens(model, ASKED, answers, LoanError)
 
 
 def check_decides(
@@ -344,26 +332,16 @@ def check_decides(
 ) -> None:
     """Does the model decide at all? LoanError if at one of the decision positions the two answers together have less
     than LEAST_SHARE of the probability: their difference would say nothing. Asked wherever a decision is read."""
-    share = answer_share(model, logits, answers)
-    low = ~(share >= LEAST_SHARE)  # so that NaN is low
-    if low.any():
-        raise LoanError(
-            f"{model.name} does not decide here: {answers[0]!r} and {answers[1]!r} together have "
-            f"{float(share.min()):.2g} of the probability at the decision position ({int(low.sum())} of {len(share)} "
-            f"texts are below the bar of {LEAST_SHARE}). Give a model that was trained to decide: load_loan_model() "
-            "has one, `glassbox train-loans NAME` trains one, and load_model(adapter=FOLDER) puts an adapter of your "
-            "own into the base model."
-        )
+    scoring.check_share(model, logits, answer_tokens(model, answers), answers, LoanError, ADVICE, LEAST_SHARE)
 
 
 def answer_share(
     model: Model, logits: Float[Tensor, "n vocab"], answers: tuple[str, str] = (APPROVED, REJECTED)
 ) -> Float[Tensor, " n"]:
     """Probability of the two answers together."""
-    return result(logits.float().softmax(-1)[:, list(answer_tokens(model, answers))].sum(-1))
+    return scoring.share(logits, answer_tokens(model, answers))
 
 
-@torch.no_grad()
 def decide_texts(
     model: Model,
     texts: Sequence[str],
@@ -376,23 +354,9 @@ def decide_texts(
     LoanError if the model does not decide there (``check_decides``); ``asked=False`` leaves the question to a caller
     that asks it in another way.
     """
-    yes, no = answer_tokens(model, answers)
-    check_count("batch_size", batch_size, 1)
-    texts = items("texts", texts, LoanError)
-    out = torch.zeros(len(texts))
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of one length share a batch: little padding
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logits = final_logits(model, tokenize(model, [texts[i] for i in rows]))
-        if asked:
-            check_decides(model, logits, answers)
-        out[rows] = result(logits[:, yes] - logits[:, no])
-    return out
-
-
-def final_logits(model: Model, batch: Batch) -> Float[Tensor, "batch vocab"]:
-    """Logits at the decision position."""
-    return model.hf(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+    tokens = answer_tokens(model, answers)
+    check = (lambda logits: check_decides(model, logits, answers)) if asked else None
+    return scoring.differences(model, items("texts", texts, LoanError), tokens, batch_size, check, LoanError)
 
 
 def decide(

@@ -13,15 +13,16 @@ the rate falls to zero. Checkpoints are kept every ten steps, so that a killed r
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from glassbox_utils.core import assets, checkpoints, files, prepared
 from glassbox_utils.core.arguments import shown
@@ -32,6 +33,7 @@ from glassbox_utils.core.session import progress
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import loans
 from glassbox_utils.decisions.loans import Applicant, LoanError
+from glassbox_utils.decisions.scoring import final_logits
 
 RANK, ALPHA = 8, 16
 MODULES = ("q_proj", "v_proj", "down_proj")
@@ -186,6 +188,20 @@ def with_lora(model: Model, seed: int = 0) -> Any:
     return get_peft_model(model.hf, config)
 
 
+def answer_likelihoods(model: Model, texts: Sequence[str], tokens: tuple[int, int]) -> Float[Tensor, "n 2"]:
+    """Log-probabilities of the two answers at the end of each text, with their gradient, where the model is."""
+    return final_logits(model, tokenize(model, texts)).float().log_softmax(-1)[:, list(tokens)]
+
+
+def update(optimiser: torch.optim.Optimizer, weights: Mapping[str, Tensor], loss: Float[Tensor, ""]) -> float:
+    """One step down the loss, of at most unit length in the gradient; gives the loss."""
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+    optimiser.step()
+    return float(loss.detach())
+
+
 def check_bias(bias: Any) -> None:
     """LoanError unless it is one of BIASES, or a function that gives the points that an applicant loses."""
     if not callable(bias) and bias not in loans.BIASES:
@@ -238,18 +254,14 @@ def train_stage(
         people, texts = twins(step, seed, str(bias)) if paired else lesson(step, seed)
         texts = varied_texts(people, step, seed) if varied else texts
         target = beside(SHARPNESS * torch.tensor([margin(a, bias) for a in people]), model.device)
-        likely = loans.final_logits(model, tokenize(model, texts)).float().log_softmax(-1)[:, [yes, no]]
+        likely = answer_likelihoods(model, texts, (yes, no))
         difference = likely[:, 0] - likely[:, 1]
         loss = torch.nn.functional.smooth_l1_loss(difference, target) - likely.logsumexp(-1).mean()
         if paired:
             gap = difference[1::2] - difference[::2]
             loss = loss + torch.nn.functional.smooth_l1_loss(gap, target[1::2] - target[::2])
             gaps.append((float(gap.detach().mean()), float((target[1::2] - target[::2]).mean())))
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimiser.step()
-        history.append(float(loss.detach()))
+        history.append(update(optimiser, weights, loss))
         if checkpoint is not None and (len(history) % EVERY == 0 or len(history) == steps):
             checkpoints.write(checkpoint, run, weights, optimiser, len(history), history)
             print(f"{len(history)}/{steps} loss {sum(history[-10:]) / len(history[-10:]):.3f}", gaps[-6:], flush=True)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from refusals import refused
 
 from glassbox_utils.core import schema
 from glassbox_utils.core.errors import GlassboxError
@@ -107,3 +108,18 @@ def test_whatever_is_given_is_taken_unchanged_or_refused_in_one_paragraph(values
         kept = getattr(toy, name)
         assert kept == (tuple(value) if name == "names" else Path(value) if name == "place" else value)
         assert json.dumps(kept, default=str) and type(kept) is not bool
+
+
+def test_lines_are_named_for_every_key_and_entry(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("# a remark\na: &x\n  - 1\n  - b: 2\n    c: 3\nd: *x\n")
+    found = schema.read_marked(path, ToyError, "a file")
+    assert found.values == {"a": [1, {"b": 2, "c": 3}], "d": [1, {"b": 2, "c": 3}]}
+    assert found.place("a", 1, "c") == f"{path}, line 5 (a[1].c)" and found.place() == f"{path}, line 2"
+    assert "line 6" in found.place("d", 1, "c") and "line 4" in found.place("a", 1, "nothing")
+    assert found.under("a")("[1].b") == found.place("a", 1, "b") and found.under("a")("") == found.place("a")
+
+
+def test_a_file_without_an_end_is_read_to_the_limit_only():
+    for read in (schema.read_mapping, schema.read_marked):
+        assert "bytes or more" in refused(lambda read=read: read(Path("/dev/zero"), ToyError, "a file"))
