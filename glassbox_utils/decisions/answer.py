@@ -22,7 +22,7 @@ from glassbox_utils.decisions.asking import Ask, Memory, Scorer
 from glassbox_utils.decisions.cases import Case
 from glassbox_utils.decisions.counterfactual import Search
 from glassbox_utils.decisions.decision import Decision, groups, margin, parse_case, truth
-from glassbox_utils.decisions.fields import DecisionError, Text, Value
+from glassbox_utils.decisions.fields import DecisionError, Number, Text, Value
 from glassbox_utils.decisions.impact import FOUR_FIFTHS, Impact
 from glassbox_utils.decisions.influence import Swap, TextTest
 from glassbox_utils.decisions.observed import attention_to_fields
@@ -80,6 +80,9 @@ class Answer:
     sizes: Sizes
     unsaid: tuple[str, ...] = ()
     groups: dict[str, str | None] = field(default_factory=dict)
+    """protected attribute -> the case's own group, None if it is not known"""
+    units: dict[str, str] = field(default_factory=dict)
+    """of the numbers that have one"""
 
     @property
     def favourable(self) -> bool:
@@ -194,6 +197,7 @@ def measured(
         Sizes(len(cases), len(worded), seed, 0, batch_size),
         (),
         groups(decision, case),
+        {name: rule.unit for name, rule in decision.fields.items() if isinstance(rule, Number) and rule.unit},
     )
     sizes = Sizes(len(cases), len(worded), seed, len(memory), batch_size)
     return replace(found, sizes=sizes, unsaid=tuple(_unsaid(decision, found)))
@@ -256,8 +260,13 @@ def _unsaid(decision: Decision, found: Answer) -> list[str]:
 
 
 def plain(name: str) -> str:
-    """A field's or group's name in words; what can't be printed is shown as such."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in name.replace("_", " "))
+    """A field's or group's name in words."""
+    return printed(name.replace("_", " "))
+
+
+def printed(words: str) -> str:
+    """Somebody's words in one line; what can't be printed (or turns the writing round) is shown as such."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
 # --- findings -----------------------------------------------------------------------------------------

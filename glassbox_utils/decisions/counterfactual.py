@@ -7,7 +7,7 @@ change of a category counts 1), after Wachter, Mittelstadt & Russell (arXiv 1711
 the cases have: an income that nobody has is no advice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import combinations, product
@@ -106,13 +106,13 @@ def search(
         ]
     flips = [({name: m.value}, m.score, m.distance, strides[name] == 1) for name, m in singles.items()]
     best = min((m.distance for m in singles.values()), default=float("inf"))
-    for changes, asked in _pairs(ask, case, template, base[template], moves, best):
-        tried += asked
-        if changes:
-            small, exact, more = shrunk(ask, decision, case, changes, template, favourable, cases)
-            tried += more
-            score = float(ask([mended(case, small)], template)[0])
-            flips.append((small, score, distance(decision, case, small, scales), exact))
+    both, asked = _pairs(ask, case, template, base[template], moves, best)
+    tried += asked
+    for changes in both:
+        small, exact, more = shrunk(ask, decision, case, changes, template, favourable, cases)
+        tried += more
+        score = float(ask([mended(case, small)], template)[0])
+        flips.append((small, score, distance(decision, case, small, scales), exact))
     nearest: dict[tuple[str, ...], Change] = {}
     for changes, score, far, exact in sorted(flips, key=lambda f: f[2]):
         if any(set(known) < set(changes) and nearest[known].distance <= far for known in nearest):
@@ -234,30 +234,29 @@ def _other(score: float, favourable: bool) -> bool:
 
 def _pairs(
     ask: Ask, case: Case, template: str, base: float, moves: Mapping[str, Sequence[_Move]], best: float
-) -> Iterator[tuple[dict[str, Value], int]]:
-    """For the pairs of fields that may do it with less than ``best``: the first pair of changes that does, if any,
-    and how many were asked. Of two moves that do not add up to nearly enough none is asked; PAIRS in all."""
+) -> tuple[list[dict[str, Value]], int]:
+    """Of each pair of fields the first two moves that turn the decision with less than ``best``, and how many were
+    asked: at most PAIRS, first those whose effects add up to enough, the nearest first, then those that come near."""
     towards = -1 if base > 0 else 1
     useful = {name: _front(rows, base, towards) for name, rows in moves.items()}
-    options = [
-        (a.distance + b.distance, (first, second), {first: a.value, second: b.value})
-        for first, second in combinations(useful, 2)
-        for a, b in product(useful[first], useful[second])
-        if a.distance + b.distance < best
-        and towards * (a.score + b.score - 2 * base) > 0.7 * abs(base)  # effects that add up, with some slack
-    ]
-    asked, done = 0, set()
-    for start in range(0, min(len(options), PAIRS), CHUNK):
-        part = [o for o in sorted(options, key=lambda o: o[0])[start : start + CHUNK] if o[1] not in done]
-        if not part:
-            continue
-        scores = ask([mended(case, o[2]) for o in part], template)
+    options = []
+    for first, second in combinations(useful, 2):
+        for a, b in product(useful[first], useful[second]):
+            gain, far = towards * (a.score + b.score - 2 * base), a.distance + b.distance
+            if far < best:
+                order = (0, far) if gain > abs(base) else (1, -gain)
+                options.append((order, (first, second), {first: a.value, second: b.value}))
+    options = sorted(options, key=lambda o: o[0])[:PAIRS]
+    found: dict[tuple[str, str], dict[str, Value]] = {}
+    asked = 0
+    for start in range(0, len(options), CHUNK):
+        part = [o for o in options[start : start + CHUNK] if o[1] not in found]
+        scores = ask([mended(case, changes) for _, _, changes in part], template) if part else []
         asked += len(part)
         for (_, names, changes), score in zip(part, scores, strict=True):
-            if names not in done and _other(score, base > 0):
-                done.add(names)
-                yield changes, 0
-    yield {}, asked
+            if _other(score, base > 0):
+                found.setdefault(names, changes)
+    return list(found.values()), asked
 
 
 def _front(rows: Sequence[_Move], base: float, towards: int) -> list[_Move]:
