@@ -184,6 +184,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     # imported here: no other command should wait for torch
     from glassbox_utils.attention.study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
+    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
     from glassbox_utils.saes.clamping_report_study import STUDIES_OF_CLAMPING
@@ -191,7 +192,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
     first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
-    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
+    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:

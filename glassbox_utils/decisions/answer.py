@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from glassbox_utils.core.arguments import whole
-from glassbox_utils.core.evidence import Control, Finding, Side
+from glassbox_utils.core.evidence import Control, Finding, Side, Verdict
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.decisions import asking, counterfactual, impact, influence, reasons
 from glassbox_utils.decisions.asking import Ask, Memory, Scorer
@@ -68,6 +68,8 @@ class Answer:
     """those of them that are named"""
     typical_from: int
     """other cases with the other answer, whose values are the typical ones"""
+    typical_by: str
+    """whose answer that is: the model's, or what should have been decided, where too few have the model's"""
     together: Together | None
     rest: Together | None
     """as many of the other fields, mended"""
@@ -109,8 +111,9 @@ class Answer:
 
     @property
     def turned_by_text(self) -> tuple[TextTest, ...]:
-        """Free texts that, in usual words, would have led to the other answer."""
-        return tuple(t for t in self.texts if t.turns)
+        """Free texts that, in usual words, would have led to the other answer; all together, if none does it alone."""
+        found = [t for t in self.texts if t.turns]
+        return tuple([t for t in found if len(t.fields) == 1] or found)
 
     @property
     def turned_by_group(self) -> tuple[Swap, ...]:
@@ -165,7 +168,7 @@ def measured(
     favourable = scores[name] > 0
     pool = reasons.others(case, decision.cases)
     cases = [pool[i] for i in sorted(rng.permutation(len(pool))[:n].tolist())]
-    reference = _with_answer(ask, decision, cases, name, not favourable)
+    reference, by = _with_answer(ask, decision, cases, name, not favourable)
     may_count = reasons.merit_fields(decision)
     values = reasons.typical(decision, reference, may_count) if reference else {}
     tests = reasons.field_tests(ask, case, values, scores, favourable)
@@ -186,6 +189,7 @@ def measured(
         tuple(tests),
         tuple(named),
         len(reference),
+        by,
         reasons.together(ask, case, values, [t.field for t in named], scores) if named else None,
         reasons.together(ask, case, values, rest, scores) if rest else None,
         None,
@@ -203,18 +207,20 @@ def measured(
     return replace(found, sizes=sizes, unsaid=tuple(_unsaid(decision, found)))
 
 
-def _with_answer(ask: Ask, decision: Decision, cases: Sequence[Case], template: str, wanted: bool) -> list[Case]:
+def _with_answer(
+    ask: Ask, decision: Decision, cases: Sequence[Case], template: str, wanted: bool
+) -> tuple[list[Case], str]:
     """The cases that the model gives the wanted answer; too few of them: those that deserve it, if that is known."""
     if not cases:
-        return []
+        return [], "nobody"
     scores = ask(cases, template)
     found = [c for c, x in zip(cases, scores, strict=True) if np.isfinite(x) and (x > 0) == wanted]
     if len(found) >= reasons.FEWEST:
-        return found
+        return found, "this model"
     if decision.merit is None and any(c.outcome is None for c in cases):
-        return []
+        return [], "nobody"
     found = [c for c in cases if truth(decision, c) == wanted]
-    return found if len(found) >= reasons.FEWEST else []
+    return (found, "what should have been decided") if len(found) >= reasons.FEWEST else ([], "nobody")
 
 
 def _deserved(decision: Decision, case: Case) -> tuple[bool | None, str]:
@@ -285,7 +291,9 @@ def findings(found: Answer, command: str = "glassbox explain") -> list[Finding]:
         control = _beside(found, test)
         if control is not None and test.effect is not None:
             claim = f"mending {plain(test.field)} alone moves this decision towards {found.opposite!r} (logits)"
-            out.append(Finding.measured(claim, 3, test.effect, "templates", control, source=command, side=side))
+            alone: Verdict | None = "not testable" if test.effect.n < 2 else None  # one template has no spread
+            more = {"source": command, "side": side, "declared": alone}
+            out.append(Finding.measured(claim, 3, test.effect, "templates", control, **more))
     for swap in found.swaps:
         control = swap.same or _rewording(found)
         if control is not None and swap.effect is not None and swap.effect.n > 1:

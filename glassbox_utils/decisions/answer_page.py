@@ -74,8 +74,12 @@ def read_mitigation(path: str | Path) -> Mitigation:
 
 
 def outputs(path: str | Path) -> tuple[Path, Path, Path]:
-    """Where page, JSON and letter go: ``answer.html``, ``answer.json``, ``answer-letter.html``."""
+    """Where page, JSON and letter go: ``answer.html``, ``answer.json``, ``answer-letter.html``. DecisionError for a
+    name without a place for all three."""
     page = Path(path)
+    if not page.name or page.suffix == ".json":
+        raise DecisionError(f"The page is {str(page)[:100]!r}. Allowed: a file such as answer.html; beside it go the "
+                            "letter and a .json file.")  # fmt: skip
     return page, page.with_suffix(".json"), page.with_name(f"{page.stem}-letter.html")
 
 

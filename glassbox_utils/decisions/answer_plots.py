@@ -70,7 +70,7 @@ def figure_reasons(found: Answer) -> str:
     note(figure, 440, 16, "what mending it does (causal)", "center", color=BLUE, size=11, weight=700)
     if zero > 400:
         note(figure, zero - 8, 30, f"← towards “{bad}”", "right", color=FAINT)
-    if zero < 480:
+    if zero < 470:
         note(figure, zero + 8, 30, f"towards “{good}” →", color=FAINT)
     return inline(figure, "What mending each field alone does to the decision")
 

@@ -90,7 +90,8 @@ def search(
     for name in names:
         values, strides[name] = grid(decision, name, case.values[name], cases)
         rule = decision.fields[name]
-        ranges[name] = (min(values), max(values)) if isinstance(rule, Number) else tuple(values)
+        every = [*values, case.values[name]]
+        ranges[name] = (min(every), max(every)) if isinstance(rule, Number) else tuple(values)
         found, asked = first_turn(ask, case, name, values, strides[name], template, favourable, rule)
         tried += asked
         if found is not None:
@@ -119,7 +120,7 @@ def search(
             continue  # one of the two alone does it, with less
         row = across(ask, [mended(case, changes)], list(base))[0]
         heard = [(x > 0) != (b > 0) for x, b in zip(row, base.values(), strict=True) if np.isfinite(x)]
-        nearest.setdefault(tuple(sorted(changes)), Change(changes, score, far, sum(heard), len(heard), exact))
+        nearest.setdefault(tuple(sorted(changes)), Change(changes, score, far, int(sum(heard)), len(heard), exact))
     return Search(tuple(nearest.values())[:SHOWN], ranges, strides, curves, tried)
 
 

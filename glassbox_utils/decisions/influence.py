@@ -61,15 +61,17 @@ def swaps(
     names = list(base)
     for attribute, all_groups in decision.protected().items():
         own = mine[attribute]
-        own_versions = versions(decision, case, attribute, own, cases, n_values) if own is not None else []
-        here = across(ask, own_versions or [case], names)
+        own_versions = [case]
+        if own is not None:
+            own_versions += versions(decision, case, attribute, own, cases, n_values)[1:]
+        here = across(ask, own_versions, names)
         same = _same(here, across(ask, [case], names)) if len(own_versions) > 1 else None
         for group in (g for g in all_groups if g != own):
             there = versions(decision, case, attribute, group, cases, n_values)
             if not there:
                 continue
             scores = across(ask, there, names)
-            pairs = here[: len(there)] if len(here) >= len(there) else np.repeat(here[:1], len(there), 0)
+            pairs = here[np.arange(len(there)) % len(here)]  # of one rank, where there are as many
             other = turned(scores, pairs)
             means = [x.mean() for x in (scores - pairs).T if np.isfinite(x).all()]
             found.append(
