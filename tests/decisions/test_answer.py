@@ -1,6 +1,8 @@
 """The answer for any decision: a clerk whose reasons, bias and gullibility are known must be found out."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,17 @@ import torch
 from refusals import refused
 
 from glassbox_utils.core import evidence
-from glassbox_utils.decisions import answer, asking, counterfactual, impact, influence, reasons
+from glassbox_utils.decisions import (
+    answer,
+    asking,
+    counterfactual,
+    fidelity,
+    impact,
+    influence,
+    letter,
+    observed,
+    reasons,
+)
 from glassbox_utils.decisions.decision import groups, margin, parse_case
 from glassbox_utils.decisions.fields import DecisionError
 from glassbox_utils.decisions.reading import load_decision
@@ -218,7 +230,7 @@ def test_protected_fields_and_free_text_are_never_reasons(rejected):
 def test_a_text_that_turns_the_decision_is_found():
     case = case_of(last_post="spotless wizard", experience=4)
     found = answer.measured(clerk, HIRING, case)
-    assert found.favourable and [("last_post",)] == [t.fields for t in found.turned_by_text]
+    assert found.favourable and [t.fields for t in found.turned_by_text] == [("last_post",)]
     one = next(t for t in found.texts if t.fields == ("last_post",))
     assert one.turns and not one.usual and one.effect == pytest.approx(-3.0, abs=1e-5)
     assert set(one.put_in) <= set(HIRING.fields["last_post"].known)
@@ -346,6 +358,15 @@ def test_where_the_model_does_not_answer_nothing_is_made_up():
 def test_same_seed_same_answer(rejected):
     assert answer.measured(clerk, HIRING, case_of(), n=1000) == rejected
     assert answer.as_json(rejected)["case"] == "asked"
+
+
+def test_no_module_knows_a_field_or_a_group():
+    """As in ``test_decision``: strings of the code, docstrings aside, are no name of a field or group that ships."""
+    shipped = [load_decision(name) for name in ("hiring", "loan-officer", "german-credit")]
+    known = {name for d in shipped for name in [*d.fields, *d.groups]}
+    for module in (answer, asking, counterfactual, fidelity, impact, influence, letter, observed, reasons):
+        tree = ast.parse(Path(module.__file__).read_text())
+        assert not {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & known, module.__name__
 
 
 # --- what is refused ----------------------------------------------------------------------------------
