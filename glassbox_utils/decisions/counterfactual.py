@@ -221,9 +221,10 @@ def first_turn(
 def _between(rule: Number, own: Value, value: Value, stride: int, finer: int) -> list[Value]:
     """Every ``finer``-th step from a value towards the case's own, less than ``stride`` away, nearest to the case
     first."""
-    step, end = Decimal(str(rule.step)), Decimal(str(value))
-    back = step if end < Decimal(str(own)) else -step
-    return [_number(end + k * back) for k in reversed(range(finer, stride, finer))]
+    step, end, mine = Decimal(str(rule.step)), Decimal(str(value)), Decimal(str(own))
+    back = step if end < mine else -step
+    on_the_way = [end + k * back for k in reversed(range(finer, stride, finer))]
+    return [_number(x) for x in on_the_way if (x - mine) * (end - mine) > 0]
 
 
 def _other(score: float, favourable: bool) -> bool:

@@ -4,8 +4,9 @@ A reason is a field of the role merit. It is *mended*: its value is replaced by 
 the other answer, and all else stays. It counts if the decision moves towards the other answer in (nearly) every
 template, and not by a trifle. Protected fields and fields of the role other are never looked at here.
 
-Values are chosen on other cases than the one that is explained. Regulation B's commentary (12 CFR 1002.9(b)(2), 5)
-names the average of those who were approved as one such measure; "actually considered" is what the causal test is for.
+Values are chosen on other cases than the one that is explained. The official commentary to Regulation B, 1002.9(b)(2),
+compares with applicants at or slightly above the line, or with all; that a reason was "actually considered" is what the
+causal test is for.
 """
 
 from collections.abc import Mapping, Sequence
