@@ -285,10 +285,10 @@ def findings(found: Answer, command: str = "glassbox explain") -> list[Finding]:
         looked = max(found.attention, key=lambda name: found.attention[name])  # type: ignore[index]
         share = found.attention[looked]
         claim = f"the decision position looks at {plain(looked)} most (share of its attention to the fields)"
-        out.append(Finding(claim, 1, share, (share, share), 1, source=command, unit="cases"))
+        out.append(Finding(claim, 1, share, (share, share), 1, source=command, unit="case"))
     for test in found.reasons:
         side: Side = "below" if found.favourable else "above"
-        control = _beside(found, test)
+        control = _rewording(found) or _unnamed(found)
         if control is not None and test.effect is not None:
             claim = f"mending {plain(test.field)} alone moves this decision towards {found.opposite!r} (logits)"
             alone: Verdict | None = "not testable" if test.effect.n < 2 else None  # one template has no spread
@@ -298,7 +298,7 @@ def findings(found: Answer, command: str = "glassbox explain") -> list[Finding]:
         control = swap.same or _rewording(found)
         if control is not None and swap.effect is not None and swap.effect.n > 1:
             claim = f"the same case with {plain(swap.attribute)} {plain(swap.group)} is decided otherwise (logits)"
-            out.append(Finding.measured(claim, 3, swap.effect, "templates", control, source=command))
+            out.append(Finding.measured(claim, 3, swap.effect, swap.unit, control, source=command))
     for one in found.impacts:
         low = one.lowest
         if low is not None and low.ratio is not None and one.chance is not None:
@@ -310,12 +310,12 @@ def findings(found: Answer, command: str = "glassbox explain") -> list[Finding]:
     return out
 
 
-def _beside(found: Answer, test: FieldTest) -> Control | None:
-    """What the mended field is compared with: the other fields that may count, mended alike; else other words."""
-    rest = [t.effect.value for t in found.fields if t.field != test.field and t.effect is not None]
-    if rest:
-        return Control("base rate", "the other fields that may count, mended alike (mean)", sum(rest) / len(rest))
-    return _rewording(found)
+def _unnamed(found: Answer) -> Control | None:
+    """The fields that may count and are no reasons, mended alike: what a reason is compared with in one wording."""
+    rest = [t.effect.value for t in found.fields if t not in found.reasons and t.effect is not None]
+    return (
+        Control("base rate", "fields that are no reasons, mended alike (mean)", sum(rest) / len(rest)) if rest else None
+    )
 
 
 def _rewording(found: Answer) -> Control | None:

@@ -145,8 +145,8 @@ def figure_swaps(found: Answer) -> str:
     bad, good = _sides(found)
     note(figure, left, 16, f"← towards “{bad}”", color=FAINT)
     note(figure, left + width, 16, f"towards “{good}” →", "right", color=FAINT)
-    words = ["bar: 95 % over templates", "red: 0 lies outside"]
-    words += ["grey line: another value of the own group"] if any(s.same for s in rows) else []
+    words = ["bar: 95 %", "red: 0 lies outside"]
+    words += ["grey line: other values of the own group"] if any(s.same for s in rows) else []
     words += ["grey band: other words"] if found.noise is not None else []
     note(figure, 0, top + height + 38, " · ".join(words), color=FAINT)
     return inline(figure, "The same case as a member of other groups")

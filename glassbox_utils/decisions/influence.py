@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from glassbox_utils.core.evidence import Control
@@ -33,9 +34,12 @@ class Swap:
     """the case's own group; None if its values are in no list"""
     put_in: tuple[str, ...]
     effect: Interval | None
-    """logits: as a member of the group minus as it is; mean over the values, resampled over templates"""
+    """logits: as a member of the group minus as it is, values of one rank with each other; both values and templates
+    are resampled, and ``n`` counts the values where a field carries the group, else the templates"""
+    unit: str
+    """what ``n`` counts"""
     same: Control | None
-    """another value of the own group, in the same unit"""
+    """a value of the own group against the mean of its others, in the same unit"""
     turned: int
     """of ``asked`` pairs (value, template) how many decisions are others"""
     asked: int
@@ -65,7 +69,7 @@ def swaps(
         if own is not None:
             own_versions += versions(decision, case, attribute, own, cases, n_values)[1:]
         here = across(ask, own_versions, names)
-        same = _same(here, across(ask, [case], names)) if len(own_versions) > 1 else None
+        same = _same(here) if len(own_versions) > 1 else None
         for group in (g for g in all_groups if g != own):
             there = versions(decision, case, attribute, group, cases, n_values)
             if not there:
@@ -73,14 +77,16 @@ def swaps(
             scores = across(ask, there, names)
             pairs = here[np.arange(len(there)) % len(here)]  # of one rank, where there are as many
             other = turned(scores, pairs)
-            means = [x.mean() for x in (scores - pairs).T if np.isfinite(x).all()]
+            moved = (scores - pairs)[:, np.isfinite(scores - pairs).all(0)]
+            carried = attribute not in decision.fields and len(moved) > 1
             found.append(
                 Swap(
                     attribute,
                     group,
                     own,
                     tuple(_put_in(decision, case, one, attribute) for one in there),
-                    over_templates(np.array(means)),
+                    crossed(moved) if carried else over_templates(moved.mean(0)),
+                    "pairs of values" if carried else "templates",
                     same,
                     int(other.sum()),
                     int((np.isfinite(scores) & np.isfinite(pairs)).sum()),
@@ -140,10 +146,25 @@ def usual_number(rule: Number, name: str, band: str, cases: Sequence[Case]) -> V
     return int(value) if value == int(value) else value
 
 
-def _same(own: NDArray, base: NDArray) -> Control | None:
-    """What other values of the own group do, each as a mean over the templates."""
-    draws = [x[np.isfinite(x)].mean() for x in own[1:] - base if np.isfinite(x).any()]
-    return Control.drawn("other group", "other values of the own group", draws) if draws else None
+def crossed(moved: Float[NDArray, "value template"], n_resamples: int = 2000, seed: int = 0) -> Interval | None:
+    """Mean over pairs of values and templates with its bootstrap interval; both are drawn, since both vary."""
+    values, templates = moved.shape
+    if not moved.size:
+        return None
+    rng = np.random.default_rng(seed)
+    rows = rng.multinomial(values, np.full(values, 1 / values), n_resamples) / values
+    columns = rng.multinomial(templates, np.full(templates, 1 / templates), n_resamples) / templates
+    low, high = np.quantile(((rows @ moved) * columns).sum(1), [0.025, 0.975])
+    return Interval(float(moved.mean()), float(low), float(high), values)
+
+
+def _same(own: Float[NDArray, "value template"]) -> Control | None:
+    """What choosing one value of the own group does: each against the mean of the others, over the templates."""
+    means = own[:, np.isfinite(own).all(0)].mean(1) if np.isfinite(own).all(0).any() else own[:0, 0]
+    if len(means) < 2:
+        return None
+    draws = (means - means.mean()) * len(means) / (len(means) - 1)
+    return Control.drawn("other group", "values of the own group, each against the others", draws)
 
 
 def _put_in(decision: Decision, case: Case, other: Case, attribute: str) -> str:

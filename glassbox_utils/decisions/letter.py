@@ -116,4 +116,7 @@ def texts(names: Sequence[str]) -> str:
 def with_unit(found: Answer, name: str, value: Value) -> str:
     """A value as people say it."""
     words = printed(value) if isinstance(value, str) else str(value)
-    return f"{words} {printed(found.units[name])}" if name in found.units else words
+    if name not in found.units:
+        return words
+    first, *rest = printed(found.units[name]).split(" ")
+    return " ".join([words, first.removesuffix("s") if value == 1 else first, *rest])

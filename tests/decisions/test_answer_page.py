@@ -97,7 +97,7 @@ def test_a_group_that_turns_the_decision_is_in_the_headline_and_in_no_letter():
 
 def test_the_letter_names_permissible_fields_only(found):
     text = letter.letter(found).text
-    assert text.count("\n  ") >= len(found.reasons) and "  1. Experience: 1 years." in text
+    assert text.count("\n  ") >= len(found.reasons) and "  1. Experience: 1 year." in text
     shown = {str(v) for k, v in found.values.items() if HIRING.fields[k].role != "merit" and isinstance(v, str)}
     names = {k.replace("_", " ") for k, f in HIRING.fields.items() if f.role != "merit"}
     assert not [w for w in shown | names | set(HIRING.groups) if re.search(rf"\b{w}\b", text)]
