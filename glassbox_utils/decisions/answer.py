@@ -342,7 +342,7 @@ def of_case(decision: Decision, given: str) -> Case:
     known = {case.id: case for case in decision.cases}
     if given in known:
         return known[given]
-    if Path(given).suffix in (".json", ".yaml", ".yml") or "/" in given:
+    if len(given) <= 500 and (Path(given).suffix in (".json", ".yaml", ".yml") or "/" in given):
         return parse_case(decision, given, name=Path(given).stem[:60])
     raise DecisionError(
         f"{decision.title!r} has no case {given[:60]!r}. Allowed: an id such as "
