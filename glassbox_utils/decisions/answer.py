@@ -292,8 +292,8 @@ def findings(found: Answer, command: str = "glassbox explain") -> list[Finding]:
         if control is not None and test.effect is not None:
             claim = f"mending {plain(test.field)} alone moves this decision towards {found.opposite!r} (logits)"
             alone: Verdict | None = "not testable" if test.effect.n < 2 else None  # one template has no spread
-            more = {"source": command, "side": side, "declared": alone}
-            out.append(Finding.measured(claim, 3, test.effect, "templates", control, **more))
+            claimed = Finding.measured(claim, 3, test.effect, "templates", control, source=command, side=side)
+            out.append(replace(claimed, declared=alone))
     for swap in found.swaps:
         control = swap.same or _rewording(found)
         if control is not None and swap.effect is not None and swap.effect.n > 1:

@@ -100,7 +100,8 @@ def test_the_letter_names_permissible_fields_only(found):
     assert text.count("\n  ") >= len(found.reasons) and "  1. Experience: 1 year." in text
     shown = {str(v) for k, v in found.values.items() if HIRING.fields[k].role != "merit" and isinstance(v, str)}
     names = {k.replace("_", " ") for k, f in HIRING.fields.items() if f.role != "merit"}
-    assert not [w for w in shown | names | set(HIRING.groups) if re.search(rf"\b{w}\b", text)]
+    about = text.partition("You may ask")[0]  # what follows is the same for everybody
+    assert not [w for w in shown | names | set(HIRING.groups) if re.search(rf"\b{w}\b", about)]
     assert "instead of" in text and "not a legal notice" in text
 
 
