@@ -356,6 +356,7 @@ def agreement(found: Answer) -> float | None:
         return None
     from scipy.stats import spearmanr
 
-    looked = [found.attention[t.field] for t in found.fields]
-    rho = float(spearmanr(looked, [abs(t.towards) for t in found.fields]).statistic)
-    return rho if math.isfinite(rho) else None
+    looked, moved = zip(*((found.attention[t.field], abs(t.towards)) for t in found.fields), strict=True)
+    if len(set(looked)) < 2 or len(set(moved)) < 2:
+        return None
+    return float(spearmanr(looked, moved).statistic)

@@ -8,7 +8,6 @@ is no date of today in them: the same command on the same files writes the same 
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -275,8 +274,8 @@ def _impact(one: Impact) -> dict[str, Any]:
 
 
 def _mitigation(given: Mitigation) -> dict[str, Any]:
-    def said(values: Sequence[float]) -> str:
-        return span_of(Interval(*values, 2))
+    def said(values: tuple[float, float, float]) -> str:
+        return span_of(Interval(*values, n=2))
 
     rows = [asdict(m) | {"before": said(m.before), "after": said(m.after)} for m in given.measures]
     return {"description": given.description, "measures": rows, "source": given.source}

@@ -253,7 +253,7 @@ def _pairs(
     asked = 0
     for start in range(0, len(options), CHUNK):
         part = [o for o in options[start : start + CHUNK] if o[1] not in found]
-        scores = ask([mended(case, changes) for _, _, changes in part], template) if part else []
+        scores = ask([mended(case, changes) for _, _, changes in part], template)
         asked += len(part)
         for (_, names, changes), score in zip(part, scores, strict=True):
             if _other(score, base > 0):
