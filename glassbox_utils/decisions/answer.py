@@ -130,7 +130,7 @@ def explain(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Answer:
-    """Measure all of it: about 2,000 short forward passes for the loan officer.
+    """Measure all of it: some 2,500 short forward passes for the loan officer.
 
     ``template``: in which the decision was made; without one the first that the model decides in. ``n``: other cases
     that usual values and rates come from. Raises DecisionError for a case that ``parse_case`` would refuse, a template
@@ -196,7 +196,7 @@ def measured(
         counterfactual.search(ask, decision, case, name, scores, cases) if may_count else None,
         tuple(influence.swaps(ask, decision, case, name, scores, cases)),
         asking.wording_noise(asking.across(ask, worded, list(scores))) if len(scores) > 1 and worded else None,
-        tuple(influence.text_tests(ask, decision, case, name, scores, cases)),
+        tuple(influence.text_tests(ask, decision, case, name, cases)),
         tuple(impact.impacts(ask, decision, cases, name, N_PAIRED, seed)) if cases else (),
         Sizes(len(cases), len(worded), seed, 0, batch_size),
         (),

@@ -38,8 +38,8 @@ CAUSE, ATTENTION, FURTHEST, RANDOM, HELPFUL = (
 METHODS = (CAUSE, ATTENTION, FURTHEST, RANDOM, HELPFUL)
 SUBSETS = 10
 """draws of random fields; where there are no more, all of them"""
-TEMPLATES = 4
-"""templates to judge in, at most"""
+NAMED, JUDGED = 2, 3
+"""templates to name in, and to judge in, at most"""
 LEAST = 10
 """explained cases, for an interval"""
 
@@ -50,7 +50,7 @@ class Plan:
 
     named_in: tuple[str, ...]
     judged_in: tuple[str, ...]
-    """other templates; the same one if the model decides in one only"""
+    """other templates; the same ones if the model decides in no others"""
     typical: dict[str, Value]
     scales: dict[str, float]
     chosen_on: int
@@ -143,8 +143,8 @@ def plan(
     if not first:
         raise DecisionError(f"The model decides in none of {', '.join(map(str, named_in or ()))}. It decides in: "
                             f"{', '.join(scores)}.")  # fmt: skip
-    rest = [t for t in scores if t not in first][:TEMPLATES] or first
-    first = first[:TEMPLATES]
+    rest = [t for t in scores if t not in first][:JUDGED] or first[:NAMED]
+    first = first[:NAMED]
     chosen, explained = pool[: len(pool) // 3], pool[len(pool) // 3 :]
     answers = ask(chosen, first[0])
     reference = [c for c, x in zip(chosen, answers, strict=True) if x > 0]

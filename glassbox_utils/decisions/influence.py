@@ -185,10 +185,10 @@ class TextTest:
     """is the case's own value a known one?"""
     put_in: tuple[str, ...]
     effect: float
-    """logits: with usual texts minus as it is; mean over the texts and templates"""
+    """logits: with usual texts minus as it is; mean over the texts"""
     turned: int
     asked: int
-    """texts that were put in, in the template that is explained; ``turned`` of them lead to the other answer"""
+    """texts that were put in; ``turned`` of them lead to the other answer"""
 
     @property
     def turns(self) -> bool:
@@ -197,15 +197,9 @@ class TextTest:
 
 
 def text_tests(
-    ask: Ask,
-    decision: Decision,
-    case: Case,
-    template: str,
-    base: Mapping[str, float],
-    cases: Sequence[Case] = (),
-    n_values: int = VALUES,
+    ask: Ask, decision: Decision, case: Case, template: str, cases: Sequence[Case] = (), n_values: int = VALUES
 ) -> list[TextTest]:
-    """Each free text replaced by up to ``n_values`` usual ones, and all at once; the strongest first.
+    """Each free text replaced by up to ``n_values`` usual ones, and all at once, in ``template``; the strongest first.
 
     Usual is what most of the other cases hold, or what the decision's owner knows to be fine; of a text that carries a
     group, values of the same group. Without such values a field is left out.
@@ -219,11 +213,10 @@ def text_tests(
     if len(usual) > 1:
         n = max(map(len, usual.values()))
         tests[tuple(usual)] = [{k: v[i % len(v)] for k, v in usual.items()} for i in range(n)]
-    scores = np.array(list(base.values()))
-    at, found = list(base).index(template), []
+    base, found = ask([case], template), []
     for names, changes in tests.items():
-        rows = across(ask, [mended(case, change) for change in changes], list(base))
-        moved = (rows - scores)[np.isfinite(rows)]
+        scores = ask([mended(case, change) for change in changes], template)
+        moved = (scores - base)[np.isfinite(scores)]
         known = all(is_known(decision, name, case.values[name]) for name in names)
         found.append(
             TextTest(
@@ -232,8 +225,8 @@ def text_tests(
                 known,
                 tuple(", ".join(map(str, change.values())) for change in changes),
                 float(moved.mean()) if len(moved) else 0.0,
-                int(turned(rows[:, at], scores[at : at + 1]).sum()),
-                int(np.isfinite(rows[:, at]).sum()),
+                int(turned(scores, base).sum()),
+                int(np.isfinite(scores).sum()),
             )
         )
     return sorted(found, key=lambda t: (not t.turns, -abs(t.effect)))
