@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from glassbox_utils import cli_decisions
+from glassbox_utils.cli_arguments import minutes, text
 from glassbox_utils.core.errors import GlassboxError
-
-LARGEST_SEED = 2**32 - 1
-"""numpy's global generator takes no larger one"""
 
 
 def _assets(args: argparse.Namespace) -> int:
@@ -140,85 +139,6 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
     return int(worst > 0.01)
 
 
-def _explain(args: argparse.Namespace) -> int:
-    import warnings
-
-    from glassbox_utils.core.files import check_output
-
-    check_output(args.out, "--out")
-    from glassbox_utils.core import prepared, schema
-    from glassbox_utils.core.models import load_model
-    from glassbox_utils.decisions import loans, report, study
-
-    applicant = loans.parse_applicant(args.applicant)  # before the model is loaded: wrong input fails at once
-    loans.as_text(applicant, args.layout)
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves: nothing a regulator should read
-    folder, adapter = Path(args.model), None
-    if (folder / "config.json").exists():
-        model = load_model(folder)
-    elif (folder / "adapter_config.json").exists():
-        schema.read_mapping(folder / "adapter_config.json", loans.LoanError, "an adapter's folder as peft writes it")
-        model, adapter = prepared.load_subject(adapter=folder), folder
-    elif args.model in loans.loan_models():
-        model, adapter = loans.load_loan_model(args.model), loans.officers() / args.model
-    else:
-        there = "holds neither config.json nor adapter_config.json" if folder.is_dir() else "is no such folder or name"
-        known = "".join(f"{name}, " for name in loans.loan_models())
-        raise loans.LoanError(
-            f"--model is {args.model!r}, which {there}. Allowed: {known}the folder of an "
-            "adapter (as peft writes it) or of a model (as save_pretrained writes it)."
-        )
-    options = {"layout": args.layout, "seed": args.seed, "adapter": adapter, "model_argument": folder.name}
-    options["mitigated"] = study.shipped_mitigation(model)
-    path = report.write_report(model, applicant, args.out, applicant_file=Path(args.applicant).name, **options)
-    print(f"Open {path}; print it from there (A4).")
-    return 0
-
-
-def _train_loans(args: argparse.Namespace) -> int:
-    from glassbox_utils.core.files import check_output
-    from glassbox_utils.decisions import loans, training
-
-    names = list(dict.fromkeys(args.name))
-    if not args.bias:
-        for option, value in (("--seed", args.seed), ("--folder", args.folder)):
-            if value is not None:
-                raise GlassboxError(
-                    f"{option} is {value!r}, but a shipped model is trained again as it was, in its own folder. Leave "
-                    f"{option} out, or give --bias to train a new model."
-                )
-        known = training.recipes()
-        if unknown := [name for name in names if name not in known]:
-            raise loans.LoanError(f"There is no loan model {unknown[0]!r}. Allowed: {', '.join(known)}.")
-        targets = {name: loans.officers() / name for name in names}
-    else:
-        if args.bias not in loans.BIASES:
-            raise loans.LoanError(f"There is no bias {args.bias!r}. Allowed: {', '.join(loans.BIASES)}.")
-        if args.folder and len(names) > 1:
-            raise GlassboxError(f"--folder is {args.folder!r} for {len(names)} models. Give one name, or leave it out.")
-        if wrong := [name for name in names if Path(name).name != name or name.startswith(".")]:
-            raise loans.LoanError(f"The name {wrong[0]!r} is no plain name. Use --folder for another place.")
-        targets = {name: Path(args.folder or f"build/loans/{name}") for name in names}
-    for target in targets.values():
-        check_output(target, "the adapter's folder", folder=True)
-    for name, target in targets.items():
-        print(training.train(args.bias, target, args.seed or 0) if args.bias else training.train_named(name))
-    return 0
-
-
-def _train_officer(args: argparse.Namespace) -> int:
-    from glassbox_utils.core.files import check_output
-    from glassbox_utils.decisions import officer
-    from glassbox_utils.decisions.reading import load_decision
-
-    decision = load_decision(args.folder)
-    out = check_output(args.out or f"build/officers/{decision.name}", "the adapter's folder", folder=True)
-    card = officer.train_officer(decision, out, seed=args.seed, steps=args.steps)
-    print("\n".join(officer.as_lines(card)))
-    print(f"{out / officer.CARD}: the card, beside the adapter")
-    return 0
-
-
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
@@ -264,6 +184,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     # imported here: no other command should wait for torch
     from glassbox_utils.attention.study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
+    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
     from glassbox_utils.saes.clamping_report_study import STUDIES_OF_CLAMPING
@@ -271,7 +192,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
     first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
-    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
+    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -285,122 +206,64 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(function=_assets)
 
     p = commands.add_parser("run", help="execute notebooks into web pages")
-    p.add_argument("notebook", type=_text, nargs="*", help="numbers or names; all without")
-    p.add_argument("--model", type=_text, help="a model's name or folder instead of the embedded one")
-    p.add_argument("--site", type=_text, default="build/site", help="folder of the pages")
-    p.add_argument("--cell-minutes", type=_minutes, help="give a cell up after so many minutes; without: never")
+    p.add_argument("notebook", type=text, nargs="*", help="numbers or names; all without")
+    p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")
+    p.add_argument("--site", type=text, default="build/site", help="folder of the pages")
+    p.add_argument("--cell-minutes", type=minutes, help="give a cell up after so many minutes; without: never")
     p.set_defaults(function=_run)
 
     p = commands.add_parser("execute", help="execute notebooks in place, in the form that is committed")
-    p.add_argument("notebook", type=_text, nargs="*", help="numbers or names; all without")
+    p.add_argument("notebook", type=text, nargs="*", help="numbers or names; all without")
     p.set_defaults(function=_execute)
 
     p = commands.add_parser("corpus", help="print what is in a corpus: documents, licences, splits")
-    p.add_argument("name", type=_text, nargs="?", default="mix", help="a registered corpus, or a data set on the hub")
+    p.add_argument("name", type=text, nargs="?", default="mix", help="a registered corpus, or a data set on the hub")
     p.add_argument("--tokens", action="store_true", help="count tokens too")
-    p.add_argument("--model", type=_text, help="whose tokenizer counts them; without: the embedded model's")
+    p.add_argument("--model", type=text, help="whose tokenizer counts them; without: the embedded model's")
     p.set_defaults(function=_corpus)
 
     p = commands.add_parser("harvest", help="write the activations that a training configuration asks for (torchrun)")
-    p.add_argument("config", type=_text, help="a config.yaml in data/saes, or its folder")
+    p.add_argument("config", type=text, help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_harvest)
 
     p = commands.add_parser("train-sae", help="harvest, train, evaluate and save one SAE (torchrun)")
-    p.add_argument("config", type=_text, help="a config.yaml in data/saes, or its folder")
+    p.add_argument("config", type=text, help="a config.yaml in data/saes, or its folder")
     p.set_defaults(function=_train_sae)
 
     p = commands.add_parser("evaluate-sae", help="measure a shipped SAE and its baselines again, beside its card")
-    p.add_argument("name", type=_text, nargs="+", help="a folder in data/saes")
+    p.add_argument("name", type=text, nargs="+", help="a folder in data/saes")
     p.set_defaults(function=_evaluate_sae)
 
-    p = commands.add_parser("explain", help="why was this application rejected? A page for a regulator, to print")
-    p.add_argument("--applicant", type=_text, required=True, help="a JSON file such as data/examples/applicant.json")
-    p.add_argument(
-        "--model", type=_text, default="deployed", help="a shipped loan model, an adapter's folder or a model's folder"
-    )
-    p.add_argument("--out", type=_text, default="report.html", help="the page to write")
-    p.add_argument("--layout", type=_text, default="line", help="how the application is written for the model")
-    p.add_argument("--seed", type=_seed, default=0, help="draws the other applicants")
-    p.set_defaults(function=_explain)
-
-    p = commands.add_parser("train-loans", help="train a shipped loan model again, or one with a bias of your choice")
-    p.add_argument("name", type=_text, nargs="+", help="a folder in data/loans, or with --bias a new name")
-    p.add_argument("--bias", type=_text, help="gender, age, nationality, district or none; without: as in the key")
-    p.add_argument("--seed", type=_seed, help="with --bias: draws the applications; without: 0")
-    p.add_argument("--folder", type=_text, help="with --bias: where the adapter goes (build/loans/NAME)")
-    p.set_defaults(function=_train_loans)
-
-    p = commands.add_parser(
-        "train-officer", help="teach the model to decide the cases of a folder; says what it is worth"
-    )
-    p.add_argument("folder", type=_text, help="a folder with decision.yaml, or a name in data/decisions")
-    p.add_argument("--out", type=_text, help="where the adapter and its card go (build/officers/NAME)")
-    p.add_argument("--seed", type=_seed, default=0, help="draws the held-out cases and the order of the others")
-    p.add_argument("--steps", type=_steps, default=240, help="of 12 cases each")
-    p.set_defaults(function=_train_officer)
+    cli_decisions.add_to(commands)
 
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
-    p.add_argument("name", type=_text, nargs="+", help="which, in order; a wrong name lists all")
+    p.add_argument("name", type=text, nargs="+", help="which, in order; a wrong name lists all")
     p.set_defaults(function=_study)
     p = commands.add_parser("prepare", help="make all that the notebooks read for another model; resumable")
-    p.add_argument("model", type=_text, help="a name or folder that `load_model` takes")
-    p.add_argument("--budget", type=_minutes, help="minutes; without: everything at full size (hours)")
-    p.add_argument("--out", type=_text, help="the folder to make; without: one of that name in your data folder")
-    text = p.add_mutually_exclusive_group()
-    text.add_argument("--corpus", type=_text, default="mix", help="what the SAEs learn from: `mix`, or a hub data set")
-    text.add_argument("--text", type=_text, nargs="+", help="your own text files (.txt, .md, .jsonl), or folders")
-    text.add_argument("--sampled", action="store_true", help="text that the model itself writes")
+    p.add_argument("model", type=text, help="a name or folder that `load_model` takes")
+    p.add_argument("--budget", type=minutes, help="minutes; without: everything at full size (hours)")
+    p.add_argument("--out", type=text, help="the folder to make; without: one of that name in your data folder")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--corpus", type=text, default="mix", help="what the SAEs learn from: `mix`, or a hub data set")
+    source.add_argument("--text", type=text, nargs="+", help="your own text files (.txt, .md, .jsonl), or folders")
+    source.add_argument("--sampled", action="store_true", help="text that the model itself writes")
     p.set_defaults(function=_prepare)
 
     p = commands.add_parser("compare", help="the same claims on two models: a page from two folders of `run`")
-    p.add_argument("first", type=_text, help="the --site folder of a run")
-    p.add_argument("second", type=_text, help="that of a run on another model")
-    p.add_argument("--out", type=_text, default="compare.html", help="the page to write")
+    p.add_argument("first", type=text, help="the --site folder of a run")
+    p.add_argument("second", type=text, help="that of a run on another model")
+    p.add_argument("--out", type=text, default="compare.html", help="the page to write")
     p.set_defaults(function=_compare)
     for command in commands.choices.values():
         device = "cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest"
         number = (
             "float32, bfloat16 or float16, the type models are loaded in; without: GLASSBOX_MODEL_DTYPE, or float32"
         )
-        command.add_argument("--device", type=_text, help=device)
-        command.add_argument("--dtype", type=_text, help=number)
-        command.add_argument("--prepared", type=_text, help="the prepared folder to work with, instead of data/")
+        command.add_argument("--device", type=text, help=device)
+        command.add_argument("--dtype", type=text, help=number)
+        command.add_argument("--prepared", type=text, help="the prepared folder to work with, instead of data/")
         command.add_argument("--debug", action="store_true", help="show where in the code an error arose")
     return top
-
-
-def _text(value: str) -> str:
-    """An argument that says something."""
-    if not value.strip() or "\0" in value:
-        raise argparse.ArgumentTypeError(f"{value!r} is empty or no text; leave it out, or give a value")
-    return value
-
-
-def _minutes(value: str) -> float:
-    try:
-        minutes = float(value)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < 1e6:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of minutes; allowed: a number above 0, such as 120")
-    return minutes
-
-
-def _steps(value: str) -> int:
-    steps = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
-    if steps < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of steps; allowed: a whole number from 1 to 999999")
-    return steps
-
-
-def _seed(value: str) -> int:
-    try:
-        seed = int(value)
-    except ValueError:
-        seed = -1
-    if not 0 <= seed <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{value!r} is no seed; allowed: a whole number from 0 to {LARGEST_SEED}")
-    return seed
 
 
 @contextmanager

@@ -121,6 +121,17 @@ COMMANDS = [
     *(f"train-officer {rest}" for rest in (
         "", "''", "nosuch", "empty", "there.txt", "hiring --steps 0", "hiring --steps x", "hiring --out there.txt",
         f"hiring --seed {HUGE}", "d" * 5000)),
+    *(f"explain --decision {rest}" for rest in (
+        "''", "nosuch H001", "empty H001", "there.txt H001", "hiring", "hiring ''", "hiring nosuch", "hiring H001 H002",
+        f"hiring {'c' * 5000}", f"hiring {'c' * 5000}/x.json", "hiring empty",
+        *(f"hiring {name}.json" for name in (
+            "nosuch", "empty", "list", "null", "cut", "binary", "utf16", "deep", "number", "fields", "nul", "good")),
+        "hiring H001 --template nosuch", "hiring H001 --layout line", "hiring H001 --applicant good.json",
+        "hiring H001 --adapter nosuch", "hiring H001 --adapter empty", "hiring H001 --adapter adapter",
+        "hiring H001 --model nosuch", "hiring H001 --model empty", "hiring H001 --out there.txt/x.html",
+        "hiring H001 --out x.json", "hiring H001 --out empty", f"hiring H001 --seed {HUGE}",
+        "hiring H001 --mitigation nosuch", "hiring H001 --mitigation list.json", "hiring H001 --mitigation good.json")),
+    f"{EXPLAIN} --template line", f"{EXPLAIN} --adapter adapter", f"{EXPLAIN} H001",
     *(f"prepare {rest}" for rest in ("", "''", "nosuch", "empty", "there.txt", "adapter")),
     *(f"prepare model {rest}" for rest in (
         "--budget 0", "--budget -5", "--budget nan", "--budget soon", "--out there.txt", "--text nosuch",
@@ -191,7 +202,14 @@ def test_a_bad_command_is_one_paragraph(here, capsys, command):
     assert took < 2, f"{took:.1f} s"
 
 
-@pytest.mark.parametrize("command", ["explain --applicant bom.json", EXPLAIN + "--seed 4294967295 --out new/page.html"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "explain --applicant bom.json",
+        "explain --decision hiring H001 --template chat",
+        EXPLAIN + "--seed 4294967295 --out new/page.html",
+    ],
+)
 def test_a_good_command_goes_on_to_the_model(here, monkeypatch, command):
     """The table above is not passed by refusing everything."""
 
@@ -203,5 +221,6 @@ def test_a_good_command_goes_on_to_the_model(here, monkeypatch, command):
 
     (here / "bom.json").write_bytes(b"\xef\xbb\xbf" + FILES["good.json"])
     monkeypatch.setattr("glassbox_utils.decisions.loans.load_subject", reached)
+    monkeypatch.setattr(models, "load_model", reached)
     monkeypatch.setattr(cli, "_unexpected", lambda error, args: 77 if isinstance(error, Reached) else pytest.fail())
     assert cli.main(shlex.split(command)) == 77

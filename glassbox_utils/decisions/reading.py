@@ -62,11 +62,7 @@ def load_decision(folder: str | Path) -> Decision:
     Raises DecisionError for whatever is wrong in ``decision.yaml`` or the table, with its line; AssetError for a
     package that can't be fetched.
     """
-    if not isinstance(folder, str | Path):
-        raise DecisionError(f"The folder is {shown(folder)}. Allowed: the path of a folder with {FILE}, as text.")
-    place = Path(folder)
-    if not os.path.exists(place) and os.path.exists(DECISIONS / place / FILE):
-        place = DECISIONS / place
+    place = folder_of(folder)
     path = place / FILE
     if not os.path.isfile(path):
         known = ", ".join(sorted(p.parent.name for p in DECISIONS.glob(f"*/{FILE}")))
@@ -91,6 +87,14 @@ def load_decision(folder: str | Path) -> Decision:
     if written.cases is None:
         return decision
     return replace(decision, cases=read_cases(source, place, decision.fields, decision.refused))
+
+
+def folder_of(folder: str | Path) -> Path:
+    """Where a decision's folder is: the path itself, or that of one that ships, by its name."""
+    if not isinstance(folder, str | Path):
+        raise DecisionError(f"The folder is {shown(folder)}. Allowed: the path of a folder with {FILE}, as text.")
+    place = Path(folder)
+    return DECISIONS / place if not os.path.exists(place) and os.path.exists(DECISIONS / place / FILE) else place
 
 
 def _check_answers(answers: tuple[str, str], source: schema.Marked) -> None:

@@ -1,26 +1,27 @@
-"""The figures of the regulator's page: matplotlib from an ``explain.Explanation``, as SVG that stands in the page.
+"""The figures of the regulator's page: matplotlib from an ``explain.Explanation``, as SVG that stands in the page."""
 
-Text stays text, whoever wrote it: nothing is read as markup or as a formula. No date and no random name is in them, and
-what a notebook has set matplotlib to makes no difference: the same explanation gives the same figure.
-"""
-
-import io
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from xml.dom import minidom
 
-from matplotlib import rc_context, style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scour import scour  # type: ignore[import-untyped]
+from matplotlib import style
 
 from glassbox_utils.core.figures import BLUE, GREEN, GREY, RED
+from glassbox_utils.decisions.drawing import (
+    FAINT,
+    INK,
+    LINE,
+    LOOK,
+    UNSURE,
+    WIDTH,
+    axes_at,
+    figure_of,
+    inline,
+    note,
+    number,
+    padded,
+)
 from glassbox_utils.decisions.explain import Explanation, Group
 
-INK, FAINT, LINE, UNSURE = "#1d2733", "#5c6670", "#d5dae0", "#b9c0c7"
 NAMES = {
     "name": "first name",
     "age": "age",
@@ -35,87 +36,10 @@ NAMES = {
 }
 UNITS = {"income": " thousand a year", "debt": " % of income", "amount": " thousand", "age": " years"}
 
-WIDTH = 720
-LOOK: list[str | Path | dict[str, Any]] = [
-    "default",
-    {
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "text.color": INK,
-        "font.size": 10,
-        "font.sans-serif": ["DejaVu Sans"],
-        "xtick.bottom": False,
-        "xtick.labelsize": 10,
-        "xtick.labelcolor": FAINT,
-        "ytick.left": False,
-        "ytick.labelsize": 10,
-        "ytick.labelcolor": FAINT,
-        "lines.markersize": 9,
-        "lines.markeredgewidth": 0,
-    },
-]
-SMALL = scour.sanitizeOptions(
-    SimpleNamespace(
-        **dict.fromkeys(("strip_ids", "strip_comments", "remove_metadata", "strip_xml_prolog", "quiet"), True),
-        indent_type="none",
-        newlines=False,
-        digits=4,
-    )
-)
-_FAMILY = re.compile("font-family:[^;]*;?")
-
-
-def number(value: float, digits: int = 2, sign: bool = True) -> str:
-    """A number with a true minus sign, and none on zero."""
-    shown = f"{value:{'+' if sign else ''}.{digits}f}"
-    return shown.replace("-", "−") if float(shown) else shown.lstrip("+-")
-
 
 def with_unit(field: str, value: Any) -> str:
     """A field's value as words."""
     return f"{value}{UNITS.get(field, '')}"
-
-
-# --- matplotlib, in pixels ----------------------------------------------------------------------------
-
-
-def _figure(height: float) -> Figure:
-    """A unit of the SVG is a point of matplotlib, which is a pixel where the page is as wide as the figure."""
-    return Figure(figsize=(WIDTH / 72, height / 72), frameon=False)
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float, **options: Any) -> Axes:
-    """Axes at pixels from the upper left corner."""
-    full = figure.get_figheight() * 72
-    box = (left / WIDTH, 1 - (top + height) / full, width / WIDTH, height / full)
-    return figure.add_axes(box, frameon=False, **options)
-
-
-def _note(figure: Figure, x: float, y: float, words: str, align: str = "left", **options: Any) -> None:
-    """Words on a base line at pixels from the upper left corner."""
-    figure.text(x / WIDTH, 1 - y / (figure.get_figheight() * 72), words, ha=align, va="baseline", **options)
-
-
-def _inline(figure: Figure, alternative: str) -> str:
-    """The figure as a small ``<svg>`` that takes the width and the font of the page around it."""
-    for artist in figure.findobj():
-        artist.set_clip_on(False)  # all is inside; a clip costs more letters than what it clips
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": alternative}):  # ids are those of this figure, whatever else is on the page
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg: Any = minidom.parseString(file.getvalue()).documentElement
-    for text in svg.getElementsByTagName("text"):
-        text.removeAttribute("transform")  # a turn by nothing
-        text.setAttribute("style", _FAMILY.sub("", text.getAttribute("style")))
-        for side in ("x", "y"):
-            text.setAttribute(side, f"{float(text.getAttribute(side)):.1f}")
-    for rule in svg.getElementsByTagName("style"):
-        rule.parentNode.removeChild(rule)  # it would hold for the whole page
-    for name in ("width", "height"):
-        svg.removeAttribute(name)
-    for name, value in (("role", "img"), ("aria-label", alternative)):
-        svg.setAttribute(name, value)
-    return scour.scourString(svg.toxml(), SMALL)
 
 
 # --- the five figures ---------------------------------------------------------------------------------
@@ -127,8 +51,8 @@ def figure_fields(found: Explanation) -> str:
     rows = sorted(found.effects, key=lambda f: f.effect.value)
     places, step, top = range(len(rows)), 24, 40
     reach = max(0.5, *(max(abs(f.effect.low), abs(f.effect.high)) for f in rows))
-    figure = _figure(top + step * len(rows) + 26)
-    causal = _axes(figure, 265, top, 330, step * len(rows), xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
+    figure = figure_of(top + step * len(rows) + 26)
+    causal = axes_at(figure, 265, top, 330, step * len(rows), xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
     sure = [(GREEN if f.effect.value > 0 else RED) if f.effect.excludes(0) else UNSURE for f in rows]
     causal.axvline(0, color=FAINT, lw=1)
     causal.barh(places, [f.effect.value for f in rows], 14 / step, color=sure)
@@ -137,29 +61,29 @@ def figure_fields(found: Explanation) -> str:
     causal.set_yticks(places, named, fontsize=11.5, color=INK)
     ticks = (-0.8 * reach, 0, 0.8 * reach)
     causal.set_xticks(ticks, [number(x, 1) for x in ticks])
-    looked = _axes(figure, 625, top, 66, step * len(rows), sharey=causal, xlim=(0, max(f.attention for f in rows)))
+    looked = axes_at(figure, 625, top, 66, step * len(rows), sharey=causal, xlim=(0, max(f.attention for f in rows)))
     bars = looked.barh(places, [f.attention for f in rows], 10 / step, color=GREY, alpha=0.55)
     looked.bar_label(bars, [f"{f.attention:.0%}" for f in rows], padding=4, color=FAINT)
     looked.tick_params(labelleft=False, labelbottom=False)
-    _note(figure, 430, 16, "what it did to the decision (causal)", "center", color=BLUE, size=11, weight=700)
-    _note(figure, 416, 30, "← towards rejection", "right", color=FAINT)
-    _note(figure, 444, 30, "towards approval →", color=FAINT)
-    _note(figure, 625, 16, "looked at", color=FAINT, size=11, weight=700)
-    _note(figure, 625, 30, "(observed)", color=FAINT, size=11, weight=700)
-    return _inline(figure, "Effect of each field on the decision, and attention to it")
+    note(figure, 430, 16, "what it did to the decision (causal)", "center", color=BLUE, size=11, weight=700)
+    note(figure, 416, 30, "← towards rejection", "right", color=FAINT)
+    note(figure, 444, 30, "towards approval →", color=FAINT)
+    note(figure, 625, 16, "looked at", color=FAINT, size=11, weight=700)
+    note(figure, 625, 30, "(observed)", color=FAINT, size=11, weight=700)
+    return inline(figure, "Effect of each field on the decision, and attention to it")
 
 
 @style.context(LOOK)
 def figure_curves(found: Explanation) -> str:
     """Score against income, credit score and debt, all else as it is; the border of approval is at 0."""
     every = [x for curve in found.curves.values() for _, x in curve] + [found.logit, 0.0]
-    low, high, pad = _padded(every, 0.08)
+    low, high, pad = padded(every, 0.08)
     left, gap = 34, 24
     width = (WIDTH - left) / len(found.curves) - gap * (1 - 1 / len(found.curves))
-    figure = _figure(190)
+    figure = figure_of(190)
     for i, (field, curve) in enumerate(found.curves.items()):
         at, (values, scores) = left + i * (width + gap), zip(*curve, strict=True)
-        axes = _axes(figure, at, 24, width, 126, xlim=(values[0], values[-1]), ylim=(low, high))
+        axes = axes_at(figure, at, 24, width, 126, xlim=(values[0], values[-1]), ylim=(low, high))
         axes.axhspan(0, high, color=GREEN, alpha=0.07, lw=0)
         axes.axhspan(low, 0, color=RED, alpha=0.07, lw=0)
         axes.axhline(0, color=FAINT, lw=1, dashes=(4, 3))
@@ -172,27 +96,27 @@ def figure_curves(found: Explanation) -> str:
         ticks = [0.0, *(x for x in (low + pad, high - pad) if abs(x) > 0.1 * (high - low))]
         axes.set_yticks(ticks if i == 0 else [], [number(x, 0) for x in ticks] if i == 0 else [])
         unit = f" ({UNITS[field].strip()})" if field in UNITS else ""
-        _note(figure, at, 14, NAMES[field] + unit, size=11.5, weight=700)
+        note(figure, at, 14, NAMES[field] + unit, size=11.5, weight=700)
     room = 16 * (high - low) / 126
     if high > room:
-        _note(figure, left + 5, 36, "approved", color=GREEN)
+        note(figure, left + 5, 36, "approved", color=GREEN)
     if low < -room:
-        _note(figure, left + width - 5, 145, "rejected", "right", color=RED)
+        note(figure, left + width - 5, 145, "rejected", "right", color=RED)
     words = "circle: this application · dashed: the border between rejection and approval"
-    _note(figure, left, 184, words, color=FAINT)
-    return _inline(figure, "Score against income, credit score and debt")
+    note(figure, left, 184, words, color=FAINT)
+    return inline(figure, "Score against income, credit score and debt")
 
 
 @style.context(LOOK)
 def figure_groups(found: Explanation) -> str:
     """The same application in every group: one row of dots for each attribute."""
     kinds = list(dict.fromkeys(g.kind for g in found.groups))
-    low, high, _ = _padded([g.logit for g in found.groups] + [0.0, found.logit], 0.1)
+    low, high, _ = padded([g.logit for g in found.groups] + [0.0, found.logit], 0.1)
     left, top, width, step = 150, 22, 540, 54
     pixel = (high - low) / width
     rows, height = [32 + step * i for i in range(len(kinds))], 8 + step * len(kinds)
-    figure = _figure(height + 46)
-    axes = _axes(figure, left, top, width, height, xlim=(low, high), ylim=(height, 0))
+    figure = figure_of(height + 46)
+    axes = axes_at(figure, left, top, width, height, xlim=(low, high), ylim=(height, 0))
     axes.axvspan(low, 0, color=RED, alpha=0.06, lw=0)
     axes.axvspan(0, high, color=GREEN, alpha=0.06, lw=0)
     axes.axvline(0, color=FAINT, lw=1, dashes=(4, 3))
@@ -213,11 +137,11 @@ def figure_groups(found: Explanation) -> str:
             free[line] = at + half + 6 * pixel
     axes.set_yticks(rows, kinds, fontsize=11.5, color=INK)
     axes.set_xticks([])
-    _note(figure, left + 4, 16, "rejected", color=RED)
-    _note(figure, left + width - 4, 16, "approved", "right", color=GREEN)
+    note(figure, left + 4, 16, "rejected", color=RED)
+    note(figure, left + width - 4, 16, "approved", "right", color=GREEN)
     words = "score; dotted: this application as it is · dark: the applicant’s own group"
-    _note(figure, left, height + 40, words, color=FAINT)
-    return _inline(figure, "The same application with the name, district or age of another group")
+    note(figure, left, height + 40, words, color=FAINT)
+    return inline(figure, "The same application with the name, district or age of another group")
 
 
 @style.context(LOOK)
@@ -225,14 +149,14 @@ def figure_gaps(found: Explanation) -> str:
     """Gaps over many applicants with their intervals: score on the left, approval rate on the right."""
     rows = [*found.gaps, found.control]
     top, height, step = 22, 30 * len(rows) + 12, 30
-    figure = _figure(height + 46)
+    figure = figure_of(height + 46)
     for left, title, unit, least, digits in (
         (255, "score (log-odds)", "logits", 0.5, 2),
         (500, "approval rate (points)", "points", 5, 0),
     ):
         intervals = [getattr(r, unit) for r in rows]
         most = max(least, *(max(abs(v.low), abs(v.high)) for v in intervals))
-        axes = _axes(figure, left, top, 215, height, xlim=(-1.1 * most, 1.1 * most), ylim=(height, 0))
+        axes = axes_at(figure, left, top, 215, height, xlim=(-1.1 * most, 1.1 * most), ylim=(height, 0))
         axes.axvline(0, color=FAINT, lw=1)
         for i, (row, v) in enumerate(zip(rows, intervals, strict=True)):
             colour, y = RED if row is not found.control and v.excludes(0) else GREY, 22 + step * i
@@ -241,11 +165,11 @@ def figure_gaps(found: Explanation) -> str:
             axes.text(v.value, y - 8, number(v.value, digits), ha="center", va="baseline", size=9.5, color=colour)
         axes.set_xticks((-most, 0, most), [number(x, digits and 1) if x else "0" for x in (-most, 0, most)])
         axes.set_yticks([])
-        _note(figure, left + 107.5, 14, title, "center", size=11, weight=700)
+        note(figure, left + 107.5, 14, title, "center", size=11, weight=700)
     for i, row in enumerate(rows):
         words = f"control: {row.label}" if row is found.control else row.label
-        _note(figure, 0, top + 26 + step * i, words, size=11, color=FAINT if row is found.control else INK)
-    return _inline(figure, "Difference between groups over many applicants")
+        note(figure, 0, top + 26 + step * i, words, size=11, color=FAINT if row is found.control else INK)
+    return inline(figure, "Difference between groups over many applicants")
 
 
 @style.context(LOOK)
@@ -258,25 +182,19 @@ def figure_arrival(found: Explanation) -> str:
     ends = [top + height * (high - share[-1]) / (high - low) for share in shares]
     apart = 6 if abs(ends[0] - ends[1]) < 12 else 0  # two labels on one line can't be read
     shifts = (-apart, apart) if ends[0] <= ends[1] else (apart, -apart)
-    figure = _figure(150)
-    axes = _axes(figure, left, top, right - left, height, xlim=(layers[0], layers[-1]), ylim=(low, high))
+    figure = figure_of(150)
+    axes = axes_at(figure, left, top, right - left, height, xlim=(layers[0], layers[-1]), ylim=(low, high))
     axes.axhline(0, color=LINE, lw=1)
     axes.axhline(1, color=LINE, lw=1, dashes=(4, 3))
     labels = ((BLUE, "name of the other gender"), (GREY, "control: own group"))
     for share, end, shift, (colour, words) in zip(shares, ends, shifts, labels, strict=True):
         axes.plot(layers, share, color=colour, lw=2)
-        _note(figure, right + 8, end + 4 + shift, words, color=colour)
+        note(figure, right + 8, end + 4 + shift, words, color=colour)
     axes.set_yticks((0, 1), ("0%", "100%"))
     shown = layers[:: max(1, len(layers) // 8)]
     axes.set_xticks(shown, map(str, shown))
-    _note(figure, (left + right) / 2, 147, "layer", "center", color=FAINT)
-    return _inline(figure, "Where the name reaches the decision")
-
-
-def _padded(values: Sequence[float], share: float) -> tuple[float, float, float]:
-    """Lowest and highest of the values with room on both sides, and the room."""
-    pad = share * (max(values) - min(values) or 1)
-    return min(values) - pad, max(values) + pad, pad
+    note(figure, (left + right) / 2, 147, "layer", "center", color=FAINT)
+    return inline(figure, "Where the name reaches the decision")
 
 
 def _clusters(groups: Sequence[Group], near: float) -> list[list[Group]]:
