@@ -141,7 +141,8 @@ def figure_swaps(found: Answer) -> str:
         axes.plot(x.value, i, "o", color=colour, ms=7)
     labels = [short(f"{plain(s.attribute)}: {s.group}") for s in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=11, color=INK)
-    axes.set_xticks((low + pad, 0, high - pad), [number(low + pad, 1), "0", number(high - pad, 1)])
+    ends = [x for x in (low + pad, high - pad) if abs(x) > 0.1 * (high - low)]  # else it would stand on the 0
+    axes.set_xticks([0, *ends], ["0", *(number(x, 1) for x in ends)])
     bad, good = _sides(found)
     note(figure, left, 16, f"← towards “{bad}”", color=FAINT)
     note(figure, left + width, 16, f"towards “{good}” →", "right", color=FAINT)
