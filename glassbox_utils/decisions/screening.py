@@ -1,0 +1,193 @@
+"""The arithmetic of an audit: choose on one half of the base cases, confirm on the other; arrays in, arrays out.
+
+**Screen.** Stepwise regression of the scores on one column for each question, within blocks of one case in one
+template: the question that explains most is taken, what it explains is taken out of the scores *and* of all other
+questions, and so on. So a question that only overlaps with a stronger one is dropped, and a second bias is not hidden
+by a first. A question pays for the number of its kind: chi-square minus 2 log k (the risk inflation criterion; Foster &
+George 1994, doi:10.1214/aos/1176325766), so that a pair must beat the groups it is made of by what looking at all pairs
+is worth.
+
+**Confirm.** Chosen questions are asked together in one regression on the other half. An effect's variance has one part
+for each thing that was drawn (Cameron, Gelbach & Miller 2011, doi:10.1198/jbes.2010.07136): base cases; wordings, so
+that an effect must generalise over templates; and the names, places or numbers that stand for a group. The test is of
+"at most ``bar``", not of 0, and all of them share one Holm correction: unlike the maximum over sign flips it needs no
+joint symmetry, which several crossed clusters and a null that is not 0 do not give.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy import stats
+
+STOP = 6.0
+"""a question is worth confirming if its chi-square is above 2 log k by this much"""
+AT_MOST, EACH = 16, 5
+"""questions that are confirmed, in all and of the same fields"""
+DISTINCT = 0.05
+"""share of a column's square that must be left after the chosen ones are taken out"""
+
+
+def choose(
+    y: Float[NDArray, " asked"],
+    x: Float[NDArray, "asked probe"],
+    price: Float[NDArray, " probe"],
+    kinds: Int[NDArray, " probe"],
+    weights: Float[NDArray, " asked"],
+    blocks: int,
+) -> list[int]:
+    """Indices of the questions worth confirming, strongest first; ``x`` and ``y`` without their blocks' means.
+
+    ``kinds``: probes of the same fields share a number, and at most EACH of them are taken.
+    """
+    rest, chosen = y.copy(), []
+    norms = weights @ (x * x)
+    least, alive = DISTINCT * norms + 1e-9, np.ones(len(price), dtype=bool)
+    n = float((weights > 0).sum()) - blocks
+    basis: list[NDArray] = []
+    while len(chosen) < AT_MOST:
+        spread = float(weights @ (rest * rest)) / max(n - len(chosen), 1)
+        if spread < 1e-18:
+            break
+        gain = (x.T @ (weights * rest).astype(x.dtype)) ** 2 / np.maximum(norms, least)
+        value = np.where(alive & (norms > least), gain / spread - price, -np.inf)
+        best = int(np.argmax(value))
+        if not value[best] > STOP:
+            break
+        chosen.append(best)
+        alive[best] = False
+        if (kinds[chosen] == kinds[best]).sum() >= EACH:
+            alive[kinds == kinds[best]] = False
+        new = x[:, best].astype(float)
+        for old in basis:
+            new = new - old * float(weights @ (old * new))
+        new = new / np.sqrt(float(weights @ (new * new)))
+        basis.append(new)
+        rest = rest - new * float(weights @ (new * rest))
+        norms = norms - (x.T @ (weights * new).astype(x.dtype)) ** 2
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Effects of several questions at once, with what an interval needs."""
+
+    effects: Float[NDArray, " probe"]
+    errors: Float[NDArray, " probe"]
+    freedom: Float[NDArray, " probe"]
+    """Satterthwaite's degrees of freedom"""
+    plain: Float[NDArray, " probe"]
+    """errors if all prompts were alike, as the screen sees them"""
+
+
+def fit(
+    y: Float[NDArray, " asked"],
+    x: Float[NDArray, "asked probe"],
+    shape: tuple[int, int, int],
+    codes: Sequence[Int[NDArray, " asked"] | None],
+    weights: Float[NDArray, " cases"],
+) -> Fit:
+    """Least squares within blocks, and errors over cases, templates and (``codes``: one for each question, or None)
+    the values that stand for a group."""
+    w = np.repeat(weights, shape[1] * shape[2])
+    inverse = np.linalg.pinv(x.T @ (w[:, None] * x))
+    effects = inverse @ (x.T @ (w * y))
+    rest = y - x @ effects
+    noise = _noise(rest, w, shape) * np.diag(inverse)
+    return _errors(effects, (x @ inverse) * rest[:, None], noise, shape, codes, weights)
+
+
+def apart(
+    y: Float[NDArray, " asked"],
+    x: Float[NDArray, "asked probe"],
+    given: Float[NDArray, "asked chosen"],
+    shape: tuple[int, int, int],
+    codes: Sequence[Int[NDArray, " asked"] | None],
+) -> Fit:
+    """Each question by itself beside those that were ``given``: what would have been seen of it.
+
+    Where a given one says nearly the same, there is nothing to be seen, and the errors are NaN.
+    """
+    before = (x * x).sum(0)
+    x, y = without(x, given), without(y, given)
+    norms = (x * x).sum(0)
+    norms = np.where(norms > DISTINCT * before, norms, np.nan)
+    effects = (x.T @ y) / norms
+    noise = _noise(y, np.ones(len(y)), shape) / norms
+    pull = x / norms * (y[:, None] - x * effects)
+    return _errors(effects, pull, noise, shape, codes, np.ones(shape[0]))
+
+
+def without(x: Float[NDArray, "asked ..."], given: Float[NDArray, "asked chosen"]) -> Float[NDArray, "asked ..."]:
+    """What the given columns do not explain of others."""
+    if not given.shape[1]:
+        return x
+    q, _ = np.linalg.qr(given)
+    return x - q @ (q.T @ x)
+
+
+def _noise(rest: NDArray, weights: NDArray, shape: tuple[int, int, int]) -> float:
+    """Variance of what is left of a score, within blocks."""
+    return float(weights @ rest**2) / max(float(weights.sum()) * (1 - 1 / shape[2]), 1.0)
+
+
+def _errors(
+    effects: NDArray,
+    pull: NDArray,
+    noise: NDArray,
+    shape: tuple[int, int, int],
+    codes: Sequence[NDArray | None],
+    weights: NDArray,
+) -> Fit:
+    """``noise``: the variances if all prompts were alike. None may be smaller: with few prompts that have a property,
+    variances over clusters are too small (MacKinnon & Webb 2017, doi:10.1002/jae.2508)."""
+    n, wordings, versions = shape
+    k = len(effects)
+    cube = pull.reshape(n, wordings, versions, k)
+    alone = np.einsum("c,ctvk->k", weights, cube**2)
+    total = max(float(weights.sum()), 2.0)
+    cases = np.einsum("c,ck->k", weights, cube.sum((1, 2)) ** 2) * total / (total - 1)
+    parts = [(np.maximum(cases, np.maximum(alone, noise)), np.full(k, total - 1))]
+    if wordings > 1:
+        each = np.einsum("c,ctvk->tk", weights, cube)
+        rewording = (each**2).sum(0) * wordings / (wordings - 1)
+        parts.append((np.maximum(rewording - alone, 0), np.full(k, wordings - 1.0)))
+    values, freedom = np.zeros(k), np.ones(k)
+    w = np.repeat(weights, wordings * versions)
+    for j, code in enumerate(codes):
+        if code is not None:
+            sums = np.bincount(code, w * pull[:, j])
+            values[j] = max(float((sums**2).sum()) - alone[j], 0.0)
+            freedom[j] = max(len(sums) - 2, 1)
+    parts.append((values, freedom))
+    variance = cast(NDArray, sum(v for v, _ in parts)) + 1e-18
+    df = variance**2 / sum(v**2 / f for v, f in parts) if k else np.ones(0)
+    return Fit(effects, np.sqrt(variance), np.maximum(df, 1.0), np.sqrt(noise))
+
+
+def p_values(found: Fit, bars: Float[NDArray, " probe"]) -> Float[NDArray, " probe"]:
+    """Chance of an effect as large as this if the true one is at most ``bars``, on either side."""
+    beyond = (np.abs(found.effects) - bars) / found.errors
+    return np.minimum(2 * stats.t.sf(beyond, found.freedom), 1.0)
+
+
+def visible(
+    errors: NDArray, freedom: NDArray, bars: NDArray, tests: int, screen: NDArray, prices: NDArray, power: float = 0.9
+) -> NDArray:
+    """The smallest effect that both halves would have shown with ``power``: chosen by the screen, then confirmed with
+    ``tests`` tests in all. Each step gets half of the chance to fail."""
+    each = stats.norm.ppf(1 - (1 - power) / 2)
+    confirmed = bars + (stats.t.isf(0.05 / 2 / tests, freedom) + each) * errors
+    chosen = (np.sqrt(prices + STOP) + each) * screen
+    return np.maximum(confirmed, chosen)
+
+
+def spread(effects: NDArray, errors: NDArray) -> float:
+    """How much the values of a field differ, without what sampling adds: a robust standard deviation."""
+    if len(effects) < 4:
+        return 0.0
+    seen = stats.median_abs_deviation(effects, scale="normal")
+    return float(np.sqrt(max(seen**2 - np.median(errors**2), 0.0)))
