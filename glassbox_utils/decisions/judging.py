@@ -50,10 +50,10 @@ class Half:
         return self.design.without_blocks(asking.matrix(self.design, probes))
 
     def codes(self, probes: Sequence[Probe]) -> list[NDArray | None]:
-        """What a group or a window is a sample of: the names, places or numbers that were drawn for it."""
+        """What a carried group is a sample of: the names or places that were drawn for it."""
         found: list[NDArray | None] = []
         for probe in probes:
-            many = [p for p in probe.parts if p.group or p.window]
+            many = [p for p in probe.parts if p.group]
             many = [p for p in many if p.field in self.design.varied and len(self.design.codes[p.field][0]) >= MANY]
             found.append(self.design.codes[many[0].field][1] if many else None)
         return found
@@ -85,7 +85,7 @@ def screened(decision: Decision, half: Half) -> Screen:
     index: dict[tuple[str, ...], int] = {}
     kinds = [index.setdefault(tuple(part.subject for part in probe.parts), len(index)) for probe in asked.probes]
     screen = Screen(half, asked, x, prices(asked, asked.probes), np.array(kinds))
-    return replace(screen, picked=tuple(refined(half, screen.choose(np.ones(half.design.shape[0])))))
+    return replace(screen, picked=tuple(refined(half, screen.choose(np.ones(half.design.shape[0])), asked)))
 
 
 def prices(asked: Questions, probes: Sequence[Probe]) -> Float[NDArray, " probe"]:
@@ -93,21 +93,31 @@ def prices(asked: Questions, probes: Sequence[Probe]) -> Float[NDArray, " probe"
     return np.array([2 * np.log(max(asked.sizes[probe.family], 2)) for probe in probes])
 
 
-def refined(half: Half, chosen: Sequence[Probe]) -> list[Probe]:
-    """Windows of pairs were looked for in few bins: their ends are looked for again in many, on the same half."""
+def refined(half: Half, chosen: Sequence[Probe], asked: Questions) -> list[Probe]:
+    """Ends of windows are looked for again, beside all that was chosen and on the same half; then what is no longer
+    worth confirming beside the others is left out, weakest first."""
     kept = list(chosen)
     for i, j in ((i, j) for i, probe in enumerate(chosen) for j in range(len(probe.parts))):
         part = kept[i].parts[j]
-        if kept[i].family != "pair" or not part.window or part.field not in half.design.varied:
+        if not part.window or part.field not in half.design.varied:
             continue
         values, codes = half.design.codes[part.field]
         fine = asking.windows(part.subject, [values[k] for k in codes], asking.FINE)
         tried = [kept[i], *(replace(kept[i], parts=(*kept[i].parts[:j], w, *kept[i].parts[j + 1 :])) for w in fine)]
         others = half.columns([probe for k, probe in enumerate(kept) if k != i])
-        x, y = screening.without(half.columns(tried), others), screening.without(half.y, others)
-        norms = (x * x).sum(0)
-        kept[i] = tried[int(np.argmax(np.where(norms > 1, (x.T @ y) ** 2 / np.maximum(norms, 1), 0)))]
-    return list(dict.fromkeys(kept))
+        whole = half.columns(tried)
+        x, y = screening.without(whole, others), screening.without(half.y, others)
+        norms, before = (x * x).sum(0), (whole * whole).sum(0)
+        gain = (x.T @ y) ** 2 / np.maximum(norms, 1)
+        kept[i] = tried[int(np.argmax(np.where(norms > np.maximum(screening.DISTINCT * before, 1), gain, 0)))]
+    kept = list(dict.fromkeys(kept))
+    while kept:
+        joint = _fit(half, half.y, kept)
+        worth = (joint.effects / joint.plain) ** 2 - prices(asked, kept)
+        if worth.min() > screening.STOP:
+            break
+        kept.pop(int(worth.argmin()))
+    return kept
 
 
 def suspects(decision: Decision, screen: Screen) -> dict[str, list[Value]]:
@@ -163,28 +173,34 @@ def one_of_many(decision: Decision, part: Part) -> bool:
 
 
 def spreads_of(decision: Decision, screen: Screen) -> dict[str, tuple[float, int]]:
-    """field -> how much its words differ among themselves, logits, without those chosen; and how many there are."""
+    """field -> how much its values differ among themselves, logits, beside what was chosen; and how many there are."""
     found, design = {}, screen.half.design
     taken, given = {probe.parts for probe in screen.picked}, screen.half.columns(screen.picked)
     for name in asking.free(decision):
-        if isinstance(decision.fields[name], Number) or len(design.codes[name][0]) < MANY:
+        if len(design.codes[name][0]) < MANY:
             continue
         probes = [Probe((p,), "value") for p in asking.singles(name, *design.codes[name]) if (p,) not in taken]
         if probes:
             codes: list[NDArray | None] = [None] * len(probes)
             seen = screening.apart(screen.half.y, screen.half.columns(probes), given, design.shape, codes)
-            found[name] = screening.spread(seen.effects, seen.errors), len(probes)
+            found[name] = screening.spread(seen.effects, seen.plain), len(probes)
     return found
 
 
 def bars_of(
     decision: Decision, probes: Sequence[Probe], spreads: Mapping[str, tuple[float, int]]
 ) -> Float[NDArray, " probe"]:
-    """BAR; of one word, more where the field's other words differ as much: the largest of so many would."""
+    """BAR; of one word, more where the field's other words differ as much: the largest of so many would. Of a window,
+    as much more as the mean of its numbers would."""
     found = np.full(len(probes), BAR)
-    for i, probe in enumerate(probes):
-        if len(probe.parts) == 1 and one_of_many(decision, probe.parts[0]):
-            spread, many = spreads.get(probe.parts[0].field, (0.0, 1))
+    for i, part in ((i, probe.parts[0]) for i, probe in enumerate(probes) if len(probe.parts) == 1):
+        spread, many = spreads.get(part.field, (0.0, 1))
+        if part.window:
+            rule = decision.fields[part.field]
+            assert isinstance(rule, Number)
+            width = round((float(part.values[1]) - float(part.values[0])) / rule.step) + 1
+            found[i] = max(BAR, spread * float(stats.norm.isf(ALPHA / many**2)) / np.sqrt(width))
+        elif one_of_many(decision, part):
             found[i] = max(BAR, spread * float(stats.norm.isf(ALPHA / 2 / many)))
     return found
 
@@ -192,6 +208,21 @@ def bars_of(
 def _fit(half: Half, y: NDArray, chosen: Sequence[Probe], weights: NDArray | None = None) -> Fit:
     weights = np.ones(half.design.shape[0]) if weights is None else weights
     return screening.fit(y, half.columns(chosen), half.design.shape, half.codes(chosen), weights)
+
+
+def _p_values(
+    half: Half, chosen: Sequence[Probe], joint: Fit, bars: Float[NDArray, " probe"], weights: NDArray | None = None
+) -> Float[NDArray, " probe"]:
+    """Corrected p-values. Where several windows of the same fields overlap, their effects can be large and cancel: an
+    effect must also be beyond its bar beside questions about other subjects only."""
+    p = screening.p_values(joint, bars)
+    kinds = [{part.subject for part in probe.parts} for probe in chosen]
+    for i, probe in enumerate(chosen):
+        if kinds.count(kinds[i]) > 1:
+            rest = [other for other, kind in zip(chosen, kinds, strict=True) if kind != kinds[i]]
+            alone = _fit(half, half.y, [probe, *rest], weights)
+            p[i] = max(p[i], screening.p_values(alone, np.array([bars[i]] * (len(rest) + 1)))[0])
+    return adjust(p, "holm")
 
 
 def _effects(
@@ -206,22 +237,15 @@ def _effects(
         return []
     bars, logits = bars_of(decision, chosen, spreads), _fit(confirm, confirm.y, chosen)
     points = _fit(confirm, confirm.design.without_blocks(100.0 * (confirm.raw > 0)), chosen)
-    p, hits = adjust(screening.p_values(logits, bars), "holm"), asking.matrix(confirm.design, chosen).sum(0)
-    n = confirm.design.shape[0]
-    found = [
-        Effect(
-            str(probe),
-            tuple(map(_as_data, probe.parts)),
-            about(probe, table),
-            _interval(logits, i, n),
-            _interval(points, i, n),
-            float(bars[i]),
-            float(p[i]),
-            int(hits[i]),
-        )
-        for i, probe in enumerate(chosen)
-        if p[i] < ALPHA
-    ]
+    p, hits = _p_values(confirm, chosen, logits, bars), asking.matrix(confirm.design, chosen).sum(0)
+    n, found = confirm.design.shape[0], []
+    for i in (i for i in range(len(chosen)) if p[i] < ALPHA):
+        rest = asking.complement(decision, confirm.design, chosen[i]) if logits.effects[i] > 0 else None
+        probe, sign = (chosen[i], 1) if rest is None else (rest, -1)  # whom it is held against, where one can say it
+        both = _interval(logits, i, n, sign), _interval(points, i, n, sign)
+        asked = int(hits[i]) if rest is None else len(confirm.raw) - int(hits[i])
+        parts = tuple(map(_as_data, probe.parts))
+        found.append(Effect(str(probe), parts, about(probe, table), *both, float(bars[i]), float(p[i]), asked))
     return sorted(found, key=lambda effect: -abs(effect.logits.value))
 
 
@@ -244,7 +268,7 @@ def _again(
     if not chosen:
         return set()
     found = _fit(confirm, confirm.y, chosen, second)
-    p = adjust(screening.p_values(found, bars_of(decision, chosen, spreads)), "holm")
+    p = _p_values(confirm, chosen, found, bars_of(decision, chosen, spreads), second)
     return {s for probe, one in zip(chosen, p, strict=True) if one < ALPHA for s in about(probe, table)}
 
 
@@ -321,8 +345,8 @@ def _as_data(part: Part) -> dict[str, object]:
     return {"subject": part.subject, "field": part.field, kind: said}
 
 
-def _interval(found: Fit, i: int, n: int) -> Interval:
-    value, wide = float(found.effects[i]), float(stats.t.isf(0.025, found.freedom[i]) * found.errors[i])
+def _interval(found: Fit, i: int, n: int, sign: int) -> Interval:
+    value, wide = sign * float(found.effects[i]), float(stats.t.isf(0.025, found.freedom[i]) * found.errors[i])
     return Interval(value, value - wide, value + wide, n)
 
 

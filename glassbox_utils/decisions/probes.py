@@ -23,9 +23,9 @@ from glassbox_utils.decisions.cases import Case
 from glassbox_utils.decisions.decision import Decision
 from glassbox_utils.decisions.fields import Category, Number, Text, Value
 
-FINE, COARSE, QUARTERS = 28, 8, 4
+FINE, COARSE, QUARTERS = 56, 8, 4
 """bins in which windows of a number are looked for: by itself, together with another field, and of a merit field"""
-LEAST_SHARE = 0.03
+LEAST_SHARE, LEAST_PAIR = 0.03, 0.012
 """of the prompts that a window or a pair must hold, and leave out"""
 SUSPECTED = 1 / 3
 """of the prompts of the second half ask about the values that the first one suspects, where it does"""
@@ -150,7 +150,7 @@ def drawn(decision: Decision, name: str, n: int, rng: np.random.Generator) -> li
         even = np.floor((np.arange(n) + rng.random()) * (steps + 1) / n).astype(int)
         over = [low + int(k) * rule.step for k in even]
         seen = [decision.cases[i].values[name] for i in rng.integers(len(decision.cases), size=n)]
-        pool: list[Value] = [_plain(over[i]) if i % 2 else seen[i] for i in range(n)]
+        pool: list[Value] = [plain(over[i]) if i % 2 else seen[i] for i in range(n)]
     else:
         values = listed(decision, name)
         order = np.concatenate([rng.permutation(len(values)) for _ in range(-(-n // len(values)))])[:n]
@@ -158,7 +158,7 @@ def drawn(decision: Decision, name: str, n: int, rng: np.random.Generator) -> li
     return [pool[i] for i in rng.permutation(n)]
 
 
-def _plain(x: float) -> Value:
+def plain(x: float) -> Value:
     x = round(x, 10)
     return int(x) if float(x).is_integer() else x
 
@@ -212,7 +212,7 @@ def windows(name: str, values: Sequence[Value], bins: int) -> list[Part]:
         for high in ends[i:]:
             share = float(((x >= low) & (x <= high)).mean())
             if LEAST_SHARE <= share <= 1 - LEAST_SHARE:
-                found.append(Part(name, name, (_plain(low), _plain(high)), window=True))
+                found.append(Part(name, name, (plain(low), plain(high)), window=True))
     return found
 
 
@@ -282,7 +282,7 @@ def questions(decision: Decision, of: Design) -> Questions:
             if both_protected and (fields.index(a.field), a.subject) > (fields.index(b.field), b.subject):
                 continue  # the same pair the other way round
             hit = table[a] & table[b]
-            if LEAST_SHARE <= hit.mean() <= 1 - LEAST_SHARE:
+            if LEAST_PAIR <= hit.mean() <= 1 - LEAST_PAIR:
                 probes.append(Probe((a, b), "pair"))
                 columns.append(hit)
     sizes = {family: sum(p.family == family for p in probes) for family in dict.fromkeys(p.family for p in probes)}
@@ -304,6 +304,27 @@ def matrix(of: Design, probes: Sequence[Probe]) -> Float[NDArray, "asked probe"]
     """1 where all parts of a probe hold."""
     hits = [np.logical_and.reduce([column(of, part) for part in probe.parts]) for probe in probes]
     return np.stack(hits, 1).astype(float) if hits else np.zeros((len(of.asked), 0))
+
+
+def complement(decision: Decision, of: Design, probe: Probe) -> Probe | None:
+    """Everybody else, where one part says who that is: the other of two groups, or the other end of a number."""
+    if len(probe.parts) > 1:
+        return None
+    (part,) = probe.parts
+    values, _ = of.codes[part.field]
+    rest = [v for v in values if not part.hold(v)]
+    if part.window:
+        low, high = part.values
+        above = [v for v in rest if v > high]  # type: ignore[operator]
+        if not rest or 0 < len(above) < len(rest):
+            return None
+        other = replace(part, values=(min(rest), max(rest)))  # type: ignore[type-var]
+        return replace(probe, parts=(other,))
+    groups = (
+        groups_of(decision, part.field, values) if part.group else [Part(part.field, part.field, (v,)) for v in values]
+    )
+    two = [one for one in groups if one.subject == part.subject and one != part]
+    return Probe((two[0],), probe.family) if len(two) == 1 else None
 
 
 def _less_one(parts: list[Part]) -> list[Part]:

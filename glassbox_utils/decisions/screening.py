@@ -186,8 +186,11 @@ def visible(
 
 
 def spread(effects: NDArray, errors: NDArray) -> float:
-    """How much the values of a field differ, without what sampling adds: a robust standard deviation."""
-    if len(effects) < 4:
+    """How much the values of a field differ, without what sampling adds, at most: a robust standard deviation, times
+    what makes it an upper 95 % bound for so few."""
+    fine = np.isfinite(effects)
+    if fine.sum() < 4:
         return 0.0
-    seen = stats.median_abs_deviation(effects, scale="normal")
-    return float(np.sqrt(max(seen**2 - np.median(errors**2), 0.0)))
+    seen = stats.median_abs_deviation(effects[fine], scale="normal")
+    freedom = int(fine.sum()) - 1
+    return float(np.sqrt(max(seen**2 - np.median(errors[fine] ** 2), 0) * freedom / stats.chi2.ppf(0.05, freedom)))
