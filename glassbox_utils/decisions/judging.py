@@ -74,7 +74,8 @@ class Screen:
         """The questions worth confirming, with the base cases counted so often."""
         _, wordings, versions = self.half.design.shape
         blocks, each = int((weights > 0).sum()) * wordings, np.repeat(weights, wordings * versions)
-        chosen = screening.choose(self.half.y, self.x, self.price, self.kinds, each, blocks)
+        simple = np.array([len(probe.parts) == 1 for probe in self.asked.probes])
+        chosen = screening.choose(self.half.y, self.x, self.price, self.kinds, simple, each, blocks)
         return [self.asked.probes[i] for i in chosen]
 
 
@@ -199,7 +200,9 @@ def bars_of(
             rule = decision.fields[part.field]
             assert isinstance(rule, Number)
             width = round((float(part.values[1]) - float(part.values[0])) / rule.step) + 1
-            found[i] = max(BAR, spread * float(stats.norm.isf(ALPHA / many**2)) / np.sqrt(width))
+            outside = round((rule.range[1] - rule.range[0]) / rule.step) + 1 - width
+            few = max(min(width, outside), 1)
+            found[i] = max(BAR, spread * float(stats.norm.isf(ALPHA / many**2)) / np.sqrt(few))
         elif one_of_many(decision, part):
             found[i] = max(BAR, spread * float(stats.norm.isf(ALPHA / 2 / many)))
     return found

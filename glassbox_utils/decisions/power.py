@@ -1,6 +1,6 @@
 """How often does the audit find what is there? Cheap officers with a known bias, or none, and the share that is right.
 
-A cheap officer is the merit rule of a decision in logits, with weights that may be odd, plus noise: each wording of each
+A cheap officer is the merit rule of a decision in logits, with weights that may be odd, plus noise: each wording of a
 case moves its score, each word has a small effect of its own, and a further one in each wording. A *planting* takes a
 number of points of the rule away from whom it says, twice from whom it says twice (SHARPNESS logits a point). Nothing
 of it is known to the audit.

@@ -314,7 +314,7 @@ def complement(decision: Decision, of: Design, probe: Probe) -> Probe | None:
     values, _ = of.codes[part.field]
     rest = [v for v in values if not part.hold(v)]
     if part.window:
-        low, high = part.values
+        high = part.values[1]
         above = [v for v in rest if v > high]  # type: ignore[operator]
         if not rest or 0 < len(above) < len(rest):
             return None

@@ -2,10 +2,10 @@
 
 **Screen.** Stepwise regression of the scores on one column for each question, within blocks of one case in one
 template: the question that explains most is taken, what it explains is taken out of the scores *and* of all other
-questions, and so on. So a question that only overlaps with a stronger one is dropped, and a second bias is not hidden
-by a first. A question pays for the number of its kind: chi-square minus 2 log k (the risk inflation criterion; Foster &
-George 1994, doi:10.1214/aos/1176325766), so that a pair must beat the groups it is made of by what looking at all pairs
-is worth.
+questions, and so on; after each step, an earlier one may be exchanged for a better one, or dropped. So a question that
+only overlaps with a stronger one is dropped, and a second bias is not hidden by a first. A question pays for the number
+of its kind: chi-square minus 2 log k (the risk inflation criterion; Foster & George 1994, doi:10.1214/aos/1176325766),
+so that a pair must beat the groups it is made of by what looking at all pairs is worth.
 
 **Confirm.** Chosen questions are asked together in one regression on the other half. An effect's variance has one part
 for each thing that was drawn (Cameron, Gelbach & Miller 2011, doi:10.1198/jbes.2010.07136): base cases; wordings, so
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -36,39 +36,74 @@ def choose(
     x: Float[NDArray, "asked probe"],
     price: Float[NDArray, " probe"],
     kinds: Int[NDArray, " probe"],
+    simple: Bool[NDArray, " probe"],
     weights: Float[NDArray, " asked"],
     blocks: int,
 ) -> list[int]:
-    """Indices of the questions worth confirming, strongest first; ``x`` and ``y`` without their blocks' means.
+    """Indices of the questions worth confirming; ``x`` and ``y`` without their blocks' means.
 
-    ``kinds``: probes of the same fields share a number, and at most EACH of them are taken.
+    ``kinds``: probes of the same fields share a number, and at most EACH of them are taken. Two biases can look like
+    one pair, so the search is made twice, once with ``simple`` questions first, and the better outcome is taken.
     """
-    rest, chosen = y.copy(), []
-    norms = weights @ (x * x)
-    least, alive = DISTINCT * norms + 1e-9, np.ones(len(price), dtype=bool)
-    n = float((weights > 0).sum()) - blocks
-    basis: list[NDArray] = []
-    while len(chosen) < AT_MOST:
-        spread = float(weights @ (rest * rest)) / max(n - len(chosen), 1)
-        if spread < 1e-18:
-            break
-        gain = (x.T @ (weights * rest).astype(x.dtype)) ** 2 / np.maximum(norms, least)
-        value = np.where(alive & (norms > least), gain / spread - price, -np.inf)
-        best = int(np.argmax(value))
-        if not value[best] > STOP:
-            break
-        chosen.append(best)
-        alive[best] = False
-        if (kinds[chosen] == kinds[best]).sum() >= EACH:
-            alive[kinds == kinds[best]] = False
-        new = x[:, best].astype(float)
-        for old in basis:
-            new = new - old * float(weights @ (old * new))
-        new = new / np.sqrt(float(weights @ (new * new)))
-        basis.append(new)
-        rest = rest - new * float(weights @ (new * rest))
-        norms = norms - (x.T @ (weights * new).astype(x.dtype)) ** 2
-    return chosen
+    norms, pull = weights @ (x * x), x.T @ (weights * y).astype(x.dtype)
+    total, freedom = float(weights @ (y * y)), float((weights > 0).sum()) - blocks
+    both: dict[int, NDArray] = {}
+    """of those that were ever chosen: their products with all"""
+
+    def gains(given: list[int], taken: list[int]) -> tuple[NDArray, float]:
+        """How much each explains beside those given, and what these leave of the scores. ``taken``: are not free."""
+        free = np.ones(len(price), dtype=bool)
+        free[taken] = False
+        for kind in {int(k) for k in kinds[taken] if (kinds[taken] == k).sum() >= EACH}:
+            free[kinds == kind] = False
+        mine, left, size = pull.astype(float), total, norms.astype(float)
+        if given:
+            products = np.stack([both[i] for i in given], 1).astype(float)
+            solved = np.linalg.pinv(products[given], hermitian=True)
+            mine = mine - products @ (solved @ pull[given])
+            size = size - np.einsum("ij,jk,ik->i", products, solved, products)
+            left = total - float(pull[given] @ solved @ pull[given])
+        enough = free & (size > DISTINCT * norms + 1e-9)
+        return np.where(enough, mine**2 / np.where(enough, size, 1), -np.inf), left
+
+    def product(i: int) -> None:
+        if i not in both:
+            both[i] = x.T @ (weights * x[:, i]).astype(x.dtype)
+
+    def path(*stages: NDArray) -> list[int]:
+        """What is chosen if each stage may add certain questions only."""
+        chosen: list[int] = []
+        for may in stages:
+            for _ in range(2 * AT_MOST):
+                gain, left = gains(chosen, chosen)
+                spread = max(left / max(freedom - len(chosen), 1), 1e-9 * total + 1e-18)
+                worth = np.where(may, gain / spread - price, -np.inf)
+                best = int(np.argmax(worth))
+                if len(chosen) == AT_MOST or not worth[best] > STOP:
+                    break
+                chosen.append(best)
+                product(best)
+                for i in chosen[:-1]:  # what was chosen before may be said better by another now, or be needless
+                    others = [k for k in chosen if k != i]
+                    worth = gains(others, others)[0] / spread - price
+                    better = int(np.argmax(np.where(may, worth, -np.inf)))
+                    if worth[better] <= max(worth[i], STOP):
+                        better = i
+                    product(better)
+                    chosen = [better if k == i else k for k in chosen] if worth[better] > STOP else others
+        return chosen
+
+    anything = np.ones(len(price), dtype=bool)
+    paths = path(anything), path(simple, anything)
+    left = [gains(chosen, chosen)[1] for chosen in paths]
+    noise = min(left) / max(freedom - AT_MOST, 1)
+    costs = [_criterion(one, noise, price[chosen]) for one, chosen in zip(left, paths, strict=True)]
+    return paths[int(np.argmin(costs))]
+
+
+def _criterion(left: float, noise: float, prices: NDArray) -> float:
+    """How badly a choice explains the scores, with what its questions cost."""
+    return left / max(noise, 1e-18) + float(prices.sum()) + STOP * len(prices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +222,10 @@ def visible(
 
 def spread(effects: NDArray, errors: NDArray) -> float:
     """How much the values of a field differ, without what sampling adds, at most: a robust standard deviation, times
-    what makes it an upper 95 % bound for so few."""
+    what makes it an upper 80 % bound for so few."""
     fine = np.isfinite(effects)
     if fine.sum() < 4:
         return 0.0
     seen = stats.median_abs_deviation(effects[fine], scale="normal")
     freedom = int(fine.sum()) - 1
-    return float(np.sqrt(max(seen**2 - np.median(errors[fine] ** 2), 0) * freedom / stats.chi2.ppf(0.05, freedom)))
+    return float(np.sqrt(max(seen**2 - np.median(errors[fine] ** 2), 0) * freedom / stats.chi2.ppf(0.2, freedom)))
