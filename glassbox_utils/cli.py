@@ -140,6 +140,21 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
     return int(worst > 0.01)
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import atomic_path, check_output
+    from glassbox_utils.core.models import EMBEDDED, load_model
+    from glassbox_utils.decisions import search
+    from glassbox_utils.decisions.reading import load_decision
+
+    decision, out = load_decision(args.decision), check_output(args.out, "--out") if args.out else None
+    found = search.audit(load_model(args.model or EMBEDDED, args.adapter), decision, args.n, args.seed)
+    print(found.as_text())
+    if out is not None:
+        with atomic_path(out) as path:
+            path.write_text(found.as_json(), encoding="utf-8")
+    return 0
+
+
 def _explain(args: argparse.Namespace) -> int:
     import warnings
 
@@ -313,6 +328,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("name", type=_text, nargs="+", help="a folder in data/saes")
     p.set_defaults(function=_evaluate_sae)
 
+    p = commands.add_parser("audit", help="what does a model hold against whom? Searches any decision, by its answers")
+    p.add_argument("--decision", type=_text, required=True, help="a folder with decision.yaml, or a name of data/")
+    p.add_argument("--model", type=_text, help="a model's name or folder instead of the embedded one")
+    p.add_argument("--adapter", type=_text, help="a LoRA's folder, as peft writes it")
+    p.add_argument("--n", type=_steps, default=80, help="base cases, of 48 prompts each")
+    p.add_argument("--seed", type=_seed, default=0, help="draws the cases, the wordings and what is asked")
+    p.add_argument("--out", type=_text, help="a JSON file to write")
+    p.set_defaults(function=_audit)
+
     p = commands.add_parser("explain", help="why was this application rejected? A page for a regulator, to print")
     p.add_argument("--applicant", type=_text, required=True, help="a JSON file such as data/examples/applicant.json")
     p.add_argument(
@@ -389,7 +413,7 @@ def _minutes(value: str) -> float:
 def _steps(value: str) -> int:
     steps = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
     if steps < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of steps; allowed: a whole number from 1 to 999999")
+        raise argparse.ArgumentTypeError(f"{value!r} is no such number; allowed: a whole number from 1 to 999999")
     return steps
 
 

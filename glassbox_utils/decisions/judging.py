@@ -86,7 +86,7 @@ def screened(decision: Decision, half: Half) -> Screen:
     index: dict[tuple[str, ...], int] = {}
     kinds = [index.setdefault(tuple(part.subject for part in probe.parts), len(index)) for probe in asked.probes]
     screen = Screen(half, asked, x, prices(asked, asked.probes), np.array(kinds))
-    return replace(screen, picked=tuple(refined(half, screen.choose(np.ones(half.design.shape[0])), asked)))
+    return replace(screen, picked=tuple(refined(decision, half, screen.choose(np.ones(half.design.shape[0])), asked)))
 
 
 def prices(asked: Questions, probes: Sequence[Probe]) -> Float[NDArray, " probe"]:
@@ -94,7 +94,7 @@ def prices(asked: Questions, probes: Sequence[Probe]) -> Float[NDArray, " probe"
     return np.array([2 * np.log(max(asked.sizes[probe.family], 2)) for probe in probes])
 
 
-def refined(half: Half, chosen: Sequence[Probe], asked: Questions) -> list[Probe]:
+def refined(decision: Decision, half: Half, chosen: Sequence[Probe], asked: Questions) -> list[Probe]:
     """Ends of windows are looked for again, beside all that was chosen and on the same half; then what is no longer
     worth confirming beside the others is left out, weakest first."""
     kept = list(chosen)
@@ -118,7 +118,29 @@ def refined(half: Half, chosen: Sequence[Probe], asked: Questions) -> list[Probe
         if worth.min() > screening.STOP:
             break
         kept.pop(int(worth.argmin()))
-    return kept
+    return plainer(decision, half, kept)
+
+
+def plainer(decision: Decision, half: Half, chosen: list[Probe]) -> list[Probe]:
+    """Of two ways to say the same, that with smaller effects: "women who ask for a wedding", not "weddings, but not of
+    men"."""
+
+    def size(probes: Sequence[Probe]) -> tuple[float, float]:
+        x = half.columns(probes)
+        joint = _fit(half, half.y, probes)
+        return float(((half.y - x @ joint.effects) ** 2).sum()), float(np.abs(joint.effects).sum())
+
+    for i, j in ((i, j) for i, probe in enumerate(chosen) for j in range(len(probe.parts)) if len(probe.parts) > 1):
+        parts = chosen[i].parts
+        other = asking.opposite(decision, half.design, parts[j])
+        if other is None:
+            continue
+        turned = [*chosen]
+        turned[i] = replace(chosen[i], parts=(*parts[:j], other, *parts[j + 1 :]))
+        (rest, effects), (others_rest, others_effects) = size(chosen), size(turned)
+        if others_rest < rest * 1.001 and others_effects < effects:
+            chosen = turned
+    return list(dict.fromkeys(chosen))
 
 
 def suspects(decision: Decision, screen: Screen) -> dict[str, list[Value]]:

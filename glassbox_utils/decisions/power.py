@@ -182,7 +182,7 @@ def half(decision: Decision, name: str) -> Part:
     rule = decision.fields[name]
     if not isinstance(rule, Number):
         return single(decision, name)[0]
-    middle: Value = sorted(case.values[name] for case in decision.cases)[len(decision.cases) // 2]  # type: ignore[type-var]
+    middle: Value = sorted(case.values[name] for case in decision.cases)[len(decision.cases) // 2]
     return Part(name, name, (middle, asking.plain(rule.range[1])), window=True)
 
 
@@ -257,7 +257,7 @@ def seen(decision: Decision, name: str, window: Sequence[Value]) -> Sequence[Val
     if decision.fields[name].role != "merit":
         return window
     values = [case.values[name] for case in decision.cases]
-    return max(window[0], min(values)), min(window[1], max(values))  # type: ignore[type-var]
+    return max(window[0], min(values)), min(window[1], max(values))
 
 
 def overlap(a: Sequence[Value], b: Sequence[Value]) -> float:
@@ -275,8 +275,8 @@ def trial(
     audit = search.search(scorer, decision, seed=seed, resamples=0)
     found, right, alarm = graded(decision, planting, audit)
     table = asking.subjects(decision)
-    least = [audit[s].smallest for probe in planting.against for s in judging.about(probe, table)]
-    least = [x for x in least if x is not None]
+    limits = [audit[s].smallest for probe in planting.against for s in judging.about(probe, table)]
+    least = [x for x in limits if x is not None]
     return Row(
         decision.name, str(planting), planting.kind, size, seed, ", ".join(f"{k} x {v:g}" for k, v in factors.items()),
         found, right, alarm, tuple(map(str, audit.found)), max(least, default=None), audit.seconds,

@@ -23,7 +23,7 @@ from glassbox_utils.decisions.cases import Case
 from glassbox_utils.decisions.decision import Decision
 from glassbox_utils.decisions.fields import Category, Number, Text, Value
 
-FINE, COARSE, QUARTERS = 56, 8, 4
+FINE, COARSE, QUARTERS = 100, 8, 4
 """bins in which windows of a number are looked for: by itself, together with another field, and of a merit field"""
 LEAST_SHARE, LEAST_PAIR = 0.03, 0.012
 """of the prompts that a window or a pair must hold, and leave out"""
@@ -195,7 +195,7 @@ def design(
 def subjects(decision: Decision) -> dict[str, tuple[str, str]]:
     """Everything that gets a verdict -> (the field that says it, its role): fields that may not count or of which
     nothing is said, and attributes that they carry."""
-    found = {name: (name, decision.fields[name].role) for name in free(decision)}
+    found: dict[str, tuple[str, str]] = {name: (name, decision.fields[name].role) for name in free(decision)}
     for carrier in decision.carriers:
         for attribute in dict.fromkeys(a for one in carrier.lists for a in one.groups):
             found.setdefault(attribute, (carrier.field, "protected"))
@@ -307,24 +307,24 @@ def matrix(of: Design, probes: Sequence[Probe]) -> Float[NDArray, "asked probe"]
 
 
 def complement(decision: Decision, of: Design, probe: Probe) -> Probe | None:
-    """Everybody else, where one part says who that is: the other of two groups, or the other end of a number."""
-    if len(probe.parts) > 1:
-        return None
-    (part,) = probe.parts
-    values, _ = of.codes[part.field]
-    rest = [v for v in values if not part.hold(v)]
+    """Everybody else, where one part says who that is. A condition on a field that does not change within a block
+    stays: only then a pair has such an opposite."""
+    moving = [part for part in probe.parts if part.field in of.varied]
+    rest = opposite(decision, of, moving[0]) if len(moving) == 1 else None
+    return rest and replace(probe, parts=tuple(rest if part == moving[0] else part for part in probe.parts))
+
+
+def opposite(decision: Decision, of: Design, part: Part) -> Part | None:
+    """The other of two groups or values, or the other end of a number."""
+    values, codes = of.codes[part.field]
     if part.window:
-        high = part.values[1]
-        above = [v for v in rest if v > high]  # type: ignore[operator]
-        if not rest or 0 < len(above) < len(rest):
-            return None
-        other = replace(part, values=(min(rest), max(rest)))  # type: ignore[type-var]
-        return replace(probe, parts=(other,))
-    groups = (
-        groups_of(decision, part.field, values) if part.group else [Part(part.field, part.field, (v,)) for v in values]
-    )
-    two = [one for one in groups if one.subject == part.subject and one != part]
-    return Probe((two[0],), probe.family) if len(two) == 1 else None
+        rest = [v for v in values if not part.hold(v)]
+        above = [v for v in rest if v > part.values[1]]  # type: ignore[operator]
+        one_end = len(above) in (0, len(rest))
+        return replace(part, values=(min(rest), max(rest))) if rest and one_end else None
+    groups = groups_of(decision, part.field, values) if part.group else singles(part.field, values, codes)
+    others = [one for one in groups if one.subject == part.subject and not any(map(part.hold, one.values))]
+    return others[0] if len(others) == 1 else None
 
 
 def _less_one(parts: list[Part]) -> list[Part]:

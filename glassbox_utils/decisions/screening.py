@@ -91,6 +91,20 @@ def choose(
                         better = i
                     product(better)
                     chosen = [better if k == i else k for k in chosen] if worth[better] > STOP else others
+            chosen = merged(chosen, spread)
+        return chosen
+
+    def merged(chosen: list[int], spread: float) -> list[int]:
+        """Two questions are one if another explains about as much as both, at its price."""
+        for i, k in ((i, k) for i in chosen for k in chosen if i < k):
+            if i in chosen and k in chosen:
+                others = [one for one in chosen if one not in (i, k)]
+                gain, left = gains(others, others)
+                two = (left - gains(chosen, chosen)[1]) / spread - price[i] - price[k] - STOP
+                best = int(np.argmax(gain / spread - price))
+                if gain[best] / spread - price[best] > two:
+                    chosen = [*others, best]
+                    product(best)
         return chosen
 
     anything = np.ones(len(price), dtype=bool)
