@@ -11,8 +11,8 @@ Hopkins & Yamamoto 2014, doi:10.1093/pan/mpt024; its interactions: Egami & Imai 
 one pair of prompts for each name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -83,8 +83,6 @@ class Design:
     """of each case in each template"""
     asked: tuple[Case, ...]
     """[case, template, version], flat"""
-    columns: dict[Part, Bool[NDArray, " asked"]] = field(default_factory=dict)
-    """of parts that were asked for already"""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -159,8 +157,9 @@ def drawn(decision: Decision, name: str, n: int, rng: np.random.Generator) -> li
 
 
 def plain(x: float) -> Value:
-    x = round(x, 10)
-    return int(x) if float(x).is_integer() else x
+    """A number as a case holds it."""
+    x = round(float(x), 10)
+    return int(x) if x.is_integer() else x
 
 
 def design(
@@ -206,13 +205,13 @@ def windows(name: str, values: Sequence[Value], bins: int) -> list[Part]:
     """Every window over so many bins of a number that hold about equally many of the values."""
     x = np.sort(np.array(values, dtype=float))
     edges = np.unique(x[np.linspace(0, len(x) - 1, bins + 1).round().astype(int)[:-1]])
-    ends = [*(x[np.searchsorted(x, edges[1:]) - 1]), x[-1]]
+    begins = np.searchsorted(x, edges)
+    ends = [*begins[1:], len(x)]
     found = []
-    for i, low in enumerate(edges):
-        for high in ends[i:]:
-            share = float(((x >= low) & (x <= high)).mean())
-            if LEAST_SHARE <= share <= 1 - LEAST_SHARE:
-                found.append(Part(name, name, (plain(low), plain(high)), window=True))
+    for low, begin in zip(edges, begins, strict=True):
+        for end in (end for end in ends if end > begin):
+            if LEAST_SHARE <= (end - begin) / len(x) <= 1 - LEAST_SHARE:
+                found.append(Part(name, name, (plain(low), plain(x[end - 1])), window=True))
     return found
 
 
@@ -276,7 +275,7 @@ def questions(decision: Decision, of: Design) -> Questions:
     columns = [table[p.parts[0]] if p.parts[0] in table else column(of, p.parts[0]) for p in probes]
     for a in first:
         for b in second:
-            both_protected = b.subject != a.subject and b in first
+            both_protected = decision.fields[b.field].role == "protected"
             if b.field == a.field and (a.window or a.subject == b.subject):
                 continue
             if both_protected and (fields.index(a.field), a.subject) > (fields.index(b.field), b.subject):
@@ -292,12 +291,13 @@ def questions(decision: Decision, of: Design) -> Questions:
 
 def column(of: Design, part: Part) -> Bool[NDArray, " asked"]:
     """For which prompts a part holds."""
-    if part in of.columns:
-        return of.columns[part]
     values, codes = of.codes[part.field]
-    inside: Callable[[Value], bool] = part.hold if part.window else frozenset(part.values).__contains__
-    of.columns[part] = np.array([inside(v) for v in values])[codes]
-    return of.columns[part]
+    if part.window:
+        x = np.array(values, dtype=float)
+        low, high = (float(end) for end in part.values)
+        return ((x >= low) & (x <= high))[codes]
+    inside = frozenset(part.values)
+    return np.array([value in inside for value in values])[codes]
 
 
 def matrix(of: Design, probes: Sequence[Probe]) -> Float[NDArray, "asked probe"]:
@@ -311,7 +311,9 @@ def complement(decision: Decision, of: Design, probe: Probe) -> Probe | None:
     stays: only then a pair has such an opposite."""
     moving = [part for part in probe.parts if part.field in of.varied]
     rest = opposite(decision, of, moving[0]) if len(moving) == 1 else None
-    return rest and replace(probe, parts=tuple(rest if part == moving[0] else part for part in probe.parts))
+    if rest is None:
+        return None
+    return replace(probe, parts=tuple(rest if part == moving[0] else part for part in probe.parts))
 
 
 def opposite(decision: Decision, of: Design, part: Part) -> Part | None:

@@ -61,7 +61,7 @@ def choose(
             products = np.stack([both[i] for i in given], 1).astype(float)
             solved = np.linalg.pinv(products[given], hermitian=True)
             mine = mine - products @ (solved @ pull[given])
-            size = size - np.einsum("ij,jk,ik->i", products, solved, products)
+            size = size - ((products @ solved) * products).sum(1)
             left = total - float(pull[given] @ solved @ pull[given])
         enough = free & (size > DISTINCT * norms + 1e-9)
         return np.where(enough, mine**2 / np.where(enough, size, 1), -np.inf), left

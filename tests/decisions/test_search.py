@@ -1,4 +1,4 @@
-"""The audit that searches: planted biases are named, honest officers acquitted, and what was not asked is not tested."""
+"""The audit that searches: planted biases are named, honest officers acquitted, what was not asked is not tested."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from glassbox_utils import cli
 from glassbox_utils.core import models
 from glassbox_utils.core.models import wrap_model
 from glassbox_utils.decisions import judging, power, probes, scoring, screening, search
-from glassbox_utils.decisions.fields import DecisionError
+from glassbox_utils.decisions.fields import DecisionError, Text
 from glassbox_utils.decisions.power import Planting
 from glassbox_utils.decisions.probes import Part, Probe
 from glassbox_utils.decisions.reading import load_decision
@@ -59,7 +59,7 @@ def crates(folder, words=WORDS):
     )
     folder.mkdir(exist_ok=True)
     (folder / "decision.yaml").write_text(YAML.format(**words, lists=lists))
-    everybody = sum(NAMES.values(), [])
+    everybody = [name for names in NAMES.values() for name in names]
     rows = [
         f"{rng.choice(everybody)},{rng.integers(10, 50)},{rng.choice(['oak', 'elm', 'fir'])},{rng.integers(10)},"
         f"{rng.choice(['whole', 'cracked'])}"
@@ -165,9 +165,9 @@ def test_a_merit_field_is_not_accused_and_its_weight_is_no_yardstick(crate):
 def test_what_would_have_been_found_is_found(crate):
     least = audited(crate, Planting("honest"))["side"].smallest
     hits = [
-        audited(crate, planting([side("left")]), least / power.SHARPNESS, seed)["side"].outcome for seed in range(1, 9)
+        audited(crate, planting([side("left")]), least / power.SHARPNESS, seed)["side"].outcome for seed in range(1, 6)
     ]
-    assert hits.count("found") >= 6  # of 8, at 90 % power
+    assert hits.count("found") >= 4  # of 5, at 90 % power
 
 
 def test_an_effect_in_one_wording_only_does_not_count(crate):
@@ -211,7 +211,7 @@ def test_no_case_chooses_and_confirms_and_calls_are_counted(crate):
 
 def test_same_seed_same_audit_and_confidence_is_of_the_whole_search(crate):
     def run(seed):
-        audit = search.search(power.officer(crate, planting([side("left")]), 1, 3), crate, 48, seed, resamples=8)
+        audit = search.search(power.officer(crate, planting([side("left")]), 1, 3), crate, 48, seed, resamples=3)
         return replace(audit, seconds=0.0)
 
     first = run(0)
@@ -284,7 +284,8 @@ def test_without_a_counterpart_nothing_is_said(crate):
     audit = audited(replace(crate, carriers=(only,), cases=cases), Planting("honest"), n=24)
     assert audit["side"].outcome == "not tested" and "there is no counterpart" in audit["side"].reason
     assert audit["home"].outcome == "not found"
-    alone = audited(replace(crate, carriers=(), groups={}, cases=cases), Planting("honest"), n=24)
+    fields = {**crate.fields, "owner": Text(role="protected", known=("Bo",))}
+    alone = audited(replace(crate, carriers=(), groups={}, cases=cases, fields=fields), Planting("honest"), n=24)
     assert alone["owner"].outcome == "not tested" and "one value only" in alone["owner"].reason
 
 
