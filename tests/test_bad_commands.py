@@ -121,6 +121,10 @@ COMMANDS = [
     *(f"train-officer {rest}" for rest in (
         "", "''", "nosuch", "empty", "there.txt", "hiring --steps 0", "hiring --steps x", "hiring --out there.txt",
         f"hiring --seed {HUGE}", "d" * 5000)),
+    *(f"audit {rest}" for rest in (
+        "", "--decision nosuch", "--decision empty", "--decision there.txt", "--decision hiring --n 0",
+        "--decision hiring --out there.txt/x", "--decision hiring --adapter nosuch", "--decision hiring --model nosuch",
+        f"--decision hiring --seed {HUGE}")),
     *(f"prepare {rest}" for rest in ("", "''", "nosuch", "empty", "there.txt", "adapter")),
     *(f"prepare model {rest}" for rest in (
         "--budget 0", "--budget -5", "--budget nan", "--budget soon", "--out there.txt", "--text nosuch",

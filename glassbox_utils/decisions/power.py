@@ -267,12 +267,18 @@ def overlap(a: Sequence[Value], b: Sequence[Value]) -> float:
 
 
 def trial(
-    decision: Decision, planting: Planting, size: float, seed: int, odd: bool = False, noise: Noise | None = None
+    decision: Decision,
+    planting: Planting,
+    size: float,
+    seed: int,
+    odd: bool = False,
+    noise: Noise | None = None,
+    n: int = search.N,
 ) -> Row:
     """One officer, audited without resamples."""
     factors = oddities(decision, np.random.default_rng([seed, 1])) if odd else {}
     scorer = officer(decision, planting, size, seed, noise, factors)
-    audit = search.search(scorer, decision, seed=seed, resamples=0)
+    audit = search.search(scorer, decision, n, seed, resamples=0)
     found, right, alarm = graded(decision, planting, audit)
     table = asking.subjects(decision)
     limits = [audit[s].smallest for probe in planting.against for s in judging.about(probe, table)]
