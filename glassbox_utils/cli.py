@@ -141,16 +141,16 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from glassbox_utils.core.files import atomic_path, check_output
-    from glassbox_utils.core.models import EMBEDDED, load_model
-    from glassbox_utils.decisions import search
-    from glassbox_utils.decisions.reading import load_decision
+    from glassbox_utils.core import files, models, schema
+    from glassbox_utils.decisions import reading, search
 
-    decision, out = load_decision(args.decision), check_output(args.out, "--out") if args.out else None
-    found = search.audit(load_model(args.model or EMBEDDED, args.adapter), decision, args.n, args.seed)
+    decision, out = reading.load_decision(args.decision), files.check_output(args.out, "--out") if args.out else None
+    if args.adapter:  # before a model is loaded
+        schema.read_mapping(Path(args.adapter) / "adapter_config.json", search.DecisionError, "what peft writes")
+    found = search.audit(models.load_model(args.model or models.EMBEDDED, args.adapter), decision, args.n, args.seed)
     print(found.as_text())
     if out is not None:
-        with atomic_path(out) as path:
+        with files.atomic_path(out) as path:
             path.write_text(found.as_json(), encoding="utf-8")
     return 0
 
