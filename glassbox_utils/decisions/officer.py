@@ -224,7 +224,7 @@ def train_officer(
 ) -> dict[str, Any]:
     """Train an officer on a decision's cases, write its adapter and its card, and give the card.
 
-    About half an hour on one busy core for the embedded model (240 steps, 1,200 held-out prompts). A killed run goes on
+    Some half an hour on one core for the embedded model, reckoned from six steps, not measured. A killed run goes on
     where it was. Raises DecisionError before anything is computed if there are too few cases or the model can't tell
     the answers apart.
     """

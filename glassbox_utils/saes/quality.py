@@ -242,7 +242,7 @@ def _reports(
     tokens = held_out(model, config, prepared.sized(HELD_ROWS, 16))
     sample = x[ordinary(x, scaling.median_norm)].float()
     measure: dict[str, Any] = {"median_norm": scaling.median_norm, "mean": scaling.mean}
-    reports = {"sae": evaluate_sae(model, sae, tokens, site, **measure)}
+    reports = {"sae": evaluate_sae(model, sae, tokens, site, ce_rows=prepared.sized(16, 4), **measure)}
     for name, other in baselines(sample, round(reports["sae"].l0), config.d_sae).items():
         reports[name] = evaluate_sae(model, other, tokens, site, ce_rows=4, **measure)
     return reports, measure

@@ -123,25 +123,18 @@ def test_a_budget_that_is_none_or_too_small_is_refused(quick, there, tmp_path, m
 
 
 KILLED = """
-import os, signal, sys
+import sys
 sys.path[:0] = [{tests!r}, {lab!r}]
 from pathlib import Path
+import deaths
 import test_prepare as t
-from glassbox_utils.core import files
 from glassbox_utils.lab import prepare
 prepare.training.recipes, prepare._sae = dict, lambda role, *_: None
 prepare.speed_of = lambda model: prepare.Speed(1.0, 1.0)
 prepare.reference = lambda: t.REFERENCE
-calls, plain = 0, files.atomic_path
-def fatal(path, *a, **o):
-    global calls
-    calls += 1
-    if calls == {moment}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(path, *a, **o)
-files.atomic_path = fatal
+deaths.die_at({moment})
 prepare.prepare({model!r}, t.few(), 20.0, Path({out!r}))
-print("writes", calls)
+print("writes", deaths.writes)
 """
 
 

@@ -83,25 +83,18 @@ def test_no_notebook_stops(kind, apart):
 
 
 KILLED = """
-import os, signal, sys
+import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
+import deaths
 from test_shapes import SMALL
 from glassbox_utils import cli
-from glassbox_utils.core import files
 from glassbox_utils.lab import prepare
 for name, value in SMALL.items():
     setattr(prepare, name, value)
-calls, plain = 0, files.atomic_path
-def fatal(path, *a, **o):
-    global calls
-    calls += 1
-    if calls == {moment}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(path, *a, **o)
-files.atomic_path = fatal
+deaths.die_at({moment})
 prepare.prepare({model!r}, cli.studies(), 60.0, Path({out!r}))
-print("writes", calls)
+print("writes", deaths.writes)
 """
 
 
