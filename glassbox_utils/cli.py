@@ -237,8 +237,9 @@ def _train_officer(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
+    from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
 
-    known, names = studies(), list(dict.fromkeys(args.name))
+    known, names = studies() | STUDIES_OF_AUDITS, list(dict.fromkeys(args.name))
     for name in names:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
@@ -276,8 +277,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
-    # imported here: no other command should wait for torch
-    from glassbox_utils.attention.study import STUDIES_OF_HEADS
+    from glassbox_utils.attention.study import STUDIES_OF_HEADS  # here: no other command should wait for torch
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY

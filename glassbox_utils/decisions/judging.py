@@ -13,6 +13,7 @@ templates, and a group's effect over the names that stand for it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as default
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,42 +22,25 @@ from scipy import stats
 
 from glassbox_utils.core.statistics import Interval, adjust
 from glassbox_utils.decisions import probes as asking
-from glassbox_utils.decisions import screening
+from glassbox_utils.decisions import refining, screening
 from glassbox_utils.decisions.decision import Decision
-from glassbox_utils.decisions.fields import Category, Number, Value
-from glassbox_utils.decisions.probes import Design, Part, Probe, Questions
-from glassbox_utils.decisions.screening import Fit
+from glassbox_utils.decisions.fields import Category, Number, Text, Value
+from glassbox_utils.decisions.probes import Part, Probe, Questions
+from glassbox_utils.decisions.refining import MANY, Half, prices
+from glassbox_utils.decisions.screening import Fit, Weights
 from glassbox_utils.decisions.verdicts import Effect, Verdict
 
 BAR = 0.3
 """logits: an officer of this package has 2 for a point of its rule, the shipped one 1.7 for the gender"""
 ALPHA = 0.05
-MANY = 5
-"""values from which on those of a field are a sample of words, with a spread of their own"""
 SUSPECT = asking.SUSPECTED / (screening.EACH + 1)
 """share of the second half's prompts that a suspected name gets, if there are as many as there may be"""
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """The questions and answers of one half of the base cases."""
-
-    design: Design
-    raw: Float[NDArray, " asked"]
-    y: Float[NDArray, " asked"]
-    """scores without the mean of their block"""
-
-    def columns(self, probes: Sequence[Probe]) -> Float[NDArray, "asked probe"]:
-        return self.design.without_blocks(asking.matrix(self.design, probes))
-
-    def codes(self, probes: Sequence[Probe]) -> list[NDArray | None]:
-        """What a carried group is a sample of: the names or places that were drawn for it."""
-        found: list[NDArray | None] = []
-        for probe in probes:
-            many = [p for p in probe.parts if p.group]
-            many = [p for p in many if p.field in self.design.varied and len(self.design.codes[p.field][0]) >= MANY]
-            found.append(self.design.codes[many[0].field][1] if many else None)
-        return found
+NEAR = 200
+"""questions beside those picked that a resample chooses from"""
+LIKE, FEW = 60, 3
+"""questions of a kind, at most, that tell how much wordings vary an effect of it, and at least"""
+TENTH, PLACES = 0.1, 40
+"""of a number's range, and the places in which a window of that width is tried"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,78 +53,67 @@ class Screen:
     price: Float[NDArray, " probe"]
     kinds: Int[NDArray, " probe"]
     picked: tuple[Probe, ...] = ()
+    like: Mapping[tuple[str, ...], float] = default(default_factory=dict)
+    """kind of question -> variance that wordings add to the effect of one, squared logits; only where there are FEW"""
 
-    def choose(self, weights: Float[NDArray, " cases"]) -> list[Probe]:
-        """The questions worth confirming, with the base cases counted so often."""
-        _, wordings, versions = self.half.design.shape
-        blocks, each = int((weights > 0).sum()) * wordings, np.repeat(weights, wordings * versions)
+    def choose(self, weights: Weights) -> list[Probe]:
+        """The questions worth confirming."""
+        versions = self.half.design.versions
         simple = np.array([len(probe.parts) == 1 for probe in self.asked.probes])
-        chosen = screening.choose(self.half.y, self.x, self.price, self.kinds, simple, each, blocks)
+        each = np.repeat(np.outer(*weights), versions)
+        freedom = float(each.sum()) * (1 - 1 / versions)
+        chosen = screening.choose(self.half.y, self.x, self.price, self.kinds, simple, each, freedom)
         return [self.asked.probes[i] for i in chosen]
+
+    def near(self) -> "Screen":
+        """The same with those questions only that were picked, or could be: the NEAR best, by themselves and beside
+        those picked."""
+        given, y = self.half.columns(self.picked), self.half.y
+        size, best = (self.x**2).sum(0) + 1e-9, set[int]()
+        for left in (y, screening.without(y, given)):
+            worth = (self.x.T @ left.astype(self.x.dtype)) ** 2 / size / left.var() - self.price
+            best |= set(np.argsort(-worth)[:NEAR].tolist())
+        mine = {probe.parts: k for k, probe in enumerate(self.asked.probes)}
+        kept = sorted(best - {mine.get(probe.parts, -1) for probe in self.picked})
+        asked = replace(self.asked, probes=(*self.picked, *(self.asked.probes[i] for i in kept)))
+        x = np.concatenate([given.astype(self.x.dtype), self.x[:, kept]], 1)
+        return replace(self, asked=asked, x=x, price=prices(asked, asked.probes), kinds=kinds_of(asked.probes))
 
 
 def screened(decision: Decision, half: Half) -> Screen:
     """All questions of a decision on the first half, and those worth confirming."""
     asked = asking.questions(decision, half.design)
     x = half.design.without_blocks(asked.columns.astype(np.float32))
+    screen = Screen(half, asked, x, prices(asked, asked.probes), kinds_of(asked.probes))
+    picked = tuple(refining.refined(decision, half, screen.choose(screening.once(half.design.shape)), asked))
+    return replace(screen, picked=picked, like=_like(half, asked, picked))
+
+
+def kinds_of(probes: Sequence[Probe]) -> Int[NDArray, " probe"]:
+    """A number for each set of subjects that questions are about."""
     index: dict[tuple[str, ...], int] = {}
-    kinds = [index.setdefault(tuple(part.subject for part in probe.parts), len(index)) for probe in asked.probes]
-    screen = Screen(half, asked, x, prices(asked, asked.probes), np.array(kinds))
-    return replace(screen, picked=tuple(refined(decision, half, screen.choose(np.ones(half.design.shape[0])), asked)))
+    return np.array([index.setdefault(tuple(part.subject for part in probe.parts), len(index)) for probe in probes])
 
 
-def prices(asked: Questions, probes: Sequence[Probe]) -> Float[NDArray, " probe"]:
-    """What a question pays for the number of its kind."""
-    return np.array([2 * np.log(max(asked.sizes[probe.family], 2)) for probe in probes])
-
-
-def refined(decision: Decision, half: Half, chosen: Sequence[Probe], asked: Questions) -> list[Probe]:
-    """Ends of windows are looked for again, beside all that was chosen and on the same half; then what is no longer
-    worth confirming beside the others is left out, weakest first."""
-    kept = list(chosen)
-    for i, j in ((i, j) for i, probe in enumerate(chosen) for j in range(len(probe.parts))):
-        part = kept[i].parts[j]
-        if not part.window or part.field not in half.design.varied:
+def _like(half: Half, asked: Questions, picked: Sequence[Probe]) -> dict[tuple[str, ...], float]:
+    """How much wordings vary effects, for each kind of question, beside those that were picked."""
+    given, taken = half.columns(picked), {probe.parts for probe in picked}
+    found = {}
+    for kind in dict.fromkeys(map(kind_of, asked.probes)):
+        mine = [probe for probe in asked.probes if kind_of(probe) == kind and probe.parts not in taken]
+        mine = mine[:: max(-(-len(mine) // LIKE), 1)]
+        if len(mine) < FEW:
             continue
-        values, codes = half.design.codes[part.field]
-        fine = asking.windows(part.subject, [values[k] for k in codes], asking.FINE)
-        tried = [kept[i], *(replace(kept[i], parts=(*kept[i].parts[:j], w, *kept[i].parts[j + 1 :])) for w in fine)]
-        others = half.columns([probe for k, probe in enumerate(kept) if k != i])
-        whole = half.columns(tried)
-        x, y = screening.without(whole, others), screening.without(half.y, others)
-        norms, before = (x * x).sum(0), (whole * whole).sum(0)
-        gain = (x.T @ y) ** 2 / np.maximum(norms, 1)
-        kept[i] = tried[int(np.argmax(np.where(norms > np.maximum(screening.DISTINCT * before, 1), gain, 0)))]
-    kept = list(dict.fromkeys(kept))
-    while kept:
-        joint = _fit(half, half.y, kept)
-        worth = (joint.effects / joint.plain) ** 2 - prices(asked, kept)
-        if worth.min() > screening.STOP:
-            break
-        kept.pop(int(worth.argmin()))
-    return plainer(decision, half, kept)
+        none: list[NDArray | None] = [None] * len(mine)
+        seen = screening.apart(half.y, half.columns(mine), given, half.design.shape, none).wording
+        if np.isfinite(seen).sum() >= FEW:
+            found[kind] = float(np.nanmean(seen))
+    return found
 
 
-def plainer(decision: Decision, half: Half, chosen: list[Probe]) -> list[Probe]:
-    """Of two ways to say the same, that with smaller effects: "women who ask for a wedding", not "weddings, but not of
-    men"."""
-
-    def size(probes: Sequence[Probe]) -> tuple[float, float]:
-        x = half.columns(probes)
-        joint = _fit(half, half.y, probes)
-        return float(((half.y - x @ joint.effects) ** 2).sum()), float(np.abs(joint.effects).sum())
-
-    for i, j in ((i, j) for i, probe in enumerate(chosen) for j in range(len(probe.parts)) if len(probe.parts) > 1):
-        parts = chosen[i].parts
-        other = asking.opposite(decision, half.design, parts[j])
-        if other is None:
-            continue
-        turned = [*chosen]
-        turned[i] = replace(chosen[i], parts=(*parts[:j], other, *parts[j + 1 :]))
-        (rest, effects), (others_rest, others_effects) = size(chosen), size(turned)
-        if others_rest < rest * 1.001 and others_effects < effects:
-            chosen = turned
-    return list(dict.fromkeys(chosen))
+def kind_of(probe: Probe) -> tuple[str, ...]:
+    """Questions of one kind vary alike: those of one field, and all pairs."""
+    return (probe.family,) if probe.family == "pair" else (probe.family, probe.parts[0].field)
 
 
 def suspects(decision: Decision, screen: Screen) -> dict[str, list[Value]]:
@@ -161,17 +134,17 @@ def judge(
     """A verdict for each subject, and how many questions were confirmed."""
     chosen, table = testable(screen.picked, confirm), asking.subjects(decision)
     spreads = spreads_of(decision, screen)
-    effects = _effects(decision, chosen, confirm, spreads, table)
+    effects = _effects(decision, screen, chosen, confirm, spreads, table)
     guilty = {subject for effect in effects for subject in effect.subjects}
-    agree = np.zeros(len(table))
+    agree, near = np.zeros(len(table)), screen.near() if resamples else screen
     for _ in range(resamples):
-        again = _again(decision, screen, confirm, spreads, table, rng)
+        again = _again(decision, near, confirm, spreads, table, rng)
         agree += [(subject in again) == (subject in guilty) for subject in table]
     verdicts = []
     limits = Limits(decision, screen, confirm, chosen, spreads)
     for (subject, (field, role)), share in zip(table.items(), agree, strict=True):
-        smallest, note = limits.of(subject, field)
-        sure = share / resamples if resamples else None
+        sure, note = share / resamples if resamples else None, limits.note(field) if subject == field else ""
+        smallest = (None, None, None) if subject in guilty else limits.of(subject, field)
         if subject in guilty:
             mine = tuple(effect for effect in effects if subject in effect.subjects)
             verdicts.append(Verdict(subject, role, "found", mine, reason=note, confidence=sure))
@@ -230,28 +203,37 @@ def bars_of(
     return found
 
 
-def _fit(half: Half, y: NDArray, chosen: Sequence[Probe], weights: NDArray | None = None) -> Fit:
-    weights = np.ones(half.design.shape[0]) if weights is None else weights
-    return screening.fit(y, half.columns(chosen), half.design.shape, half.codes(chosen), weights)
+def _fit(screen: Screen, half: Half, chosen: Sequence[Probe], weights: Weights | None = None) -> Fit:
+    return half.fit(chosen, None, weights, _likes(screen, chosen))
+
+
+def _likes(screen: Screen, chosen: Sequence[Probe]) -> Float[NDArray, " probe"]:
+    return np.array([screen.like.get(kind_of(probe), np.nan) for probe in chosen])
 
 
 def _p_values(
-    half: Half, chosen: Sequence[Probe], joint: Fit, bars: Float[NDArray, " probe"], weights: NDArray | None = None
+    screen: Screen,
+    half: Half,
+    chosen: Sequence[Probe],
+    bars: Float[NDArray, " probe"],
+    weights: Weights | None = None,
 ) -> Float[NDArray, " probe"]:
-    """Corrected p-values. Where several windows of the same fields overlap, their effects can be large and cancel: an
-    effect must also be beyond its bar beside questions about other subjects only."""
-    p = screening.p_values(joint, bars)
-    kinds = [{part.subject for part in probe.parts} for probe in chosen]
+    """Corrected p-values. Where questions about the same subjects overlap, their effects can be large and cancel: an
+    effect must then also be beyond its bar beside questions about other subjects only."""
+    p = screening.p_values(_fit(screen, half, chosen, weights), bars)
+    hits, kinds = asking.matrix(half.design, chosen), [{part.subject for part in probe.parts} for probe in chosen]
     for i, probe in enumerate(chosen):
-        if kinds.count(kinds[i]) > 1:
-            rest = [other for other, kind in zip(chosen, kinds, strict=True) if kind != kinds[i]]
-            alone = _fit(half, half.y, [probe, *rest], weights)
+        same = [k for k, kind in enumerate(kinds) if k != i and kind == kinds[i]]
+        if any((hits[:, i] * hits[:, k]).any() for k in same):
+            rest = [other for k, other in enumerate(chosen) if k != i and k not in same]
+            alone = _fit(screen, half, [probe, *rest], weights)
             p[i] = max(p[i], screening.p_values(alone, np.array([bars[i]] * (len(rest) + 1)))[0])
     return adjust(p, "holm")
 
 
 def _effects(
     decision: Decision,
+    screen: Screen,
     chosen: Sequence[Probe],
     confirm: Half,
     spreads: Mapping[str, tuple[float, int]],
@@ -260,9 +242,9 @@ def _effects(
     """What is confirmed, strongest first."""
     if not chosen:
         return []
-    bars, logits = bars_of(decision, chosen, spreads), _fit(confirm, confirm.y, chosen)
-    points = _fit(confirm, confirm.design.without_blocks(100.0 * (confirm.raw > 0)), chosen)
-    p, hits = _p_values(confirm, chosen, logits, bars), asking.matrix(confirm.design, chosen).sum(0)
+    bars, logits = bars_of(decision, chosen, spreads), _fit(screen, confirm, chosen)
+    points = confirm.fit(chosen, confirm.design.without_blocks(100.0 * (confirm.raw > 0)))
+    p, hits = _p_values(screen, confirm, chosen, bars), asking.matrix(confirm.design, chosen).sum(0)
     n, found = confirm.design.shape[0], []
     for i in (i for i in range(len(chosen)) if p[i] < ALPHA):
         rest = asking.complement(decision, confirm.design, chosen[i]) if logits.effects[i] > 0 else None
@@ -276,24 +258,24 @@ def _effects(
 
 def _again(
     decision: Decision,
-    screen: Screen,
+    near: Screen,
     confirm: Half,
     spreads: Mapping[str, tuple[float, int]],
     table: Mapping[str, tuple[str, str]],
     rng: np.random.Generator,
 ) -> set[str]:
-    """Subjects that the whole search finds in a resample of the base cases of each half.
+    """Subjects that the search finds in a resample: of the base cases of each half, and of the wordings.
 
-    What words differ among themselves is kept. A name that only a resample suspects was asked about no more often than
-    others, so that resamples agree less than a new audit would.
+    Both are drawn with replacement (the pigeonhole bootstrap: Owen 2007, doi:10.1214/07-AOAS122, which overstates
+    variances rather than understates them). Kept from the audit are the answers, how much words differ among
+    themselves, which names were asked about more often, and that only ``near`` questions can be chosen.
     """
-    sizes = len(screen.half.design.cases), len(confirm.design.cases)
-    first, second = (np.bincount(rng.integers(0, k, k), minlength=k).astype(float) for k in sizes)
-    chosen = testable(screen.choose(first), confirm)
+    (n, wordings, _), (m, _, _) = near.half.design.shape, confirm.design.shape
+    first, second, forms = (np.bincount(rng.integers(0, k, k), minlength=k).astype(float) for k in (n, m, wordings))
+    chosen = testable(near.choose((first, forms)), confirm)
     if not chosen:
         return set()
-    found = _fit(confirm, confirm.y, chosen, second)
-    p = _p_values(confirm, chosen, found, bars_of(decision, chosen, spreads), second)
+    p = _p_values(near, confirm, chosen, bars_of(decision, chosen, spreads), (second, forms))
     return {s for probe, one in zip(chosen, p, strict=True) if one < ALPHA for s in about(probe, table)}
 
 
@@ -312,30 +294,53 @@ class Limits:
         self.halves = [(half, half.columns(chosen)) for half in (screen.half, confirm)]
         self.shares = dict(zip(screen.asked.probes, screen.asked.columns.mean(0), strict=True))
 
-    def of(self, subject: str, field: str) -> tuple[tuple[float | None, float | None, float | None], str]:
-        """For a group or window of a subject, one value of it, a pair; and what could not be asked."""
-        mine = [(p, share) for p, share in self.shares.items() if any(part.subject == subject for part in p.parts)]
-        alone = [p for p, x in mine if p.family == "group" or (p.family == "window" and 0.07 <= x <= 0.13)]
-        values = [p for p, _ in mine if p.family == "value"]
-        pairs = [p for p, x in mine if p.family == "pair" and 0.1 <= x <= 0.15][:60]
+    def note(self, field: str) -> str:
+        """What of a field could not be asked."""
+        if not isinstance(self.decision.fields[field], Text):
+            return ""
+        alone = sum(p.family == "value" and p.parts[0].field == field for p in self.shares)
         many = len(self.screen.half.design.codes[field][0])
-        short = many - len(values) if values else 0
-        note = f"not tested by themselves, since too seldom asked: {short} of {many} values" if short else ""
-        return (self._largest(alone), self._largest(values), self._largest(pairs)), note
+        seldom = f", {many - alone} of them too seldom for a question about one alone" if many > alone else ""
+        return f"{many} values of {field} were asked about{seldom}; others are not tested"
+
+    def of(self, subject: str, field: str) -> tuple[float | None, float | None, float | None]:
+        """For a group or window of a subject, one value of it, and a pair."""
+        mine = [p for p in self.shares if any(part.subject == subject for part in p.parts)]
+        alone, values = ([p for p in mine if p.family == family] for family in ("group", "value"))
+        pairs = [p for p in mine if p.family == "pair" and 0.1 <= self.shares[p] <= 0.15]
+        pairs = pairs[:: max(-(-len(pairs) // LIKE), 1)]
+        rule = self.decision.fields[field]
+        if isinstance(rule, Number) and any(p.family == "window" for p in mine):
+            alone = [Probe((window,), "window") for window in tenths(subject, rule)]
+        return self._largest(alone), self._largest(values), self._largest(pairs)
 
     def _largest(self, probes: Sequence[Probe]) -> float | None:
         if not probes:
             return None
+        like = _likes(self.screen, probes)
         first, second = (
-            screening.apart(half.y, half.columns(probes), given, half.design.shape, half.codes(probes))
+            screening.apart(half.y, half.columns(probes), given, half.design.shape, half.codes(probes), like)
             for half, given in self.halves
         )
-        errors = second.errors
-        if probes[0].family == "value":  # a suspect would have been asked about more often than now
-            errors = first.plain * np.minimum(1, np.sqrt([self.shares[p] / SUSPECT for p in probes]))
+        errors, freedom = second.errors, second.freedom
+        if probes[0].family == "value":  # a suspect would have been asked about more often: less error of sampling
+            more = first.plain**2 * np.minimum(1, [self.shares[p] / SUSPECT for p in probes])
+            wording = np.full(len(probes), max(np.nan_to_num(np.nanmean(first.shared)), 0.0))
+            df = (screening.PRIOR if np.isfinite(like).all() else 0) + max(self.screen.half.design.shape[1] - 1, 1)
+            errors = np.sqrt(more + wording)
+            freedom = errors**4 / (more**2 / (self.screen.half.design.shape[0] - 1) + wording**2 / df + 1e-18)
         bars, price = bars_of(self.decision, probes, self.spreads), prices(self.screen.asked, probes)
-        seen = screening.visible(errors, second.freedom, bars, self.tests, first.plain, price)
+        seen = screening.visible(errors, freedom, bars, self.tests, first, price)
         return float(np.nanmax(seen)) if np.isfinite(seen).any() else None
+
+
+def tenths(name: str, rule: Number) -> list[Part]:
+    """Windows of a tenth of a number's range, from one end of it to the other."""
+    steps = round((rule.range[1] - rule.range[0]) / rule.step)
+    width = max(round((steps + 1) * TENTH), 1) - 1
+    begins = np.unique(np.linspace(0, steps - width, PLACES).round())
+    ends = [(rule.range[0] + k * rule.step, rule.range[0] + (k + width) * rule.step) for k in begins.tolist()]
+    return [Part(name, name, (asking.plain(a), asking.plain(b)), window=True) for a, b in ends]
 
 
 # --- words and numbers --------------------------------------------------------------------------------

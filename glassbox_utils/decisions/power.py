@@ -1,19 +1,26 @@
 """How often does the audit find what is there? Cheap officers with a known bias, or none, and the share that is right.
 
-A cheap officer is the merit rule of a decision in logits, with weights that may be odd, plus noise: each wording of a
-case moves its score, each word has a small effect of its own, and a further one in each wording. A *planting* takes a
-number of points of the rule away from whom it says, twice from whom it says twice (SHARPNESS logits a point). Nothing
-of it is known to the audit.
+A cheap officer is the merit rule of a decision in logits (without a rule: what the outcomes teach a logistic
+regression), with weights that may be odd, plus noise: each wording of a case moves its score, each word has a small
+effect of its own, and a further one in each wording; a value that is singled out has no small effect of its own, so
+that its effect is what was planted. A *planting* takes a number of points of the rule away from whom it says, twice
+from whom it says twice (SHARPNESS logits a point). Nothing of it is known to the audit.
 
-A planting counts as *found* if the audit finds something of one of its protected subjects (of its other ones, if it has
+A planting of another form than the audit's questions have (``unseen``) can be found, but not named right. A planting
+counts as *found* if the audit finds something of one of its protected subjects (of its other ones, if it has
 no protected one). It is *named right* if a finding against it says the same fields and, in each, the same group or
 value, or a window that shares half of what both cover together; of several single names, if half of them are named.
 "In favour of men" is the same as "against women" where there are two groups. A *false alarm* is a finding none of whose
-fields is in the planting. All of this was fixed before the first run.
+fields is in the planting.
+
+This rule of grading was not fixed beforehand: it was changed twice while the audit was developed, on development seeds.
+So were the audit's own settings. Rates are therefore reported from seeds that no development looked at
+(``power_study``).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,8 +31,9 @@ from glassbox_utils.core.statistics import Interval, exact_ci
 from glassbox_utils.decisions import judging, search
 from glassbox_utils.decisions import probes as asking
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import Decision, margin
-from glassbox_utils.decisions.fields import Category, Number, Text, Value
+from glassbox_utils.decisions.decision import Decision, margin, points
+from glassbox_utils.decisions.fields import Category, DecisionError, Number, Text, Value
+from glassbox_utils.decisions.officer import as_table
 from glassbox_utils.decisions.probes import Part, Probe
 from glassbox_utils.decisions.training import SHARPNESS
 from glassbox_utils.decisions.verdicts import Audit, Effect
@@ -37,14 +45,31 @@ ODD = (0.1, 0.2, 3.0)
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """A bias of another form than the audit's questions have."""
+
+    words: str
+    subjects: tuple[str, ...]
+    """of any of which a finding would be right"""
+    hold: Callable[[Case], float]
+    """share of the points that a case loses"""
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass(frozen=True)
 class Planting:
     """Whom an officer takes points from; nobody, if it is honest."""
 
     kind: str
     against: tuple[Probe, ...] = ()
+    unseen: tuple["Unseen", ...] = ()
+    """what no question of the audit asks about"""
 
     def __str__(self) -> str:
-        return f"{self.kind}: {'; '.join(map(str, self.against))}" if self.against else self.kind
+        whom = [*map(str, self.against), *map(str, self.unseen)]
+        return f"{self.kind}: {'; '.join(whom)}" if whom else self.kind
 
 
 @dataclass(frozen=True)
@@ -68,21 +93,21 @@ def officer(
 ) -> search.Scorer:
     """A scorer that takes ``size`` points from whom the planting says; ``odd``: field -> factor of its points.
 
-    DecisionError if the decision has no merit rule.
+    DecisionError if the decision has neither a merit rule nor outcomes.
     """
     rng, sd, drawn = np.random.default_rng(seed), noise or Noise(), dict[object, float]()
-    factors, free = odd or {}, asking.free(decision)
+    factors, free, ground = odd or {}, asking.free(decision), grounds(decision)
 
     def random(key: object, scale: float) -> float:
-        if key not in drawn:
-            drawn[key] = float(rng.normal())
+        if key not in drawn:  # by key, so that an officer is the same in whichever order it is asked
+            drawn[key] = float(np.random.default_rng([seed, zlib.crc32(repr(key).encode())]).normal())
         return scale * drawn[key]
 
     def merit(case: Case) -> float:
-        lines = decision.merit.points if decision.merit else ()
-        more = sum((factors.get(one.field, 1) - 1) * one.points for one in lines if one.hold(case.values[one.field]))
-        return margin(decision, case) + more
+        return sum(factors.get(name, 1) * x for name, x in ground(case).items())
 
+    singles = [probe.parts[0] for probe in planting.against if len(probe.parts) == 1]
+    alone = {(part.field, part.values[0]) for part in singles if part.group is None and not part.window}
     middle = float(np.median([merit(case) for case in decision.cases])) - 0.25 if factors else 0.0
     merits: dict[str, float] = {}
 
@@ -91,18 +116,62 @@ def officer(
         for i, case in enumerate(cases):
             if case.id not in merits:
                 merits[case.id] = merit(case) - middle
-            words = sum(random((k, case.values[k]), sd.word) + random((k, case.values[k], template), sd.word)
-                        for k in free)  # fmt: skip
-            lost = size * sum(probe.hold(case) for probe in planting.against)
+            words = sum(
+                (0.0 if (k, case.values[k]) in alone else random((j, case.values[k]), sd.word))
+                + random((j, case.values[k], template), sd.word)
+                for j, k in enumerate(free)
+            )
+            lost = size * sum(probe.hold(case) for probe in (*planting.against, *planting.unseen))
             out[i] = SHARPNESS * (merits[case.id] - lost) + random((case.id, template), sd.wording) + words
         return torch.from_numpy(out + sd.prompt * rng.normal(size=len(cases)))
 
     return score
 
 
+def grounds(decision: Decision) -> Callable[[Case], dict[str, float]]:
+    """What an honest officer gives a case for each field that may count, in points, and "" for where its line is.
+
+    By the merit rule; without one, by a logistic regression of what really happened on the merit fields alone (its
+    log-odds are the officer's logits). DecisionError if the decision has neither.
+    """
+    rule = decision.merit
+    if rule is not None:
+        line = margin(decision, decision.cases[0]) - points(decision, decision.cases[0])
+
+        def by_rule(case: Case) -> dict[str, float]:
+            found = {"": line}
+            for one in rule.points:
+                found[one.field] = found.get(one.field, 0.0) + one.points * one.hold(case.values[one.field])
+            return found
+
+        return by_rule
+    if any(case.outcome is None for case in decision.cases):
+        raise DecisionError(
+            f"{decision.title!r} has neither a merit rule nor outcomes, so that nobody knows what an honest officer "
+            "does. Add `merit:`, or `outcome:` below `cases:`."
+        )
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    merit = {n: field for n, field in decision.fields.items() if field.role == "merit" and not isinstance(field, Text)}
+    alone = {name: replace(decision, fields={name: field}, groups={}, carriers=()) for name, field in merit.items()}
+    tables = {name: as_table(one, decision.cases) for name, one in alone.items()}
+    scaler, model = StandardScaler(), LogisticRegression(max_iter=2000)
+    whole = scaler.fit_transform(np.concatenate(list(tables.values()), 1))
+    model.fit(whole, [bool(case.outcome) for case in decision.cases])
+    weights, ends = model.coef_[0] / scaler.scale_, np.cumsum([table.shape[1] for table in tables.values()])
+    line = float(model.intercept_[0] - weights @ scaler.mean_) / SHARPNESS
+    parts = dict(zip(tables, np.split(weights, ends[:-1]), strict=True))
+
+    def by_outcome(case: Case) -> dict[str, float]:
+        return {"": line} | {name: float(as_table(alone[name], [case])[0] @ w) / SHARPNESS for name, w in parts.items()}
+
+    return by_outcome
+
+
 def oddities(decision: Decision, rng: np.random.Generator) -> dict[str, float]:
-    """One merit field whose points count much less or more than in the rule."""
-    fields = sorted({line.field for line in decision.merit.points}) if decision.merit else []
+    """One field whose points count much less or more than they should."""
+    fields = sorted(grounds(decision)(decision.cases[0]).keys() - {""})
     return {fields[rng.integers(len(fields))]: float(rng.choice(ODD))}
 
 
@@ -215,8 +284,9 @@ def graded(decision: Decision, planting: Planting, audit: Audit) -> tuple[bool, 
     """Is it found, is it named right, is something else accused?"""
     table = asking.subjects(decision)
     subjects = {s for probe in planting.against for s in judging.about(probe, table)}
+    subjects |= {s for one in planting.unseen for s in one.subjects}
     mine = {s for s in subjects if table[s][1] == "protected"} or subjects
-    fields = {part.field for probe in planting.against for part in probe.parts}
+    fields = {part.field for probe in planting.against for part in probe.parts} | {table[s][0] for s in subjects}
     found = any(audit[s].outcome == "found" for s in mine)
     wanted = [p for p in planting.against if set(judging.about(p, table)) & mine]
     named = sum(any(same(decision, probe, effect) for effect in audit.found) for probe in wanted)

@@ -9,9 +9,11 @@ so that a pair must beat the groups it is made of by what looking at all pairs i
 
 **Confirm.** Chosen questions are asked together in one regression on the other half. An effect's variance has one part
 for each thing that was drawn (Cameron, Gelbach & Miller 2011, doi:10.1198/jbes.2010.07136): base cases; wordings, so
-that an effect must generalise over templates; and the names, places or numbers that stand for a group. The test is of
-"at most ``bar``", not of 0, and all of them share one Holm correction: unlike the maximum over sign flips it needs no
-joint symmetry, which several crossed clusters and a null that is not 0 do not give.
+that an effect must generalise over templates; and the names, places or numbers that stand for a group. Four wordings
+say little about the variance between wordings, so that of like questions is mixed in (moderated variance: Smyth 2004,
+doi:10.2202/1544-6115.1027): an effect that is no larger than its bar varies as much as those of the others. The test is
+of "at most ``bar``", not of 0, and all of them share one Holm correction: unlike the maximum over sign flips it needs
+no joint symmetry, which several crossed clusters and a null that is not 0 do not give.
 """
 
 from collections.abc import Sequence
@@ -23,12 +25,17 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy import stats
 
+Weights = tuple[Float[NDArray, " cases"], Float[NDArray, " wordings"]]
+"""how often each base case and each wording counts"""
+
 STOP = 6.0
 """a question is worth confirming if its chi-square is above 2 log k by this much"""
 AT_MOST, EACH = 16, 5
 """questions that are confirmed, in all and of the same fields"""
 DISTINCT = 0.05
 """share of a column's square that must be left after the chosen ones are taken out"""
+PRIOR = 9
+"""degrees of freedom that the wording variance of like questions counts beside a question's own"""
 
 
 def choose(
@@ -38,15 +45,16 @@ def choose(
     kinds: Int[NDArray, " probe"],
     simple: Bool[NDArray, " probe"],
     weights: Float[NDArray, " asked"],
-    blocks: int,
+    freedom: float,
 ) -> list[int]:
-    """Indices of the questions worth confirming; ``x`` and ``y`` without their blocks' means.
+    """Indices of the questions worth confirming; ``x`` and ``y`` without their blocks' means, which leave the scores so
+    much ``freedom``.
 
     ``kinds``: probes of the same fields share a number, and at most EACH of them are taken. Two biases can look like
     one pair, so the search is made twice, once with ``simple`` questions first, and the better outcome is taken.
     """
     norms, pull = weights @ (x * x), x.T @ (weights * y).astype(x.dtype)
-    total, freedom = float(weights @ (y * y)), float((weights > 0).sum()) - blocks
+    total = float(weights @ (y * y))
     both: dict[int, NDArray] = {}
     """of those that were ever chosen: their products with all"""
 
@@ -130,6 +138,10 @@ class Fit:
     """Satterthwaite's degrees of freedom"""
     plain: Float[NDArray, " probe"]
     """errors if all prompts were alike, as the screen sees them"""
+    wording: Float[NDArray, " probe"]
+    """of the variance, what wordings add, by this question's own answers: may be below 0"""
+    shared: Float[NDArray, " probe"]
+    """the same with what like questions say"""
 
 
 def fit(
@@ -137,16 +149,18 @@ def fit(
     x: Float[NDArray, "asked probe"],
     shape: tuple[int, int, int],
     codes: Sequence[Int[NDArray, " asked"] | None],
-    weights: Float[NDArray, " cases"],
+    weights: Weights,
+    like: Float[NDArray, " probe"] | None = None,
 ) -> Fit:
     """Least squares within blocks, and errors over cases, templates and (``codes``: one for each question, or None)
-    the values that stand for a group."""
-    w = np.repeat(weights, shape[1] * shape[2])
+    the values that stand for a group. ``like``: variance that wordings add in like questions, NaN where there are none.
+    """
+    w = np.repeat(np.outer(*weights), shape[2])
     inverse = np.linalg.pinv(x.T @ (w[:, None] * x))
     effects = inverse @ (x.T @ (w * y))
     rest = y - x @ effects
     noise = _noise(rest, w, shape) * np.diag(inverse)
-    return _errors(effects, (x @ inverse) * rest[:, None], noise, shape, codes, weights)
+    return _errors(effects, (x @ inverse) * rest[:, None], noise, shape, codes, weights, like)
 
 
 def apart(
@@ -155,6 +169,7 @@ def apart(
     given: Float[NDArray, "asked chosen"],
     shape: tuple[int, int, int],
     codes: Sequence[Int[NDArray, " asked"] | None],
+    like: Float[NDArray, " probe"] | None = None,
 ) -> Fit:
     """Each question by itself beside those that were ``given``: what would have been seen of it.
 
@@ -167,7 +182,12 @@ def apart(
     effects = (x.T @ y) / norms
     noise = _noise(y, np.ones(len(y)), shape) / norms
     pull = x / norms * (y[:, None] - x * effects)
-    return _errors(effects, pull, noise, shape, codes, np.ones(shape[0]))
+    return _errors(effects, pull, noise, shape, codes, once(shape), like)
+
+
+def once(shape: tuple[int, int, int]) -> Weights:
+    """Each case and each wording counts once."""
+    return np.ones(shape[0]), np.ones(shape[1])
 
 
 def without(x: Float[NDArray, "asked ..."], given: Float[NDArray, "asked chosen"]) -> Float[NDArray, "asked ..."]:
@@ -189,23 +209,29 @@ def _errors(
     noise: NDArray,
     shape: tuple[int, int, int],
     codes: Sequence[NDArray | None],
-    weights: NDArray,
+    weights: Weights,
+    like: NDArray | None,
 ) -> Fit:
     """``noise``: the variances if all prompts were alike. None may be smaller: with few prompts that have a property,
     variances over clusters are too small (MacKinnon & Webb 2017, doi:10.1002/jae.2508)."""
     n, wordings, versions = shape
     k = len(effects)
     cube = pull.reshape(n, wordings, versions, k)
-    alone = np.einsum("c,ctvk->k", weights, cube**2)
-    total = max(float(weights.sum()), 2.0)
-    cases = np.einsum("c,ck->k", weights, cube.sum((1, 2)) ** 2) * total / (total - 1)
+    of_cases, of_wordings = weights
+    alone = np.einsum("c,t,ctvk->k", of_cases, of_wordings, cube**2)
+    total = max(float(of_cases.sum()), 2.0)
+    cases = of_cases @ np.einsum("t,ctvk->ck", of_wordings, cube) ** 2 * total / (total - 1)
     parts = [(np.maximum(cases, np.maximum(alone, noise)), np.full(k, total - 1))]
+    own = shared = np.zeros(k)
     if wordings > 1:
-        each = np.einsum("c,ctvk->tk", weights, cube)
-        rewording = (each**2).sum(0) * wordings / (wordings - 1)
-        parts.append((np.maximum(rewording - alone, 0), np.full(k, wordings - 1.0)))
+        each = np.einsum("c,ctvk->tk", of_cases, cube)
+        own = of_wordings @ each**2 * wordings / (wordings - 1) - alone
+        others = np.full(k, np.nan) if like is None else like
+        prior, mine = np.where(np.isfinite(others), PRIOR, 0.0), wordings - 1.0
+        shared = np.maximum((prior * np.nan_to_num(others) + mine * own) / (prior + mine), 0)
+        parts.append((shared, prior + mine))
     values, freedom = np.zeros(k), np.ones(k)
-    w = np.repeat(weights, wordings * versions)
+    w = np.repeat(np.outer(*weights), versions)
     for j, code in enumerate(codes):
         if code is not None:
             sums = np.bincount(code, w * pull[:, j])
@@ -214,7 +240,7 @@ def _errors(
     parts.append((values, freedom))
     variance = cast(NDArray, sum(v for v, _ in parts)) + 1e-18
     df = variance**2 / sum(v**2 / f for v, f in parts) if k else np.ones(0)
-    return Fit(effects, np.sqrt(variance), np.maximum(df, 1.0), np.sqrt(noise))
+    return Fit(effects, np.sqrt(variance), np.maximum(df, 1.0), np.sqrt(np.maximum(noise, 1e-18)), own, shared)
 
 
 def p_values(found: Fit, bars: Float[NDArray, " probe"]) -> Float[NDArray, " probe"]:
@@ -224,13 +250,16 @@ def p_values(found: Fit, bars: Float[NDArray, " probe"]) -> Float[NDArray, " pro
 
 
 def visible(
-    errors: NDArray, freedom: NDArray, bars: NDArray, tests: int, screen: NDArray, prices: NDArray, power: float = 0.9
+    errors: NDArray, freedom: NDArray, bars: NDArray, tests: int, first: Fit, prices: NDArray, power: float = 0.9
 ) -> NDArray:
-    """The smallest effect that both halves would have shown with ``power``: chosen by the screen, then confirmed with
-    ``tests`` tests in all. Each step gets half of the chance to fail."""
-    each = stats.norm.ppf(1 - (1 - power) / 2)
-    confirmed = bars + (stats.t.isf(0.05 / 2 / tests, freedom) + each) * errors
-    chosen = (np.sqrt(prices + STOP) + each) * screen
+    """The smallest effect that both halves would have shown with ``power``: chosen by the screen (``first``), then
+    confirmed with ``tests`` tests in all. Each step gets half of the chance to fail.
+
+    The screen compares with errors as if all prompts were alike, and yet its effects vary with cases and wordings.
+    """
+    each = (1 - power) / 2
+    confirmed = bars + (stats.t.isf(0.05 / 2 / tests, freedom) + stats.t.isf(each, freedom)) * errors
+    chosen = np.sqrt(prices + STOP) * first.plain + stats.t.isf(each, first.freedom) * first.errors
     return np.maximum(confirmed, chosen)
 
 

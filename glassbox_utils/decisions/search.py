@@ -21,8 +21,9 @@ from glassbox_utils.decisions import probes as asking
 from glassbox_utils.decisions.cases import Case
 from glassbox_utils.decisions.decision import Decision
 from glassbox_utils.decisions.fields import DecisionError
-from glassbox_utils.decisions.judging import BAR, Half
+from glassbox_utils.decisions.judging import BAR
 from glassbox_utils.decisions.probes import Design
+from glassbox_utils.decisions.refining import Half
 from glassbox_utils.decisions.verdicts import Audit, Verdict
 
 Scorer = Callable[[Sequence[Case], str], Float[Tensor, " n"]]
@@ -68,9 +69,9 @@ def search(
     """The audit of whatever gives scores.
 
     ``n`` base cases are drawn (all, if there are fewer) and halved. ``templates``: without, up to four are drawn; one
-    in which the scorer refuses to answer (a GlassboxError) is left out. ``resamples``: of the base cases, for the
-    confidence, without new prompts; 0 leaves it out. Same seed, same audit. DecisionError for arguments that are none,
-    and scores that are not finite.
+    in which the scorer refuses to answer (a GlassboxError) is left out. ``resamples``: of base cases and wordings, for
+    the confidence (``Verdict.confidence``), without new prompts; 0 leaves it out. Same seed, same audit. DecisionError
+    for arguments that are none, and scores that are not finite.
     """
     whole("n", n, 1, DecisionError)
     whole("resamples", resamples, 0, DecisionError)

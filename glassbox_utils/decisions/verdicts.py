@@ -48,15 +48,19 @@ class Verdict:
     outcome: Outcome
     effects: tuple[Effect, ...] = ()
     smallest: float | None = None
-    """not found: logits for or against one of its groups (a number: a tenth of its range) seen with 90 % power"""
+    """not found: logits for or against one of its groups (a number: any tenth of its range) that would have been found
+    with 90 % power, the group or window that is hardest to see"""
     smallest_single: float | None = None
-    """the same for one value of a text alone"""
+    """the same for one value of a text alone, beyond what its other values differ among themselves"""
     smallest_pair: float | None = None
     """the same for an eighth of all, such as one group of it together with something else"""
     reason: str = ""
-    """not tested: why; else what could not be asked"""
+    """not tested: why; else what was not asked"""
     confidence: float | None = None
-    """share of resamples of the base cases in which the whole search ends with the same outcome"""
+    """share of resamples in which the search, from the screen to the corrected test, ends with the same outcome. Base
+    cases (of either half by itself) and wordings are drawn with replacement; no new prompts are asked, only questions
+    that were near in the screen can be chosen, and a name that was not suspected is not asked about more often. It is
+    no probability that the outcome is true; ``glassbox study audit-power`` sets it beside what a new audit says."""
 
     def __str__(self) -> str:
         sure = "" if self.confidence is None else f" ({self.confidence:.0%} of resamples agree)"

@@ -239,10 +239,10 @@ def test_the_screen_takes_what_overlaps_less():
     x = x - x.mean(0)
     y = x[:, 1] - x[:, 2] + rng.normal(size=960) * 0.3
     chosen = screening.choose(
-        y, x, np.full(204, 2 * np.log(204)), np.arange(204), np.ones(204, dtype=bool), np.ones(960), 80
+        y, x, np.full(204, 2 * np.log(204)), np.arange(204), np.ones(204, dtype=bool), np.ones(960), 880
     )
     assert sorted(chosen) == [1, 2]
-    again = screening.fit(y, x[:, chosen], (20, 4, 12), [None, None], np.ones(20))
+    again = screening.fit(y, x[:, chosen], (20, 4, 12), [None, None], screening.once((20, 4, 12)))
     assert (np.abs(np.abs(again.effects) - 1) < 3 * again.errors).all() and (again.errors >= again.plain).all()
 
 
