@@ -142,8 +142,10 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
+    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
+    from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
 
-    known, names = studies(), list(dict.fromkeys(args.name))
+    known, names = studies() | STUDIES_OF_AUDITS | STUDIES_OF_ANSWERS, list(dict.fromkeys(args.name))
     for name in names:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
@@ -181,10 +183,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
-    # imported here: no other command should wait for torch
-    from glassbox_utils.attention.study import STUDIES_OF_HEADS
+    from glassbox_utils.attention.study import STUDIES_OF_HEADS  # here: no other command should wait for torch
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
-    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
     from glassbox_utils.saes.clamping_report_study import STUDIES_OF_CLAMPING
@@ -192,7 +192,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
     first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
-    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY, **STUDIES_OF_ANSWERS}
+    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The commands about decisions: explain, train-loans, train-officer. As in ``cli``, each is a short function."""
+"""The commands about decisions: audit, explain, train-loans, train-officer. As in ``cli``, each is a short function."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,21 @@ from typing import Any
 
 from glassbox_utils.cli_arguments import seed, steps, text
 from glassbox_utils.core.errors import GlassboxError
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from glassbox_utils.core import files, models, schema
+    from glassbox_utils.decisions import reading, search
+
+    decision, out = reading.load_decision(args.decision), files.check_output(args.out, "--out") if args.out else None
+    if args.adapter:  # before a model is loaded
+        schema.read_mapping(Path(args.adapter) / "adapter_config.json", search.DecisionError, "what peft writes")
+    found = search.audit(models.load_model(args.model or models.EMBEDDED, args.adapter), decision, args.n, args.seed)
+    print(found.as_text())
+    if out is not None:
+        with files.atomic_path(out) as path:
+            path.write_text(found.as_json(), encoding="utf-8")
+    return 0
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -145,6 +160,15 @@ def _train_officer(args: argparse.Namespace) -> int:
 
 def add_to(commands: Any) -> None:
     """The sub-commands, for ``cli.parser``."""
+    p = commands.add_parser("audit", help="what does a model hold against whom? Searches any decision, by its answers")
+    p.add_argument("--decision", type=text, required=True, help="a folder with decision.yaml, or a name of data/")
+    p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")
+    p.add_argument("--adapter", type=text, help="a LoRA's folder, as peft writes it")
+    p.add_argument("--n", type=steps, default=80, help="base cases, of 48 prompts each")
+    p.add_argument("--seed", type=seed, default=0, help="draws the cases, the wordings and what is asked")
+    p.add_argument("--out", type=text, help="a JSON file to write")
+    p.set_defaults(function=_audit)
+
     p = commands.add_parser("explain", help="why was this case decided so? A page to file, a letter, and JSON")
     p.add_argument("case", type=text, nargs="?", help="with --decision: an id of its cases, or a .yaml or .json file")
     p.add_argument("--decision", type=text, help="a folder with decision.yaml, or a name in data/decisions")

@@ -132,6 +132,10 @@ COMMANDS = [
         "hiring H001 --out x.json", "hiring H001 --out empty", f"hiring H001 --seed {HUGE}",
         "hiring H001 --mitigation nosuch", "hiring H001 --mitigation list.json", "hiring H001 --mitigation good.json")),
     f"{EXPLAIN} --template line", f"{EXPLAIN} --adapter adapter", f"{EXPLAIN} H001",
+    *(f"audit {rest}" for rest in (
+        "", "--decision nosuch", "--decision empty", "--decision there.txt", "--decision hiring --n 0",
+        "--decision hiring --out there.txt/x", "--decision hiring --adapter nosuch", "--decision hiring --model nosuch",
+        f"--decision hiring --seed {HUGE}")),
     *(f"prepare {rest}" for rest in ("", "''", "nosuch", "empty", "there.txt", "adapter")),
     *(f"prepare model {rest}" for rest in (
         "--budget 0", "--budget -5", "--budget nan", "--budget soon", "--out there.txt", "--text nosuch",

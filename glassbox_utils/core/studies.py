@@ -57,16 +57,20 @@ def resumed(name: str, key: Any, work: Callable[..., Any], *args: Any) -> Any:
     return json.loads(result)
 
 
-def write_table(name: str, model: Model, seconds: float, **content: Any) -> Path:
-    """``studies/NAME.json`` in the prepared folder: provenance first, then the content."""
+def write_table(name: str, model: Model | None, seconds: float, **content: Any) -> Path:
+    """``studies/NAME.json`` in the prepared folder: provenance first, then the content. ``model``: None if none was
+    asked anything."""
     packages = ("torch", "transformers", "peft", "vaderSentiment")
     provenance = {
         "command": f"glassbox study {name.replace('_', '-')}",
         "seed": SEED,
-        "model": model.name,
-        "model_hash": model.hash,
-        **({} if prepared.size() == 1 else {"size": prepared.size()}),
-        **({} if str(model.dtype) == "torch.float32" else {"dtype": str(model.dtype).removeprefix("torch.")}),
+        **({} if model is None else {"model": model.name, "model_hash": model.hash}),
+        **({} if model is None or prepared.size() == 1 else {"size": prepared.size()}),
+        **(
+            {}
+            if model is None or str(model.dtype) == "torch.float32"
+            else {"dtype": str(model.dtype).removeprefix("torch.")}
+        ),
         "versions": {"python": platform.python_version(), **{p: version(p).split("+")[0] for p in packages}},
         "seconds_of_last_run": round(seconds),
         "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

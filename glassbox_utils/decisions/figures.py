@@ -21,7 +21,7 @@ from glassbox_utils.core.statistics import (
     spearman,
 )
 from glassbox_utils.core.studies import StudyError, read_table, table_path
-from glassbox_utils.decisions import audit, cause_study, cycle, loans, study
+from glassbox_utils.decisions import audit, cause_study, cycle, loans, power_study, study
 from glassbox_utils.decisions.mitigation import Outcome
 from glassbox_utils.decisions.study import outcome, sides, why_skipped
 
@@ -432,3 +432,39 @@ def draw_audits(audits: Table, planted: Mapping[str, str]) -> None:
         axis.text(j, i, "no loans" if np.isnan(v) else f"{v:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_title(f"Largest effect, in clean payment histories (bar for a verdict: {audit.MINIMUM})")
     plt.colorbar(image, ax=axis)
+
+
+# --- how often an audit is right ----------------------------------------------------------------------
+
+
+def draw_power(table: Table) -> dict[str, list[Interval]]:
+    """Share of planted biases that are found, and named right, by size: all kinds together and each by itself, and the
+    false alarms about honest officers. Gives back what the thick lines and the last point show."""
+    import matplotlib.pyplot as plt
+
+    sizes, settings = list(table["settings"]["sizes"]), {"found": figures.BLUE, "right": figures.GREEN}
+    _, axis = plt.subplots(figsize=(6.5, 3.6))
+    kinds = list(dict.fromkeys(row["kind"] for row in table["curve"]))
+    for kind in kinds:
+        line = [power_study.rate(table, "curve", kind, size, "found").value for size in sizes]
+        axis.plot(sizes, line, color=figures.GREY, lw=0.7, alpha=0.7)
+    drawn: dict[str, list[Interval]] = {}
+    for what, colour in settings.items():
+        drawn[what] = [power_study.rate(table, "curve", "all", size, what) for size in sizes]
+        value = np.array([one.value for one in drawn[what]])
+        ends = np.array([[one.value - one.low, one.high - one.value] for one in drawn[what]]).T
+        words = {"found": "found", "right": "found, and all of it named right"}[what]
+        axis.errorbar(sizes, value, ends, color=colour, marker="o", capsize=3, label=words)
+    alarm = power_study.rate(table, "honest", "all", None, "alarm")
+    drawn["honest"] = [alarm]
+    axis.errorbar([sizes[0] / 2], [alarm.value], [[alarm.value - alarm.low], [alarm.high - alarm.value]], marker="s",
+                  color=figures.RED, capsize=3, label=f"false alarm ({alarm.n} honest officers)")  # fmt: skip
+    axis.axhline(0.9, color=figures.GREY, ls=":", lw=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([sizes[0] / 2, *sizes], ["none", *(f"{size:g}" for size in sizes)])
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("size of the planted bias, points of the merit rule")
+    axis.set_ylabel("share of officers")
+    axis.set_title(f"What the audit finds: {drawn['found'][0].n} officers of each size (thin: {len(kinds)} kinds)")
+    axis.legend(fontsize=8, loc="center right")
+    return drawn
