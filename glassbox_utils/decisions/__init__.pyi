@@ -17,8 +17,8 @@ from . import fields as fields
 from . import figures as figures
 from . import impact as impact
 from . import influence as influence
-from . import letter as letter
 from . import judging as judging
+from . import letter as letter
 from . import loans as loans
 from . import mitigation as mitigation
 from . import observed as observed
