@@ -1,4 +1,5 @@
 from . import applicants as applicants
+from . import arms as arms
 from . import audit as audit
 from . import cases as cases
 from . import cause_study as cause_study
@@ -8,8 +9,11 @@ from . import explain as explain
 from . import fields as fields
 from . import figures as figures
 from . import loans as loans
+from . import locate as locate
 from . import mitigation as mitigation
 from . import officer as officer
+from . import outcomes as outcomes
+from . import pairs as pairs
 from . import reading as reading
 from . import reality_study as reality_study
 from . import report as report
@@ -17,6 +21,7 @@ from . import safety_study as safety_study
 from . import scoring as scoring
 from . import study as study
 from . import training as training
+from . import units as units
 from .applicants import Applicant as Applicant
 from .applicants import parse_applicant as parse_applicant
 from .decision import Decision as Decision

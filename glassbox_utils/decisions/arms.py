@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from glassbox_utils.core.arguments import items, number, shown
-from glassbox_utils.core.devices import array, beside, result
+from glassbox_utils.core.devices import array, like, result
 from glassbox_utils.core.interventions import check_rows, edits, not_first, recording
 from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, Site, check_layer
@@ -60,7 +60,7 @@ class Hold:
 
     def move(self, x: Float[Tensor, "*place unit width"], index: Sequence[int]) -> Float[Tensor, "*place unit width"]:
         """The values of some of the units (by their number in ``units``)."""
-        level, axis = (beside(t[list(index)], x).to(x) for t in (self.level, self.axis))
+        level, axis = (like(t[list(index)], x) for t in (self.level, self.axis))
         if self.mode == "constant":
             return x + self.strength * (level - x)
         beyond = ((x - level) * axis).sum(-1, keepdim=True)
@@ -195,6 +195,9 @@ class Levels:
     everywhere: Float[Tensor, "unit width"]
     """over both groups and all positions but the first"""
 
+    def first(self, k: int) -> "Levels":
+        return Levels(self.own[:k], self.donor[:k], self.everywhere[:k])
+
     def at(self, level: Level) -> Float[Tensor, "unit width"]:
         quiet = torch.where(self._own_is_loud, self.donor, self.own)
         middle = (self.own + self.donor) / 2
@@ -217,19 +220,21 @@ def levels(
     model: Model, pairs: Pairs, space: Space, units: Sequence[Unit], places: Sequence[Place], batch_size: int = 12
 ) -> Levels:
     """Means of the units' values in both groups, each at its own place."""
-    by_layer = check_units(space, units)
+    by_layer, units = check_units(space, units), [(int(layer), int(unit)) for layer, unit in units]
     sums = {side: torch.zeros(len(units), space.width) for side in ("own", "donor", "all")}
     counts = {side: torch.zeros(len(units), 1) for side in sums}
     for some in rows(model, pairs, batch_size):
         for side, batch in (("own", some.own), ("donor", some.donor)):
             with recording(model, [space.layers[layer] for layer in by_layer]) as store:
                 model.hf(**batch.inputs, logits_to_keep=1, use_cache=False)
-            for i, (layer, index) in enumerate(units):
-                value = result(read(space, store[space.layers[layer]], [index]))[..., 0, :]
-                for key, mask in ((side, some.places[places[i]]), ("all", not_first(batch))):
-                    where = result(mask)
-                    sums[key][i] += value[where].sum(0)
-                    counts[key][i] += where.sum()
+            masks = {place: result(mask) for place, mask in some.places.items()}
+            real = result(not_first(batch))
+            for layer, index in by_layer.items():
+                values = result(read(space, store[space.layers[layer]], index))
+                for j, i in enumerate(units.index((layer, unit)) for unit in index):
+                    for key, where in ((side, masks[places[i]]), ("all", real)):
+                        sums[key][i] += values[where][:, j].sum(0)
+                        counts[key][i] += where.sum()
     means = {side: sums[side] / counts[side].clamp_min(1) for side in sums}
     return Levels(means["own"], means["donor"], means["all"])
 
@@ -256,10 +261,11 @@ def unit_arms(
 ) -> list[Arm]:
     """Candidates: the first k located units, in several ways. With a ``seed``: random ones of like activity instead."""
     order = ranked(found, max(ks))
+    order = order if seed is None else alike(found, order, seed)
+    everything = levels(model, pairs, found.space, order, places_of(found, order), batch_size)
     arms = []
     for k in sorted({min(k, len(order)) for k in ks} - {0}):
-        units = order[:k] if seed is None else alike(found, order[:k], seed)
-        means = levels(model, pairs, found.space, units, places_of(found, units), batch_size)
+        units, means = order[:k], everything.first(k)
         for mode, level in ways:
             name = f"{found.space.basis}, {mode} at the {level}"
             hold = Hold(found.space, tuple(units), means.at(level), means.axis, mode)
@@ -273,21 +279,23 @@ def unit_arms(
 def direction_arms(
     model: Model,
     pairs: Pairs,
-    layers: Sequence[int],
+    layers: Sequence[Sequence[int]],
     place: Place = "carrier",
     ways: Sequence[tuple[Mode, Level]] = (("coordinate", "midpoint"), ("coordinate", "other"), ("cut", "quiet")),
     batch_size: int = 12,
 ) -> list[Arm]:
-    """Candidates: the groups' mean difference in the stream at the carrier, after each of some layers; its coordinate
-    is set or cut at every position of every text."""
-    space = stream(model, [check_layer(model, layer) for layer in layers])
+    """Candidates: the groups' mean difference in the stream at the carrier, after one layer or at several at once (each
+    entry of ``layers``); its coordinate is set or cut at every position of every text."""
+    sets = [sorted({check_layer(model, layer) for layer in some}) for some in layers]
+    space = stream(model, sorted({layer for some in sets for layer in some}))
     units = [(layer, 0) for layer in space.layers]
     means = levels(model, pairs, space, units, [place] * len(units), batch_size)
     arms = []
-    for i, unit in enumerate(units):
+    for some in sets:
+        rows_of = [units.index((layer, 0)) for layer in some]
         for mode, level in ways:
-            hold = Hold(space, (unit,), means.at(level)[[i]], means.axis[[i]], mode)
-            about = {"layer": unit[0], "mode": mode, "level": level, "place": place}
+            hold = Hold(space, tuple(units[i] for i in rows_of), means.at(level)[rows_of], means.axis[rows_of], mode)
+            about = {"layers": some, "mode": mode, "level": level, "place": place}
             arms.append(of_hold(f"vector at the {place}, {mode} at the {level}", "direction", hold, **about))
     return arms
 
@@ -381,7 +389,7 @@ def choose(
     """
     candidates = items("candidates", candidates, DecisionError, Arm, word="Arms")
     plain = text_losses(model, texts, 128)
-    right = np.array([truth(decision, t.own) for t in twins])
+    right = np.array([truth(decision, t.case) for t in twins])
 
     def measured(arm: Arm) -> tuple[float, float]:
         own, donor, _ = decide(arm, model, decision, twins, template, batch_size)
@@ -444,7 +452,7 @@ def reactivated(
                 out = torch.zeros(len(pairs))
                 for some in rows(model, pairs, batch_size):
                     where = some.places["carrier"][..., None]
-                    add = lambda x, w=where, s=strength, v=vector: torch.where(w, x + s * beside(v, x).to(x), x)  # noqa: E731
+                    add = lambda x, w=where, s=strength, v=vector: torch.where(w, x + s * like(v, x), x)  # noqa: E731
                     with edits(model, {site: add}), arm.on(model, True):
                         logits = scoring.final_logits(model, some.donor)
                     out[some.rows] = result(logits[:, pairs.tokens[0]] - logits[:, pairs.tokens[1]])

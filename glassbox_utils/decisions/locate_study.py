@@ -118,12 +118,10 @@ def oriented(model: Model, decision: Decision, differs: Contrast, n: int = 12) -
 
 
 def located(
-    model: Model, decision: Decision, differs: Contrast, size: Size, saes: Sequence[str] = ()
+    model: Model, decision: Decision, differs: Contrast, size: Size, found: Mapping[str, Attribution], chosen_on: Pairs
 ) -> dict[str, Any]:
-    """The curve in every template, specificity and the chain in the first, as plain values."""
-    spaces = spaces_of(model, saes)
-    key = [model.hash, decision.name, str(differs), list(size), list(spaces), SEED]
-    found, chosen_on = attributed(model, decision, differs, spaces, size)
+    """The curve in every template, specificity and the chain in the first, as plain values; ``attributed`` chose."""
+    key = [model.hash, decision.name, str(differs), list(size), list(found), SEED]
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
     points: list[Any] = []
     table: dict[str, Any] = {
@@ -140,9 +138,9 @@ def located(
     table["points"] = points
     first = templates_of(decision, 1)[0]
     some = pairs.aligned(model, decision, twins, first, differs)
-    for name, space in spaces.items():
-        if space.sae is not None:
-            table["explained"][name] = round(units.explained(model, some, space), 4)
+    for name, one in found.items():
+        if one.space.sae is not None:
+            table["explained"][name] = round(units.explained(model, some, one.space), 4)
     shares = {p["basis"]: p for p in points if p["template"] == first and p["k"] <= max(10, min(size.ks))}
     table["specificity"] = resumed(
         NAME, [*key, "specificity"], _specificity, model, decision, differs, first, found, shares, size
@@ -213,7 +211,9 @@ def candidates(
     layers = locate.sites_between(model, size.layers)
     twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
     family = {basis: arms.unit_arms(model, chosen_on, one, size.arm_ks) for basis, one in found.items()}
-    family["vector"] = arms.direction_arms(model, chosen_on, layers)
+    third = model.n_layers // 3
+    spans = [range(third), range(third, 2 * third), range(third, model.n_layers - 1)]
+    family["vector"] = arms.direction_arms(model, chosen_on, [*([layer] for layer in layers), *spans])
     family["edit"] = arms.edit_arms(model, decision, twins, chosen_on.template, layers[len(layers) // 2 :])
     return family
 
@@ -224,17 +224,19 @@ def chosen_arms(
 ) -> tuple[list[Arm], dict[str, list[Any]]]:  # fmt: skip
     """All arms of the table, and what every candidate did on the choose part. Perplexity is watched on texts that the
     report does not use."""
-    twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
-    texts, form = held_texts(2 * size.texts)[size.texts :], chosen_on.template
-    out, tried = [arms.nothing()], {}
+    key = [model.hash, decision.name, str(differs), list(size), list(found), SEED, "choose"]
+    out, tried, form = [arms.nothing()], {}, chosen_on.template
     for name, some in candidates(model, decision, differs, found, chosen_on, size).items():
-        arm, rows = arms.choose(model, decision, twins, form, some, texts)
-        out.append(replace(arm, name=f"{name}: {arm.name}"))
-        tried[name] = [asdict(row) for row in rows]
-        if arm.kind == "units":  # the same with random units of like activity
-            about, one = arm.about, found[name]
-            others = arms.unit_arms(model, chosen_on, one, (about["k"],), ((about["mode"], about["level"]),), seed=SEED)
-            out.append(replace(others[0], name=f"{name}: {others[0].name}"))
+        tried[name] = resumed(NAME, [*key, name], _chosen, model, decision, differs, form, some, size)
+        arm = some[[row["chosen"] for row in tried[name]].index(True)]
+        if arm.kind != "units":
+            out.append(arm)
+            continue
+        about, way = arm.about, f"{arm.about['mode']} at the {arm.about['level']}"
+        out.append(replace(arm, name=f"{about['k']} {name}, {way}"))
+        like = arms.unit_arms(model, chosen_on, found[name], (about["k"],), ((about["mode"], about["level"]),), SEED)
+        out.append(replace(like[0], name=f"{about['k']} random {name}, {way}"))
+    twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
     own, donor, _ = arms.decide(out[0], model, decision, twins, form)
     gap = float((donor - own).mean())
     out += [arms.hidden(decision, differs.what), arms.instructed(differs.what), arms.offset(gap)]
@@ -242,23 +244,23 @@ def chosen_arms(
 
 
 def mended(
-    model: Model, decision: Decision, differs: Contrast, size: Size, also: Sequence[Contrast] = (),
-    saes: Sequence[str] = (), retrained: Model | None = None,
+    model: Model, decision: Decision, differs: Contrast, size: Size, found: Mapping[str, Attribution], chosen_on: Pairs,
+    also: Sequence[Contrast] = (), retrained: Model | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every arm in every template, with its side effects and the re-activation, as plain values."""
-    found, chosen_on = attributed(model, decision, differs, spaces_of(model, saes), size)
     all_arms, tried = chosen_arms(model, decision, differs, found, chosen_on, size, retrained)
     key = [model.hash, decision.name, str(differs), list(size), SEED, None if retrained is None else retrained.hash]
     measured: list[Any] = []
     for arm in all_arms:
-        for other in [differs, *also]:
+        for other in [differs, *(also if arm.kind != "score" else ())]:  # an offset is for one contrast
             twins = pairs.twins(model, decision, other, "report", size.decided, SEED, alike=False)
             names = templates_of(decision, size.templates) if other == differs else templates_of(decision, 1)
             for name in names:
                 here = [*key, "decide", arm.name, _plain(arm.about), str(other), name]
                 measured.append(resumed(NAME, here, _one, model, decision, arm, other, twins, name))
+    plain = resumed(NAME, [model.hash, list(size), "effects"], _skills, model, size)
     effects = {
-        arm.name: resumed(NAME, [*key, "effects", arm.name, _plain(arm.about)], side_effects, model, arm, size)
+        arm.name: resumed(NAME, [*key, "effects", arm.name, _plain(arm.about)], side_effects, model, arm, plain, size)
         for arm in all_arms
         if arm.kind not in ("words", "score", "nothing")
     }
@@ -278,30 +280,44 @@ def _one(model: Model, decision: Decision, arm: Arm, other: Contrast, twins: Any
     return asdict(outcomes.one(model, decision, arm, other, twins, name))
 
 
-def side_effects(model: Model, arm: Arm, size: Size) -> dict[str, Any]:
-    """Perplexity and multiple choice with the arm left on, over the model as it is; and is off off?"""
-    used, texts = arm.model or model, held_texts(size.texts)
-    plain = text_losses(model, texts, 256)
-    right = choice_right(model, size.choices)
-    with arm.on(used, True):
-        losses, chosen = text_losses(used, texts, 256), choice_right(used, size.choices)
+def _chosen(
+    model: Model, decision: Decision, differs: Contrast, form: str, some: Sequence[Arm], size: Size
+) -> list[Any]:
+    twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
+    texts = held_texts(2 * size.texts)[size.texts :]
+    _, rows = arms.choose(model, decision, twins, form, some, texts)
+    return [asdict(row) for row in rows]
 
-    def ratio(a: Any, b: Any, n: Any, m: Any) -> float:
+
+def _skills(model: Model, size: Size) -> list[Any]:
+    """Losses and token counts of ordinary text, and which questions are answered rightly."""
+    losses, counts = text_losses(model, held_texts(size.texts), 256)
+    return [losses.tolist(), counts.tolist(), choice_right(model, size.choices)]
+
+
+def side_effects(model: Model, arm: Arm, plain: Sequence[Any], size: Size) -> dict[str, Any]:
+    """Perplexity and multiple choice with the arm left on, over the model as it is (``plain``); and is off off?"""
+    used = arm.model or model
+    with arm.on(used, True):
+        found = _skills(used, size)
+
+    def ratio(a: Any, n: Any, b: Any, m: Any) -> float:
         return float(np.exp(b.sum() / m.sum() - a.sum() / n.sum()))
 
+    samples = tuple(np.array(x, dtype=float) for x in (*plain[:2], *found[:2]))
     return {
-        "perplexity ratio": asdict(bootstrap_ci((plain[0], losses[0], plain[1], losses[1]), ratio)),
-        "choices": asdict(bootstrap_ci(np.array(chosen) - np.array(right))),
-        "choices right": float(np.mean(right)),
-        "identical when off": arms.identical(arm, model, texts[:4]) if arm.model is None else None,
+        "perplexity ratio": asdict(bootstrap_ci(samples, ratio)),
+        "choices": asdict(bootstrap_ci(np.array(found[2]) - np.array(plain[2]))),
+        "choices right": float(np.mean(plain[2])),
+        "identical when off": arms.identical(arm, model, held_texts(4)) if arm.model is None else None,
     }
 
 
 def _pushed(
     model: Model, decision: Decision, differs: Contrast, some: Sequence[Arm], chosen_on: Pairs, size: Size
 ) -> dict[str, Any]:
-    """The groups' mean difference at the carrier, pushed back in a fifth of the way through the layers after it stands
-    there; the length is that of the difference, times the strength."""
+    """The groups' mean difference at the carrier, pushed back in there a third of the way through the layers; its
+    length is that of the difference, times the strength. Control: a random vector of the same length."""
     layer = max(1, model.n_layers // 3)
     means = arms.levels(model, chosen_on, units.stream(model, [layer]), [(layer, 0)], ["carrier"])
     push = (means.own - means.donor)[0]
@@ -309,7 +325,7 @@ def _pushed(
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
     report = pairs.aligned(model, decision, twins, templates_of(decision, 1)[0], differs)
     vectors = {"difference": push, "random": other / other.norm() * push.norm()}
-    found = arms.reactivated(model, report, some, layer, vectors)
+    found = arms.reactivated(model, report, [a for a in some if a.kind != "random"], layer, vectors)
     rows = [
         {"arm": arm, "vector": name, "strength": s,
          "turned": asdict(cluster_bootstrap(arms.turned(found[arm, name, 0.0], x), report.clusters, seed=SEED)),
@@ -330,12 +346,12 @@ def study_locate() -> Path:
     for name in [n for n in loan_models() if n in OFFICERS]:
         model = load_loan_model(name)
         differs = oriented(model, decision, pairs.contrast(model, decision, *OFFICERS[name]))
-        tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, size, saes)}
-    model = load_loan_model()
-    differs = oriented(model, decision, pairs.contrast(model, decision, *OFFICERS["deployed"]))
-    also = [pairs.contrast(model, decision, *named) for key, named in OFFICERS.items() if key != "deployed"]
-    tables["deployed"]["mended"] = mended(model, decision, differs, size, also, saes)
-    return write_table(NAME, model, time.time() - start, size=list(size), officers=tables)
+        found, chosen_on = attributed(model, decision, differs, spaces_of(model, saes), size)
+        tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, size, found, chosen_on)}
+        if name == "deployed":
+            also = [pairs.contrast(model, decision, *told) for key, told in OFFICERS.items() if key != name]
+            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also)
+    return write_table(NAME, load_loan_model(), time.time() - start, size=list(size), officers=tables)
 
 
 STUDIES_OF_LOCATE = {"locate": study_locate}

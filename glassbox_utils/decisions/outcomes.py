@@ -67,7 +67,7 @@ def one(
     own, donor, least = decide(arm, model, decision, twins, template, batch_size)
     return Measured(
         arm.name, str(contrast), template, tuple(array(own).round(4).tolist()), tuple(array(donor).round(4).tolist()),
-        tuple(truth(decision, t.own) for t in twins), tuple(t.cluster for t in twins),
+        tuple(truth(decision, t.case) for t in twins), tuple(t.cluster for t in twins),
         tuple(", ".join(value for _, value in t.others) for t in twins), least,
     )  # fmt: skip
 

@@ -52,6 +52,8 @@ class Contrast:
 class Twins:
     """One case as two."""
 
+    case: Case
+    """as it is in the table: what really happened is known of this one"""
     own: Case
     donor: Case
     cluster: str
@@ -181,7 +183,7 @@ def twins(
     cases = [half[i % len(half)] for i in range(n)]
     if differs.what in decision.fields:
         put = lambda c, value: swapped(decision, c, differs.what, value)  # noqa: E731
-        return [Twins(put(c, differs.own), put(c, differs.donor), c.id) for c in cases[: len(half)]]
+        return [Twins(c, put(c, differs.own), put(c, differs.donor), c.id) for c in cases[: len(half)]]
     by_field = {
         one.field: _names(model, one, differs, part, seed, alike)
         for one in decision.carriers
@@ -198,7 +200,8 @@ def twins(
         values = [{name: getattr(pair, side) for name, pair in here.items()} for side in ("own", "donor")]
         own, donor = (replace(case, values=dict(case.values) | v, outcome=None) for v in values)
         others = {k: v for pair in here.values() for k, v in pair.groups.items() if k != differs.what}
-        found.append(Twins(own, donor, " / ".join(f"{p.own}, {p.donor}" for p in here.values()), tuple(others.items())))
+        cluster = " / ".join(f"{pair.own}, {pair.donor}" for pair in here.values())
+        found.append(Twins(case, own, donor, cluster, tuple(others.items())))
     return found
 
 

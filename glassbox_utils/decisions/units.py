@@ -150,7 +150,7 @@ def changed(
     chosen = list(index)
     if space.sae is not None:
         own = read(space, x, chosen)
-        step = (move(own) - own)[..., 0] @ beside(coding.rows(space.sae)[chosen], x).to(own)
+        step = (move(own) - own)[..., 0] @ like(coding.rows(space.sae)[chosen], own)
         new = x + like(step, x)
     else:
         parts = x.unflatten(-1, (space.n_units, space.width)).clone()
@@ -233,7 +233,7 @@ def attribute(model: Model, pairs: Pairs, spaces: Mapping[str, Space], batch_siz
                 if space.sae is None:
                     guess = (difference * slope.unflatten(-1, (space.n_units, space.width))).sum(-1)
                 else:
-                    guess = difference[..., 0] * (slope @ beside(coding.rows(space.sae), slope).to(slope).T)
+                    guess = difference[..., 0] * (slope @ like(coding.rows(space.sae), slope).T)
                 far = difference.norm(dim=-1) * some.places["all"][..., None]
                 activity[name][i] += result(far.sum((0, 1)))
                 for j, place in enumerate(PLACES):

@@ -59,10 +59,10 @@ def test_the_arms_that_hold_the_cause_close_the_gap_on_other_people(model, clans
         assert gap(model, clans, twins, arm) > 0.9 * plain and not {planted.READER, planted.WRITER} & set(
             arm.about["units"]
         )
-    vectors = arms.direction_arms(model, some, [0, 1])
-    closed = [a.about["layer"] for a in vectors if abs(gap(model, clans, twins, a)) < 0.1 * plain]
-    assert set(closed) == {0}  # after layer 1 the group has left the name
-    last = arms.direction_arms(model, some, [1], "decision")
+    vectors = arms.direction_arms(model, some, [[0], [1], [0, 1]])
+    closed = {tuple(a.about["layers"]) for a in vectors if abs(gap(model, clans, twins, a)) < 0.1 * plain}
+    assert closed == {(0,), (0, 1)}  # after layer 1 the group has left the name
+    last = arms.direction_arms(model, some, [[1]], "decision")
     assert all(abs(gap(model, clans, twins, a)) < 0.1 * plain for a in last if a.about["mode"] == "coordinate")
     edit = arms.edit_arms(model, clans, pairs.twins(model, clans, setting[0], "choose", 24), "front", [1])[0]
     assert abs(gap(model, clans, twins, edit)) < 0.2 * plain and untouched(model)
@@ -104,7 +104,7 @@ def test_rows_that_are_off_are_the_same_to_the_bit(model, clans, setting):
     _, some, found, _ = setting
     everything = [
         *arms.unit_arms(model, some, found["neurons"], (2,)), *arms.unit_arms(model, some, found["heads"], (1,)),
-        *arms.direction_arms(model, some, [0]),
+        *arms.direction_arms(model, some, [[0]]),
         *arms.edit_arms(model, clans, pairs.twins(model, clans, setting[0], "choose", 24), "front", [1]),
     ]  # fmt: skip
     assert all(arms.identical(arm, model, TEXTS) for arm in everything)
@@ -138,7 +138,7 @@ def test_holds_move_values_as_they_say(model):
 def test_the_chosen_arm_is_cheap_and_closes_most(model, clans, setting):
     differs, some, found, _ = setting
     twins = pairs.twins(model, clans, differs, "choose", 12)
-    candidates = [*arms.unit_arms(model, some, found["neurons"], (1, 2)), *arms.direction_arms(model, some, [0, 2])]
+    candidates = [*arms.unit_arms(model, some, found["neurons"], (1, 2)), *arms.direction_arms(model, some, [[0], [2]])]
     arm, tried = arms.choose(model, clans, twins, "front", candidates, TEXTS)
     plain = gap(model, clans, twins, template="front")
     assert sum(t.chosen for t in tried) == 1 and next(t for t in tried if t.chosen).name == arm.name
