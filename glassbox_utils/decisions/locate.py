@@ -47,7 +47,7 @@ from glassbox_utils.decisions.units import (
 
 Side = Literal["own", "donor"]
 KS = (1, 3, 10, 30, 100, 300)
-DRAWS = 5
+DRAWS = 3
 """random sets of units of like activity for each k"""
 TARGET = 0.8
 """the share of the gap at which k is read off"""
@@ -168,6 +168,7 @@ class Point:
     random_carried: tuple[float, ...]
     """each draw of as many other units of like activity"""
     random_left: tuple[float, ...]
+    """of the first draw: what is kept by units that carry nothing is nearly nothing, so one says enough"""
     likeness: float
     """activity of the random units over that of the chosen"""
 
@@ -205,23 +206,22 @@ def curve(
             plan.append((name, k, order[:k], others))
     conditions = [Condition("own"), Condition("donor")]
     for name, _, chosen, others in plan:
-        for some in (chosen, *others):
-            conditions += both_ways(found[name].space, some)
+        space = found[name].space
+        conditions += [c for some in (chosen, *others[:1]) for c in both_ways(space, some)]
+        conditions += [both_ways(space, some)[0] for some in others[1:]]
     scores = patched(model, pairs, conditions, batch_size)
-    own, donor, rest = scores[0], scores[1], iter(scores[2:].unflatten(0, (-1, 2)) if plan else [])
-    gap = donor - own
+    gap, rest = scores[1] - scores[0], iter(scores[2:] - scores[0])
     check_gap(gap, pairs)
     points = []
     for name, k, chosen, others in plan:
-        shares = []
-        for _ in (chosen, *others):
-            with_donor, with_own = next(rest)
-            shares.append((with_donor - own, with_own - own))
-        carried, left = (share(x, gap, pairs.clusters, seed) for x in shares[0])
-        drawn = [tuple(float(x[i].mean() / gap.mean()) for x in shares[1:]) for i in (0, 1)]
+        carried, left = (share(next(rest), gap, pairs.clusters, seed) for _ in range(2))
+        drawn: tuple[list[float], list[float]] = ([], [])
+        for i in range(len(others)):
+            for side in (0, 1) if i == 0 else (0,):
+                drawn[side].append(float(next(rest).mean() / gap.mean()))
         likeness = float(np.mean([activity_of(found[name], o) for o in others])) if others else math.nan
         likeness /= activity_of(found[name], chosen) or math.nan
-        points.append(Point(name, pairs.template, k, carried, left, drawn[0], drawn[1], likeness))
+        points.append(Point(name, pairs.template, k, carried, left, tuple(drawn[0]), tuple(drawn[1]), likeness))
     return points, gap
 
 

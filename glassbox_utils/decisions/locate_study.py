@@ -41,36 +41,40 @@ OFFICERS = {"deployed": ("gender", "female", "male"), "model-a": ("side", "East"
 class Size(NamedTuple):
     """How much is measured."""
 
-    choose: int = 48
+    choose: int = 40
     """pairs that choose"""
-    report: int = 60
+    report: int = 36
     """pairs that report, in each template"""
-    others: int = 30
+    others: int = 24
     """pairs of each other contrast"""
-    decided: int = 100
+    decided: int = 48
     """pairs that are decided under each arm, in each template"""
     texts: int = 40
     choices: int = 100
     draws: int = locate.DRAWS
-    ks: tuple[int, ...] = locate.KS
     templates: int = 99
     """at most, those that chose among them"""
-    arm_ks: tuple[int, ...] = (3, 10, 30)
-    """numbers of units to choose from"""
+    full: int = 2
+    """templates in which every k and the random units are measured; in the others every second k"""
     layers: int = 10
     """after which a direction is tried"""
+    ks: tuple[int, ...] = locate.KS
+    arm_ks: tuple[int, ...] = (10, 30)
+    """numbers of units to choose from"""
 
 
-SMALL = Size(10, 12, 8, 12, 8, 20, 2, (1, 3, 10, 30), 3, (10,), 5)
+SMALL = Size(10, 12, 8, 12, 8, 20, 2, 3, 1, 5, (1, 3, 10, 30), (10,))
+CHOOSE_TEXTS = 12
+"""texts on which the perplexity of candidates is watched, after those that are reported on"""
 
 
 def sized() -> Size:
     """The full study, or the share of it that a prepared folder asks for."""
-    whole, least = Size(), SMALL
+    whole = Size()
     if prepared.size() == 1:
         return whole
-    numbers = {k: prepared.sized(v, getattr(least, k)) for k, v in whole._asdict().items() if isinstance(v, int)}
-    return least._replace(**numbers)
+    numbers = {k: prepared.sized(v, getattr(SMALL, k)) for k, v in whole._asdict().items() if isinstance(v, int)}
+    return SMALL._replace(**numbers)
 
 
 def spaces_of(model: Model, saes: Sequence[str] = ()) -> dict[str, Space]:
@@ -131,8 +135,9 @@ def located(
         },
         "first": {name: _first(one) for name, one in found.items()}, "gaps": {}, "explained": {},
     }  # fmt: skip
-    for name in templates_of(decision, size.templates):
-        part = resumed(NAME, [*key, "curve", name], or_none, _curve, model, decision, differs, twins, name, found, size)
+    for i, name in enumerate(templates_of(decision, size.templates)):
+        here = size if i < size.full else size._replace(draws=0, ks=size.ks[1::2])
+        part = resumed(NAME, [*key, "curve", name], or_none, _curve, model, decision, differs, twins, name, found, here)
         points += part.get("points", [])
         table["gaps"][name] = part.get("gap") or part
     table["points"] = points
@@ -284,7 +289,7 @@ def _chosen(
     model: Model, decision: Decision, differs: Contrast, form: str, some: Sequence[Arm], size: Size
 ) -> list[Any]:
     twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
-    texts = held_texts(2 * size.texts)[size.texts :]
+    texts = held_texts(size.texts + CHOOSE_TEXTS)[size.texts :]
     _, rows = arms.choose(model, decision, twins, form, some, texts)
     return [asdict(row) for row in rows]
 

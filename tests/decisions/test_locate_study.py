@@ -11,7 +11,7 @@ from glassbox_utils.decisions import locate_study as study
 from glassbox_utils.decisions import pairs
 from glassbox_utils.decisions.locate_study import Size
 
-SIZE = Size(12, 12, 6, 12, 4, 6, 2, (1, 2), 2, (2,), 3)
+SIZE = Size(12, 12, 6, 12, 4, 6, 2, 2, 1, 3, (1, 2), (2,))
 
 
 @pytest.fixture(scope="module")
