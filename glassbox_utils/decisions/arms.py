@@ -416,7 +416,7 @@ def choose(
 def identical(arm: Arm, model: Model, texts: Sequence[str]) -> bool:
     """Are rows of a batch for which the arm is off the same as without it, to the bit; and all after the block?"""
     texts = items("texts", texts, DecisionError)
-    batch = tokenize(model, texts)
+    batch = tokenize(model, texts, max_tokens=min(64, model.n_context))
     before = scoring.final_logits(model, batch)
     switch = [i % 2 == 0 for i in range(len(texts))]
     with arm.on(model, switch):
