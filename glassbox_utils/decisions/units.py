@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import shown, whole
-from glassbox_utils.core.devices import beside, exact, like, result
+from glassbox_utils.core.devices import array, beside, exact, like, result
 from glassbox_utils.core.interventions import capture, edits
 from glassbox_utils.core.losses import frozen_weights
 from glassbox_utils.core.models import Model, Site, check_site
@@ -286,7 +286,7 @@ def alike(found: Attribution, units: Sequence[Unit], seed: int) -> list[Unit]:
     """
     layers = list(found.space.layers)
     check_units(found.space, units)
-    activity = found.activity.flatten().double().numpy()
+    activity = array(found.activity.flatten())
     place = [layers.index(layer) * found.space.n_units + i for layer, i in units]
     free = np.ones(len(activity), dtype=bool)
     free[place] = False

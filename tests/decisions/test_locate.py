@@ -246,6 +246,12 @@ def test_units_of_an_sae_leave_its_error_alone(model, clans):
     x = capture(model, batch, [site])[site]
     same = units.changed(space, x, [5, 6], lambda v: v)
     assert torch.equal(same, x)
+    assert units.explained(model, report, space) < 1
+    meta.model_hash = "another"
+    assert "was trained on planted" in refused(lambda: units.features(model, sae))
+    assert units.features(model, sae, foreign=True).sites == space.sites
+    meta.hook_name = "blocks.0.mlp.hook_post"
+    assert "reads 64 numbers, mlp_post of planted has 24" in refused(lambda: units.features(model, sae, foreign=True))
 
 
 def test_a_gap_that_is_not_there_is_refused(clans):
