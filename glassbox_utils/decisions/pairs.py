@@ -112,7 +112,8 @@ def contrast(model: Model, decision: Decision, what: str, own: Any = None, donor
         names = ", ".join([*decision.groups, *decision.fields])
         raise DecisionError(f"There is no attribute or field {shown(what)}. Allowed: {names}.")
     else:
-        first, second = _apart(model, rule, [case[what] for case in decision.cases], what, own, donor)
+        seen = [case[what] for case in decision.cases] if isinstance(rule, Number) else []
+        first, second = _apart(model, rule, seen, what, own, donor)
     found = Contrast(what, first if own is None else own, second if donor is None else donor)
     if found.own == found.donor:
         raise DecisionError(f"Both members of each pair would have the {what} {shown(found.own)}. Give two values.")
