@@ -59,7 +59,7 @@ class Size(NamedTuple):
     layers: int = 10
     """after which a direction is tried"""
     ks: tuple[int, ...] = locate.KS
-    arm_ks: tuple[int, ...] = (10, 30)
+    arm_ks: tuple[int, ...] = (10, 30, 100)
     """numbers of units to choose from"""
 
 
