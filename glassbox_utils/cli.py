@@ -142,10 +142,8 @@ def _evaluate_sae(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     from glassbox_utils.core import distributed, prepared
     from glassbox_utils.core.files import check_output
-    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
-    from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
 
-    known, names = studies() | STUDIES_OF_AUDITS | STUDIES_OF_ANSWERS, list(dict.fromkeys(args.name))
+    known, names = every_study(), list(dict.fromkeys(args.name))
     for name in names:
         if name not in known:
             raise GlassboxError(f"There is no study {name!r}. Allowed: {', '.join(sorted(known))}.")
@@ -193,6 +191,15 @@ def studies() -> dict[str, Callable[[], Path]]:
 
     first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
     return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
+
+
+def every_study() -> dict[str, Callable[[], Path]]:
+    """Those, and the long runs that ``prepare`` does not repeat on another model."""
+    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
+    from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
+    from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
+
+    return {**studies(), **STUDIES_OF_AUDITS, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:

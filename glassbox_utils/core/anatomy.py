@@ -24,17 +24,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """the gap, relative to what is to be explained, up to which parts count as adding up; rounding alone stays far below"""
 
 
-Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_out"]
-KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_out")
+Kind = Literal["resid_pre", "resid_post", "z", "attn_out", "mlp_post", "mlp_out"]
+KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "z", "attn_out", "mlp_post", "mlp_out")
 
 
 class Site(NamedTuple):
     """A place in the forward pass: ``Site("resid_post", 14)`` is the residual stream after layer 14.
 
     Shapes: ``resid_pre resid_post attn_out mlp_out`` are [batch, pos, d_model]; ``z`` is
-    [batch, pos, n_heads * d_head], the heads' outputs side by side before the output projection. ``attn_out`` and
-    ``mlp_out`` are what is added to the stream: a factor of the architecture (Granite) is part of them, a norm that
-    comes after them (Gemma-2, OLMo-2) is not, since it is no sum over heads.
+    [batch, pos, n_heads * d_head], the heads' outputs side by side before the output projection; ``mlp_post`` is
+    [batch, pos, d_mlp], the MLP's neurons as its output projection reads them (behind the gate, if it has one).
+    ``attn_out`` and ``mlp_out`` are what is added to the stream: a factor of the architecture (Granite) is part of
+    them, a norm that comes after them (Gemma-2, OLMo-2) is not, since it is no sum over heads.
     """
 
     kind: Kind
@@ -219,15 +220,19 @@ class Places(dict[Site, Any]):
 def sites(hf: Any) -> Places:
     """The module whose input or output is each site, for any decoder that transformers builds.
 
-    ``mlp_out`` of a mixture of experts is the output of the whole block. Where attention or MLP are laid out otherwise
-    (OPT, Falcon), their sites are missing, and the residual stream is there all the same.
+    ``mlp_out`` of a mixture of experts is the output of the whole block, and it has no ``mlp_post``. Where attention or
+    MLP are laid out otherwise (OPT, Falcon), their sites are missing, and the residual stream is there all the same.
     """
     found: dict[Site, nn.Module] = {}
     missing: dict[Site, ModelError] = {}
     for index, layer in enumerate(text_stack(hf)[1]):
         found[Site("resid_pre", index)] = found[Site("resid_post", index)] = layer
         parts: tuple[tuple[Callable[[nn.Module], nn.Module], tuple[Kind, ...]], ...]
-        parts = (_output_projection, ("z", "attn_out")), (_mlp_output, ("mlp_out",))
+        parts = (
+            (_output_projection, ("z", "attn_out")),
+            (_mlp_output, ("mlp_out",)),
+            (_mlp_projection, ("mlp_post",)),
+        )
         for find, kinds in parts:
             try:
                 part = find(layer)
@@ -246,8 +251,14 @@ def _output_projection(layer: nn.Module) -> nn.Module:
 
 def _mlp_output(layer: nn.Module) -> nn.Module:
     block = find_part(layer, "mlp", "feed_forward", "block_sparse_moe")
+    return block if hasattr(block, "experts") else _mlp_projection(layer)
+
+
+def _mlp_projection(layer: nn.Module) -> nn.Module:
+    """What reads the neurons."""
+    block = find_part(layer, "mlp", "feed_forward", "block_sparse_moe")
     if hasattr(block, "experts"):
-        return block
+        raise ModelError(f"{type(block).__name__} is a mixture of experts, whose tokens share no neurons.")
     return find_part(block, "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
 
 

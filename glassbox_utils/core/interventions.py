@@ -76,7 +76,7 @@ def edit(model: Model, site: Site, function: Callable[[Tensor], Tensor], scope: 
         for root in (model.hf, model.twin):
             handles.append(root.register_forward_pre_hook(count))
         for module in model.sites[site]:
-            if site.kind in ("resid_pre", "z"):
+            if site.kind in ("resid_pre", "z", "mlp_post"):
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(after))

@@ -2,6 +2,7 @@ from . import answer as answer
 from . import answer_page as answer_page
 from . import answer_plots as answer_plots
 from . import applicants as applicants
+from . import arms as arms
 from . import asking as asking
 from . import audit as audit
 from . import cases as cases
@@ -20,9 +21,12 @@ from . import influence as influence
 from . import judging as judging
 from . import letter as letter
 from . import loans as loans
+from . import locate as locate
 from . import mitigation as mitigation
 from . import observed as observed
 from . import officer as officer
+from . import outcomes as outcomes
+from . import pairs as pairs
 from . import power as power
 from . import probes as probes
 from . import reading as reading
@@ -35,6 +39,7 @@ from . import screening as screening
 from . import search as search
 from . import study as study
 from . import training as training
+from . import units as units
 from . import verdicts as verdicts
 from .applicants import Applicant as Applicant
 from .applicants import parse_applicant as parse_applicant

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from glassbox_utils.core import assets, corpora, distributed, prepared, schema
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import EMBEDDED, Model, Site, check_site
+from glassbox_utils.core.models import EMBEDDED, KINDS, Model, Site, check_site
 
 
 def saes_folder() -> Path:
@@ -22,11 +22,9 @@ def saes_folder() -> Path:
     return prepared.path("saes")
 
 
-_HOOKS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "z": "attn.hook_z"} | {
-    kind: f"hook_{kind}" for kind in ("attn_out", "mlp_out")
-}
+_HOOKS = {kind: {"z": "attn.hook_z", "mlp_post": "mlp.hook_post"}.get(kind, f"hook_{kind}") for kind in KINDS}
 _ALSO = {"hook_in": "resid_pre", "hook_out": "resid_post", "attn.o.hook_in": "z"} | {
-    "attn.hook_out": "attn_out", "mlp.hook_out": "mlp_out"
+    "attn.hook_out": "attn_out", "mlp.hook_out": "mlp_out", "mlp.out.hook_in": "mlp_post"
 }  # fmt: skip
 """how TransformerLens 3 calls the same places"""
 
@@ -98,7 +96,9 @@ def check_harvest(config: HarvestConfig, model: Model) -> None:
 
 
 def width_of(model: Model, site: Site) -> int:
-    """Numbers at each position of a site: d_model, or those of all heads side by side."""
+    """Numbers at each position of a site: d_model, those of all heads side by side, or d_mlp."""
+    if site.kind == "mlp_post":
+        return model.sites[site][0].get_parameter("weight").numel() // model.d_model
     return model.n_heads * model.d_head if site.kind == "z" else model.d_model
 
 

@@ -1,0 +1,83 @@
+"""The study of the located gap and its arms, on the planted llama: every part, as plain values, and its pictures."""
+
+import json
+
+import matplotlib.pyplot as plt
+import planted
+import pytest
+
+from glassbox_utils.decisions import locate_figures as drawn
+from glassbox_utils.decisions import locate_study as study
+from glassbox_utils.decisions import pairs
+from glassbox_utils.decisions.locate_study import Size
+
+SIZE = Size(12, 12, 6, 12, 4, 6, 2, 2, 1, 3, (1, 2), (2,))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    def work(_name, key, function, *args):
+        json.dumps(key)
+        return json.loads(json.dumps(function(*args)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "resumed", work)
+        decision, model = planted.decision(tmp_path_factory.mktemp("decisions") / "planted"), planted.model()
+        differs = study.oriented(model, decision, pairs.contrast(model, decision, "clan", "second", "first"))
+        assert (differs.own, differs.donor) == ("first", "second")
+        found, chosen_on = study.attributed(model, decision, differs, study.spaces_of(model, ["topk-2048-l14"]), SIZE)
+        located = study.located(model, decision, differs, SIZE, found, chosen_on)
+        mended = study.mended(model, decision, differs, SIZE, found, chosen_on)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    return located, mended
+
+
+def test_the_study_finds_the_planted_units_and_what_closes_the_gap(tables):
+    located, mended = tables
+    assert (
+        located["first"]["heads"][0]["unit"] == list(planted.MOVER) and "features topk-2048-l14" not in located["first"]
+    )
+    assert {tuple(x["unit"]) for x in located["first"]["neurons"][:2]} == {planted.READER, planted.WRITER}
+    assert {p["template"] for p in located["points"]} == {"front", "behind"} == set(located["gaps"])
+    assert {s["verdict"] for s in located["specificity"]} == {"specific"} and len(located["specificity"]) == 2
+    assert any(x["frozen"] == "heads at decision" for x in located["chain"])
+    found = drawn.outcomes_of([drawn.measured_of(m) for m in mended["measured"]], mended["contrast"])
+    plain, hidden = found["as it is"], found["carrier hidden"]
+    neurons = next(o for name, o in found.items() if name.startswith("2 neurons"))
+    random = next(o for name, o in found.items() if name.startswith("2 random neurons"))
+    assert plain.logits.low > 1 and abs(hidden.logits.value) < 1e-3
+    assert abs(neurons.logits.value) < 0.1 * plain.logits.value < random.logits.value
+    assert all(e["identical when off"] for e in mended["effects"].values())
+    assert all(sum(row["chosen"] for row in rows) == 1 for rows in mended["tried"].values())
+    rows = mended["reactivation"]["rows"]
+    assert {r["vector"] for r in rows} == {"difference", "random"} and all("turned" in r for r in rows)
+    assert "random" not in {r["arm"].split()[1] for r in rows}
+
+
+def test_tables_and_pictures_say_what_was_found(tables):
+    located, mended = tables
+    points = [drawn.point_of(p) for p in located["points"]]
+    assert drawn.ks_table(points).loc["behind", "heads"] == "1"
+    figure = drawn.draw_curve(points, "behind")
+    assert "80% of the gap: 1 heads, 1 neurons" in figure._suptitle.get_text() and len(figure.axes) == 2
+    chain = drawn.draw_chain(located["chain"], "person")
+    assert "after layer 1" in chain.axes[0].get_title() and len(chain.axes) == 3
+    found = drawn.outcomes_of([drawn.measured_of(m) for m in mended["measured"]], mended["contrast"])
+    frontier = drawn.draw_frontier(found)
+    assert f"of {len(found) - 1} arms" in frontier.axes[0].get_title()
+    table = drawn.arms_table(found, mended["effects"])
+    assert len(table) == len(found) and table["impact ratio"].str.contains("[", regex=False).all()
+    assert list(drawn.specificity_table(located["specificity"])["verdict"]) == ["specific", "specific"]
+    plt.close("all")
+
+
+def test_templates_that_chose_come_last_and_sizes_shrink():
+    from glassbox_utils.core import prepared
+    from glassbox_utils.decisions.reading import load_decision
+
+    names = study.templates_of(load_decision("loan-officer"), 99)
+    assert names[-1] == "prose" and len(names) == 12 and names[0] in ("loan first", "semicolons")
+    with prepared.at_size(0.01):
+        assert study.sized() == study.SMALL
+    with prepared.at_size(1.0):
+        assert study.sized() == Size()
