@@ -112,7 +112,7 @@ def search(
     both, asked = _pairs(ask, case, template, base[template], moves, best)
     tried += asked
     for changes in sorted(both, key=lambda c: distance(decision, case, c, scales))[:SHRUNK]:
-        small, more = shrunk(ask, decision, case, changes, template, favourable, cases)
+        small, more = shrunk(ask, decision, case, changes, template, favourable)
         tried += more
         score = float(ask([mended(case, small)], template)[0])
         flips.append((small, score, distance(decision, case, small, scales), False))
@@ -283,7 +283,6 @@ def shrunk(
     changes: Mapping[str, Value],
     template: str,
     favourable: bool,
-    cases: Sequence[Case],
 ) -> tuple[dict[str, Value], int]:
     """Two changes, each made as small as the other allows, and how many changed cases that took.
 
