@@ -28,7 +28,7 @@ from glassbox_utils.decisions.influence import Swap, TextTest
 from glassbox_utils.decisions.observed import attention_to_fields
 from glassbox_utils.decisions.reasons import FieldTest, Together
 
-N, N_PAIRED, N_WORDED = 200, 40, 16
+N, N_PAIRED, N_WORDED = 200, 30, 12
 """other cases: for usual values and rates of answers, put into every group, asked in every template"""
 
 

@@ -14,7 +14,7 @@ from glassbox_utils.decisions.drawing import (
     UNSURE,
     WIDTH,
     axes_at,
-    figure_of,
+    blank,
     inline,
     note,
     number,
@@ -46,7 +46,7 @@ def figure_reasons(found: Answer) -> str:
     values = [x for t in rows for x in t.effects.values()] + [0.0]
     low, high, pad = padded(values, 0.06)
     low, high = min(low, -pad), max(high, pad)
-    figure = figure_of(top + step * len(rows) + 24)
+    figure = blank(top + step * len(rows) + 24)
     axes = axes_at(figure, 290, top, 300, step * len(rows), xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
     axes.axvline(0, color=FAINT, lw=1)
     for i, test in enumerate(rows):
@@ -85,7 +85,7 @@ def figure_curves(found: Answer) -> str:
     per_row, left, gap, high_of_row = min(3, len(curves)), 34, 24, 172
     n_rows = -(-len(curves) // per_row)
     width = (WIDTH - left) / per_row - gap * (1 - 1 / per_row)
-    figure = figure_of(high_of_row * n_rows + 18)
+    figure = blank(high_of_row * n_rows + 18)
     bad, good = _sides(found)
     for i, (name, curve) in enumerate(curves):
         at, down = left + i % per_row * (width + gap), high_of_row * (i // per_row)
@@ -125,7 +125,7 @@ def figure_swaps(found: Answer) -> str:
     low, high, pad = padded([*bounds, 0.0], 0.08)
     low, high = min(low, -pad), max(high, pad)
     height = step * len(rows)
-    figure = figure_of(top + height + 44)
+    figure = blank(top + height + 44)
     axes = axes_at(figure, left, top, width, height, xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
     if found.noise is not None:
         axes.axvspan(-found.noise, found.noise, color=GREY, alpha=0.15, lw=0)

@@ -29,6 +29,8 @@ PAIRS = 400
 """prompts for pairs of changes"""
 EACH = 6
 """changes of each field that pairs are made of"""
+SHRUNK, COARSE = 3, 24
+"""pairs whose changes are made smaller, and values of a field that are tried for it before the last step"""
 SHOWN = 5
 
 
@@ -45,7 +47,7 @@ class Change:
     templates: int
     """in which it was asked"""
     exact: bool
-    """is there certainly no smaller change of this field; of two: of one of them while the other stays?"""
+    """was every smaller change of this field tried? Never of two fields"""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ def search(
     best = min((m.distance for m in singles.values()), default=float("inf"))
     both, asked = _pairs(ask, case, template, base[template], moves, best)
     tried += asked
-    for changes in both:
-        small, exact, more = shrunk(ask, decision, case, changes, template, favourable, cases)
+    for changes in sorted(both, key=lambda c: distance(decision, case, c, scales))[:SHRUNK]:
+        small, more = shrunk(ask, decision, case, changes, template, favourable)
         tried += more
         score = float(ask([mended(case, small)], template)[0])
-        flips.append((small, score, distance(decision, case, small, scales), exact))
+        flips.append((small, score, distance(decision, case, small, scales), False))
     nearest: dict[tuple[str, ...], Change] = {}
     for changes, score, far, exact in sorted(flips, key=lambda f: f[2]):
         if any(set(known) < set(changes) and nearest[known].distance <= far for known in nearest):
@@ -127,10 +129,12 @@ def search(
 # --- the grid of a field ------------------------------------------------------------------------------
 
 
-def grid(decision: Decision, name: str, own: Value, cases: Sequence[Case]) -> tuple[list[Value], int]:
+def grid(
+    decision: Decision, name: str, own: Value, cases: Sequence[Case], most: int = LONGEST
+) -> tuple[list[Value], int]:
     """Values that a field may be changed to, the nearest to its own first, and the stride between them in steps.
 
-    Of a number: every step in the range of the cases (of the field, without cases), at most LONGEST; of a category all
+    Of a number: every step in the range of the cases (of the field, without cases), at most ``most``; of a category all
     others; of free text the known ones.
     """
     rule = decision.fields[name]
@@ -142,7 +146,7 @@ def grid(decision: Decision, name: str, own: Value, cases: Sequence[Case]) -> tu
     seen = [*(case.values[name] for case in cases), own] if cases else list(rule.range)
     low, step = Decimal(str(rule.range[0])), Decimal(str(rule.step))
     first, last = (int((Decimal(str(end)) - low) / step) for end in (min(seen), max(seen)))
-    stride = max(1, -(-(last - first) // LONGEST))
+    stride = max(1, -(-(last - first) // most))
     mine = int((Decimal(str(own)) - low) / step)
     places = [mine + k for k in range(-((mine - first) // stride) * stride, last - mine + 1, stride) if k]
     places += [end for end in (first, last) if end not in places and end != mine]
@@ -279,21 +283,24 @@ def shrunk(
     changes: Mapping[str, Value],
     template: str,
     favourable: bool,
-    cases: Sequence[Case],
-) -> tuple[dict[str, Value], bool, int]:
-    """Two changes, each made as small as the other allows; whether every value on the way was tried, and how many."""
-    small, asked, exact = dict(changes), 0, True
-    for _ in range(3):
+) -> tuple[dict[str, Value], int]:
+    """Two changes, each made as small as the other allows, and how many changed cases that took.
+
+    Each by COARSE values between its own and the change, then by every value beside the first that turns.
+    """
+    small, asked = dict(changes), 0
+    for _ in range(2):
         before = dict(small)
         for name in changes:
+            own = case.values[name]
             other = mended(case, {k: v for k, v in small.items() if k != name})
-            values, stride = grid(decision, name, case.values[name], cases)
-            near = [v for v in values if _far(decision, name, case.values[name], v) <= _far(
-                decision, name, case.values[name], small[name])]  # fmt: skip
+            far = _far(decision, name, own, small[name])
+            values, stride = grid(decision, name, own, [case, mended(case, {name: small[name]})], COARSE)
+            near = [v for v in values if _far(decision, name, own, v) <= far]
             found, more = first_turn(ask, other, name, near, stride, template, favourable, decision.fields[name])
-            asked, exact = asked + more, exact and stride == 1
+            asked += more
             if found is not None:
                 small[name] = found[0]
         if small == before:
             break
-    return small, exact, asked
+    return small, asked

@@ -57,7 +57,7 @@ def number(value: float, digits: int = 2, sign: bool = True) -> str:
 # --- matplotlib, in pixels ----------------------------------------------------------------------------
 
 
-def figure_of(height: float) -> Figure:
+def blank(height: float) -> Figure:
     """A unit of the SVG is a point of matplotlib, which is a pixel where the page is as wide as the figure."""
     return Figure(figsize=(WIDTH / 72, height / 72), frameon=False)
 

@@ -36,9 +36,11 @@ CAUSE, ATTENTION, FURTHEST, RANDOM, HELPFUL = (
     "random that help",
 )
 METHODS = (CAUSE, ATTENTION, FURTHEST, RANDOM, HELPFUL)
-SUBSETS = 10
-"""draws of random fields; where there are no more, all of them"""
-NAMED, JUDGED = 2, 3
+SUBSETS = 3
+"""draws of random fields for each case"""
+CHOSEN = 100
+"""cases that typical values come from, at most"""
+NAMED, JUDGED = 2, 2
 """templates to name in, and to judge in, at most"""
 LEAST = 10
 """explained cases, for an interval"""
@@ -145,11 +147,15 @@ def plan(
                             f"{', '.join(scores)}.")  # fmt: skip
     rest = [t for t in scores if t not in first][:JUDGED] or first[:NAMED]
     first = first[:NAMED]
-    chosen, explained = pool[: len(pool) // 3], pool[len(pool) // 3 :]
+    third = len(pool) // 3
+    chosen, explained = pool[: min(third, CHOSEN)], pool[third:]
     answers = ask(chosen, first[0])
     reference = [c for c, x in zip(chosen, answers, strict=True) if x > 0]
-    answers = ask(explained, first[0])
-    rejected = [c for c, x in zip(explained, answers, strict=True) if x < 0][:n]
+    rejected: list[Case] = []
+    for start in range(0, len(explained), 32):
+        part = explained[start : start + 32] if len(rejected) < n else []
+        rejected += [c for c, x in zip(part, ask(part, first[0]), strict=True) if x < 0]
+    rejected = rejected[:n]
     if len(reference) < reasons.FEWEST or len(rejected) < LEAST:
         raise DecisionError(
             f"Of {len(pool)} cases {len(reference)} give typical values (favourable answer) and {len(rejected)} can be "
@@ -183,17 +189,15 @@ def row(
         return found
     judge = across(ask, [case], made.judged_in)[0]
     subsets = list(combinations(tests, len(named)))
-    rng = np.random.default_rng([seed, len(subsets)])
-    if len(subsets) > SUBSETS:
-        subsets = [subsets[i] for i in rng.choice(len(subsets), SUBSETS, replace=False)]
+    rng = np.random.default_rng([seed, *case.id.encode()])  # each case its own draws
     helpful = [s for s in subsets if all(tests[name].towards > 0 for name in s)]
     far = {name: _far(decision, case, name, made) for name in tests}
     choices = {
         CAUSE: [tuple(named)],
         ATTENTION: [_top(tests, looked, len(named))],
         FURTHEST: [_top(tests, far, len(named))],
-        RANDOM: subsets,
-        HELPFUL: helpful or [tuple(named)],
+        RANDOM: _drawn(subsets, SUBSETS, rng),
+        HELPFUL: _drawn(helpful, 1, rng),
     }
     for method, sets in choices.items():
         changed = [mended(case, {name: made.typical[name] for name in one}) for one in sets]
@@ -209,6 +213,10 @@ def row(
     found["same first"] = max(means, key=lambda name: means[name]) == named[0]
     found["same sign"] = float(np.mean([means[name] > 0 for name in named]))
     return found
+
+
+def _drawn(sets: Sequence[tuple[str, ...]], n: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
+    return [sets[i] for i in rng.choice(len(sets), min(n, len(sets)), replace=False)]
 
 
 def _top(tests: Mapping[str, Any], values: Mapping[str, float], k: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from glassbox_utils.decisions.loans import load_loan_model
 from glassbox_utils.decisions.reading import load_decision
 
 NAME, DECISION = "explain_fidelity", "loan-officer"
-N = (120, 20)
+N = (112, 20)
 """rejected applicants, in a full folder and in the smallest"""
 CHUNK = 10
 

@@ -14,7 +14,7 @@ from glassbox_utils.decisions.drawing import (
     UNSURE,
     WIDTH,
     axes_at,
-    figure_of,
+    blank,
     inline,
     note,
     number,
@@ -51,7 +51,7 @@ def figure_fields(found: Explanation) -> str:
     rows = sorted(found.effects, key=lambda f: f.effect.value)
     places, step, top = range(len(rows)), 24, 40
     reach = max(0.5, *(max(abs(f.effect.low), abs(f.effect.high)) for f in rows))
-    figure = figure_of(top + step * len(rows) + 26)
+    figure = blank(top + step * len(rows) + 26)
     causal = axes_at(figure, 265, top, 330, step * len(rows), xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
     sure = [(GREEN if f.effect.value > 0 else RED) if f.effect.excludes(0) else UNSURE for f in rows]
     causal.axvline(0, color=FAINT, lw=1)
@@ -80,7 +80,7 @@ def figure_curves(found: Explanation) -> str:
     low, high, pad = padded(every, 0.08)
     left, gap = 34, 24
     width = (WIDTH - left) / len(found.curves) - gap * (1 - 1 / len(found.curves))
-    figure = figure_of(190)
+    figure = blank(190)
     for i, (field, curve) in enumerate(found.curves.items()):
         at, (values, scores) = left + i * (width + gap), zip(*curve, strict=True)
         axes = axes_at(figure, at, 24, width, 126, xlim=(values[0], values[-1]), ylim=(low, high))
@@ -115,7 +115,7 @@ def figure_groups(found: Explanation) -> str:
     left, top, width, step = 150, 22, 540, 54
     pixel = (high - low) / width
     rows, height = [32 + step * i for i in range(len(kinds))], 8 + step * len(kinds)
-    figure = figure_of(height + 46)
+    figure = blank(height + 46)
     axes = axes_at(figure, left, top, width, height, xlim=(low, high), ylim=(height, 0))
     axes.axvspan(low, 0, color=RED, alpha=0.06, lw=0)
     axes.axvspan(0, high, color=GREEN, alpha=0.06, lw=0)
@@ -149,7 +149,7 @@ def figure_gaps(found: Explanation) -> str:
     """Gaps over many applicants with their intervals: score on the left, approval rate on the right."""
     rows = [*found.gaps, found.control]
     top, height, step = 22, 30 * len(rows) + 12, 30
-    figure = figure_of(height + 46)
+    figure = blank(height + 46)
     for left, title, unit, least, digits in (
         (255, "score (log-odds)", "logits", 0.5, 2),
         (500, "approval rate (points)", "points", 5, 0),
@@ -182,7 +182,7 @@ def figure_arrival(found: Explanation) -> str:
     ends = [top + height * (high - share[-1]) / (high - low) for share in shares]
     apart = 6 if abs(ends[0] - ends[1]) < 12 else 0  # two labels on one line can't be read
     shifts = (-apart, apart) if ends[0] <= ends[1] else (apart, -apart)
-    figure = figure_of(150)
+    figure = blank(150)
     axes = axes_at(figure, left, top, right - left, height, xlim=(layers[0], layers[-1]), ylim=(low, high))
     axes.axhline(0, color=LINE, lw=1)
     axes.axhline(1, color=LINE, lw=1, dashes=(4, 3))

@@ -171,8 +171,7 @@ def test_words_from_outside_are_escaped_wherever_they_stand(found):
     assert "\u202e" not in letter.letter(bad).text and "\x07" not in letter.letter(bad).text
 
 
-DRAWN = [getattr(answer_plots, name) for name in dir(answer_plots) if name.startswith("figure_of") is False
-         and name.startswith("figure_")]  # fmt: skip
+DRAWN = [getattr(answer_plots, name) for name in dir(answer_plots) if name.startswith("figure_")]
 
 
 @pytest.mark.parametrize("draw", DRAWN, ids=lambda f: f.__name__)

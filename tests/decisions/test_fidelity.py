@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
 
+from glassbox_utils.core import studies
 from glassbox_utils.decisions import asking, fidelity
 from glassbox_utils.decisions.decision import margin
 from glassbox_utils.decisions.reading import load_decision
@@ -97,3 +99,20 @@ def test_one_template_is_said_to_be_one():
 )  # fmt: skip
 def test_what_is_wrong_is_refused_in_words(call, named):
     assert named in refused(lambda: call(asking.remembered(clerk)))
+
+
+def test_the_shipped_table_says_what_it_was_made_of_and_agrees_with_its_rows():
+    """Reasons of the deployed officer: at least 100 applicants, better than reasons read from attention."""
+    try:
+        table = studies.read_table("explain_fidelity")
+    except studies.StudyError:
+        pytest.skip("not computed yet")
+    found, rows = table["summary"], table["rows"]
+    assert table["provenance"]["command"] == "glassbox study explain-fidelity" and table["decision"] == "loan-officer"
+    assert not set(found["named_in"]) & set(found["judged_in"]) and found["explained"] >= 100
+    counted = [r for r in rows if r.get("cause", {}).get("flips") is not None]
+    assert len(counted) == found["explained"] and len(rows) == len({r["case"] for r in rows})
+    for method in found["methods"]:
+        assert method["flips"]["value"] == pytest.approx(np.mean([r[method["name"]]["flips"] for r in counted]))
+    better = {m["name"]: m["better"] for m in found["methods"]}
+    assert better["attention"]["low"] > 0 and better["random"]["low"] > 0
