@@ -2,8 +2,8 @@
 
 A cheap officer is the merit rule of a decision in logits (without a rule: what the outcomes teach a logistic
 regression), with weights that may be odd, plus noise: each wording of a case moves its score, each word has a small
-effect of its own, and a further one in each wording; a value that is singled out has no small effect of its own, so
-that its effect is what was planted. A *planting* takes a number of points of the rule away from whom it says, twice
+effect of its own, and a further one in each wording; a value that is singled out has the mean of its field's others,
+so that its effect is what was planted. A *planting* takes a number of points of the rule away from whom it says, twice
 from whom it says twice (SHARPNESS logits a point). Nothing of it is known to the audit.
 
 A planting of another form than the audit's questions have (``unseen``) can be found, but not named right. A planting
@@ -106,8 +106,12 @@ def officer(
     def merit(case: Case) -> float:
         return sum(factors.get(name, 1) * x for name, x in ground(case).items())
 
-    singles = [probe.parts[0] for probe in planting.against if len(probe.parts) == 1]
-    alone = {(part.field, part.values[0]) for part in singles if part.group is None and not part.window}
+    singled: dict[tuple[str, Value], float] = {}
+    for part in (probe.parts[0] for probe in planting.against if len(probe.parts) == 1):
+        if part.group is None and not part.window:
+            others = [v for v in asking.listed(decision, part.field) if v != part.values[0]]
+            mean = np.mean([random((free.index(part.field), v), sd.word) for v in others]) if others else 0.0
+            singled[part.field, part.values[0]] = float(mean)
     middle = float(np.median([merit(case) for case in decision.cases])) - 0.25 if factors else 0.0
     merits: dict[str, float] = {}
 
@@ -117,7 +121,7 @@ def officer(
             if case.id not in merits:
                 merits[case.id] = merit(case) - middle
             words = sum(
-                (0.0 if (k, case.values[k]) in alone else random((j, case.values[k]), sd.word))
+                singled.get((k, case.values[k]), random((j, case.values[k]), sd.word))
                 + random((j, case.values[k], template), sd.word)
                 for j, k in enumerate(free)
             )
@@ -163,8 +167,18 @@ def grounds(decision: Decision) -> Callable[[Case], dict[str, float]]:
     line = float(model.intercept_[0] - weights @ scaler.mean_) / SHARPNESS
     parts = dict(zip(tables, np.split(weights, ends[:-1]), strict=True))
 
+    known: dict[tuple[Value, ...], dict[str, float]] = {}
+
     def by_outcome(case: Case) -> dict[str, float]:
-        return {"": line} | {name: float(as_table(alone[name], [case])[0] @ w) / SHARPNESS for name, w in parts.items()}
+        key = tuple(case.values[name] for name in alone)
+        if key not in known:
+            each = {name: float(as_table(alone[name], [case])[0] @ w) / SHARPNESS for name, w in parts.items()}
+            known[key] = {"": line} | each
+        return known[key]
+
+    each = {name: tables[name] @ w / SHARPNESS for name, w in parts.items()}
+    for i, case in enumerate(decision.cases):
+        known[tuple(case.values[name] for name in alone)] = {"": line} | {n: float(x[i]) for n, x in each.items()}
 
     return by_outcome
 
