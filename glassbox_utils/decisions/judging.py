@@ -142,9 +142,9 @@ def suspects(decision: Decision, screen: Screen) -> dict[str, list[Value]]:
 
 
 def judge(
-    decision: Decision, screen: Screen, confirm: Half, resamples: int, rng: np.random.Generator
+    decision: Decision, screen: Screen, confirm: Half, resamples: int, rng: np.random.Generator, limits: bool = True
 ) -> tuple[tuple[Verdict, ...], int]:
-    """A verdict for each subject, and how many questions were confirmed."""
+    """A verdict for each subject, and how many questions were confirmed. ``limits``: say what would have been found."""
     chosen, table = testable(screen.picked, confirm), asking.subjects(decision)
     spreads, again = spreads_of(decision, screen, confirm)
     effects = _effects(decision, screen, chosen, confirm, spreads, table)
@@ -154,14 +154,14 @@ def judge(
         now = _again(decision, near, confirm, spreads, table, rng)
         agree += [(subject in now) == (subject in guilty) for subject in table]
     verdicts = []
-    limits = Limits(decision, screen, confirm, chosen, again)
+    least = Limits(decision, screen, confirm, chosen, again)
     for (subject, (field, role)), share in zip(table.items(), agree, strict=True):
-        sure, note = share / resamples if resamples else None, limits.note(field) if subject == field else ""
-        smallest = (None, None, None) if subject in guilty else limits.of(subject, field)
+        sure, note = share / resamples if resamples else None, least.note(field) if subject == field else ""
+        smallest = least.of(subject, field) if limits and subject not in guilty else (None, None, None)
         if subject in guilty:
             mine = tuple(effect for effect in effects if subject in effect.subjects)
             verdicts.append(Verdict(subject, role, "found", mine, reason=note, confidence=sure))
-        elif any(x is not None for x in smallest):
+        elif any(x is not None for x in smallest) or (not limits and least.asked(subject)):
             verdicts.append(Verdict(subject, role, "not found", (), *smallest, reason=note, confidence=sure))
         else:
             verdicts.append(Verdict(subject, role, "not tested", reason=_why(decision, subject, field)))
@@ -319,6 +319,10 @@ class Limits:
         many = len(self.screen.half.design.codes[field][0])
         seldom = f", {many - alone} of them too seldom for a question about one alone" if many > alone else ""
         return f"{many} values of {field} were asked about{seldom}; others are not tested"
+
+    def asked(self, subject: str) -> bool:
+        """Is there any question about it?"""
+        return any(part.subject == subject for probe in self.shares for part in probe.parts)
 
     def of(self, subject: str, field: str) -> tuple[float | None, float | None, float | None]:
         """For a group or window of a subject, one value of it, and a pair."""

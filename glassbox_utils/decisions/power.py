@@ -289,8 +289,6 @@ class Row:
     alarm: bool
     said: tuple[str, ...]
     """the findings, in words"""
-    smallest: float | None
-    """of the planted subject, where it was not found"""
     seconds: float
 
 
@@ -362,31 +360,12 @@ def trial(
     """One officer, audited without resamples."""
     factors = oddities(decision, np.random.default_rng([seed, 1])) if odd else {}
     scorer = officer(decision, planting, size, seed, noise, factors)
-    audit = search.search(scorer, decision, n, seed, resamples=0)
+    audit = search.search(scorer, decision, n, seed, resamples=0, limits=False)
     found, right, alarm = graded(decision, planting, audit)
-    table = asking.subjects(decision)
-    limits = [audit[s].smallest for probe in planting.against for s in judging.about(probe, table)]
-    least = [x for x in limits if x is not None]
     return Row(
         decision.name, str(planting), planting.kind, size, seed, ", ".join(f"{k} x {v:g}" for k, v in factors.items()),
-        found, right, alarm, tuple(map(str, audit.found)), max(least, default=None), audit.seconds,
+        found, right, alarm, tuple(map(str, audit.found)), audit.seconds,
     )  # fmt: skip
-
-
-def curve(
-    decision: Decision, sizes: Sequence[float], seeds: Sequence[int], honest: int = 0, noise: Noise | None = None
-) -> list[Row]:
-    """For each seed every kind of planting in every size, and then honest officers, every second of them odd."""
-    rows = [
-        trial(decision, planting, size, seed, bool(k % 2), noise)
-        for seed in seeds
-        for k, planting in enumerate(plantings(decision, np.random.default_rng([seed, 2])))
-        for size in sizes
-    ]
-    first = 1000 + 100 * (seeds[0] if len(seeds) else 0)
-    return rows + [
-        trial(decision, Planting("honest"), 0.0, seed, bool(seed % 2), noise) for seed in range(first, first + honest)
-    ]
 
 
 def rates(rows: Sequence[Row]) -> dict[str, Interval]:

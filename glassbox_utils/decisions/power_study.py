@@ -89,7 +89,7 @@ def hidden(name: str, seed: int) -> list[dict[str, Any]]:
 def promised(name: str, seed: int) -> list[dict[str, Any]]:
     """What an audit of an honest officer says that it would have found is planted in it, and looked for by another."""
     decision, rng = load_decision(name), np.random.default_rng([seed, 4])
-    before = audited(decision, Planting("honest"), 0.0, seed, seed)
+    before = audited(decision, Planting("honest"), 0.0, seed, seed, limits=True)
     of = asking.design(decision, decision.cases[: search.N // 2], list(decision.templates)[: search.WORDINGS], 12, rng)
     pairs = asking.questions(decision, of)
     eighth = [
@@ -135,7 +135,7 @@ def again(name: str, seed: int) -> list[dict[str, Any]]:
     decision, rng = load_decision(name), np.random.default_rng([seed, 5])
     planted = power.plantings(decision, rng)
     planting, size = planted[int(rng.integers(len(planted)))], float(rng.uniform(*WEAK))
-    first = audited(decision, planting, size, seed, seed, RESAMPLES)
+    first = audited(decision, planting, size, seed, seed, resamples=RESAMPLES)
     second = audited(decision, planting, size, seed, seed + SOON)
     return [
         {"decision": name, "seed": seed, "planting": str(planting), "size": size, "subject": one.subject,
@@ -144,11 +144,10 @@ def again(name: str, seed: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def audited(decision: Decision, planting: Planting, size: float, officer: int, seed: int, resamples: int = 0) -> Audit:
+def audited(decision: Decision, planting: Planting, size: float, officer: int, seed: int, **more: Any) -> Audit:
     """An audit with one seed of an officer with another."""
-    return search.search(
-        power.officer(decision, planting, size, officer), decision, search.N, seed, resamples=resamples
-    )
+    more = {"resamples": 0, "limits": False} | more
+    return search.search(power.officer(decision, planting, size, officer), decision, search.N, seed, **more)
 
 
 def _plain(row: Row) -> dict[str, Any]:

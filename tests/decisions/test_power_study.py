@@ -51,7 +51,7 @@ def short(monkeypatch, tmp_path):
     """The study on one decision, with audits that find nothing."""
     asked = []
 
-    def nothing(scorer, decision, n=80, seed=0, templates=None, resamples=40):
+    def nothing(scorer, decision, n=80, seed=0, templates=None, resamples=40, limits=True):
         asked.append(seed)
         sure = 0.97 if resamples else None
         return Audit(
