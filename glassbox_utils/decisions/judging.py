@@ -43,6 +43,10 @@ TENTH, PLACES = 0.1, 40
 """of a number's range, and the places in which a window of that width is tried"""
 
 
+Spreads = dict[str, tuple[float, int]]
+"""field -> standard deviation of its values' effects, logits, and how many there are"""
+
+
 @dataclass(frozen=True, eq=False)
 class Screen:
     """What the first half chose, and what it takes to choose again."""
@@ -111,6 +115,15 @@ def _like(half: Half, asked: Questions, picked: Sequence[Probe]) -> dict[tuple[s
     return found
 
 
+def _likes(screen: Screen, chosen: Sequence[Probe]) -> Float[NDArray, " probe"]:
+    """For each question what is known of its kind, or else of its family; NaN if nothing is."""
+    found = []
+    for family, *of in map(kind_of, chosen):
+        wider = [x for (other, *_), x in screen.like.items() if other == family]
+        found.append(screen.like.get((family, *of), float(np.mean(wider)) if wider else np.nan))
+    return np.array(found)
+
+
 def kind_of(probe: Probe) -> tuple[str, ...]:
     """Questions of one kind vary alike: those of one field, and all pairs."""
     return (probe.family,) if probe.family == "pair" else (probe.family, probe.parts[0].field)
@@ -129,26 +142,26 @@ def suspects(decision: Decision, screen: Screen) -> dict[str, list[Value]]:
 
 
 def judge(
-    decision: Decision, screen: Screen, confirm: Half, resamples: int, rng: np.random.Generator
+    decision: Decision, screen: Screen, confirm: Half, resamples: int, rng: np.random.Generator, limits: bool = True
 ) -> tuple[tuple[Verdict, ...], int]:
-    """A verdict for each subject, and how many questions were confirmed."""
+    """A verdict for each subject, and how many questions were confirmed. ``limits``: say what would have been found."""
     chosen, table = testable(screen.picked, confirm), asking.subjects(decision)
-    spreads = spreads_of(decision, screen)
+    spreads, again = spreads_of(decision, screen, confirm)
     effects = _effects(decision, screen, chosen, confirm, spreads, table)
     guilty = {subject for effect in effects for subject in effect.subjects}
     agree, near = np.zeros(len(table)), screen.near() if resamples else screen
     for _ in range(resamples):
-        again = _again(decision, near, confirm, spreads, table, rng)
-        agree += [(subject in again) == (subject in guilty) for subject in table]
+        now = _again(decision, near, confirm, spreads, table, rng)
+        agree += [(subject in now) == (subject in guilty) for subject in table]
     verdicts = []
-    limits = Limits(decision, screen, confirm, chosen, spreads)
+    least = Limits(decision, screen, confirm, chosen, again)
     for (subject, (field, role)), share in zip(table.items(), agree, strict=True):
-        sure, note = share / resamples if resamples else None, limits.note(field) if subject == field else ""
-        smallest = (None, None, None) if subject in guilty else limits.of(subject, field)
+        sure, note = share / resamples if resamples else None, least.note(field) if subject == field else ""
+        smallest = least.of(subject, field) if limits and subject not in guilty else (None, None, None)
         if subject in guilty:
             mine = tuple(effect for effect in effects if subject in effect.subjects)
             verdicts.append(Verdict(subject, role, "found", mine, reason=note, confidence=sure))
-        elif any(x is not None for x in smallest):
+        elif any(x is not None for x in smallest) or (not limits and least.asked(subject)):
             verdicts.append(Verdict(subject, role, "not found", (), *smallest, reason=note, confidence=sure))
         else:
             verdicts.append(Verdict(subject, role, "not tested", reason=_why(decision, subject, field)))
@@ -168,24 +181,32 @@ def one_of_many(decision: Decision, part: Part) -> bool:
     return part.group is None and not part.window and many >= MANY
 
 
-def spreads_of(decision: Decision, screen: Screen) -> dict[str, tuple[float, int]]:
-    """field -> how much its values differ among themselves, logits, beside what was chosen; and how many there are."""
-    found, design = {}, screen.half.design
-    taken, given = {probe.parts for probe in screen.picked}, screen.half.columns(screen.picked)
+def spreads_of(decision: Decision, screen: Screen, confirm: Half) -> tuple[Spreads, Spreads]:
+    """How much values differ among themselves, those chosen included; and how much another audit will say, at most."""
+    now: Spreads = {}
+    later: Spreads = {}
+    halves = [(half, half.columns(screen.picked), half.fit(screen.picked)) for half in (screen.half, confirm)]
+    place = {probe.parts: k for k, probe in enumerate(screen.picked)}
     for name in asking.free(decision):
-        if len(design.codes[name][0]) < MANY:
+        values, codes = screen.half.design.codes[name]
+        if len(values) < MANY:
             continue
-        probes = [Probe((p,), "value") for p in asking.singles(name, *design.codes[name]) if (p,) not in taken]
-        if probes:
-            codes: list[NDArray | None] = [None] * len(probes)
-            seen = screening.apart(screen.half.y, screen.half.columns(probes), given, design.shape, codes)
-            found[name] = screening.spread(seen.effects, seen.plain), len(probes)
-    return found
+        parts = [(part,) for part in asking.singles(name, values, codes)]
+        taken, others = [p for p in parts if p in place], [Probe(p, "value") for p in parts if p not in place]
+        if not others:
+            continue
+        seen = []
+        for half, given, joint in halves:  # beside what was chosen, as which the chosen ones themselves are seen too
+            none: list[NDArray | None] = [None] * len(others)
+            rest = screening.apart(half.y, half.columns(others), given, half.design.shape, none)
+            mine = [place[p] for p in taken]
+            seen.append((np.append(rest.effects, joint.effects[mine]), np.append(rest.plain, joint.plain[mine])))
+        mine_now, mine_later = screening.spread(seen)
+        now[name], later[name] = (mine_now, len(parts)), (mine_later, len(parts))
+    return now, later
 
 
-def bars_of(
-    decision: Decision, probes: Sequence[Probe], spreads: Mapping[str, tuple[float, int]]
-) -> Float[NDArray, " probe"]:
+def bars_of(decision: Decision, probes: Sequence[Probe], spreads: Spreads) -> Float[NDArray, " probe"]:
     """BAR; of one word, more where the field's other words differ as much: the largest of so many would. Of a window,
     as much more as the mean of its numbers would."""
     found = np.full(len(probes), BAR)
@@ -205,10 +226,6 @@ def bars_of(
 
 def _fit(screen: Screen, half: Half, chosen: Sequence[Probe], weights: Weights | None = None) -> Fit:
     return half.fit(chosen, None, weights, _likes(screen, chosen))
-
-
-def _likes(screen: Screen, chosen: Sequence[Probe]) -> Float[NDArray, " probe"]:
-    return np.array([screen.like.get(kind_of(probe), np.nan) for probe in chosen])
 
 
 def _p_values(
@@ -236,7 +253,7 @@ def _effects(
     screen: Screen,
     chosen: Sequence[Probe],
     confirm: Half,
-    spreads: Mapping[str, tuple[float, int]],
+    spreads: Spreads,
     table: Mapping[str, tuple[str, str]],
 ) -> list[Effect]:
     """What is confirmed, strongest first."""
@@ -260,7 +277,7 @@ def _again(
     decision: Decision,
     near: Screen,
     confirm: Half,
-    spreads: Mapping[str, tuple[float, int]],
+    spreads: Spreads,
     table: Mapping[str, tuple[str, str]],
     rng: np.random.Generator,
 ) -> set[str]:
@@ -288,7 +305,7 @@ class Limits:
         screen: Screen,
         confirm: Half,
         chosen: Sequence[Probe],
-        spreads: Mapping[str, tuple[float, int]],
+        spreads: Spreads,
     ) -> None:
         self.decision, self.screen, self.spreads, self.tests = decision, screen, spreads, len(chosen) + 1
         self.halves = [(half, half.columns(chosen)) for half in (screen.half, confirm)]
@@ -302,6 +319,10 @@ class Limits:
         many = len(self.screen.half.design.codes[field][0])
         seldom = f", {many - alone} of them too seldom for a question about one alone" if many > alone else ""
         return f"{many} values of {field} were asked about{seldom}; others are not tested"
+
+    def asked(self, subject: str) -> bool:
+        """Is there any question about it?"""
+        return any(part.subject == subject for probe in self.shares for part in probe.parts)
 
     def of(self, subject: str, field: str) -> tuple[float | None, float | None, float | None]:
         """For a group or window of a subject, one value of it, and a pair."""

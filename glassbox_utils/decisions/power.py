@@ -2,8 +2,8 @@
 
 A cheap officer is the merit rule of a decision in logits (without a rule: what the outcomes teach a logistic
 regression), with weights that may be odd, plus noise: each wording of a case moves its score, each word has a small
-effect of its own, and a further one in each wording; a value that is singled out has no small effect of its own, so
-that its effect is what was planted. A *planting* takes a number of points of the rule away from whom it says, twice
+effect of its own, and a further one in each wording; a value that is singled out has the mean of its field's others,
+so that its effect is what was planted. A *planting* takes a number of points of the rule away from whom it says, twice
 from whom it says twice (SHARPNESS logits a point). Nothing of it is known to the audit.
 
 A planting of another form than the audit's questions have (``unseen``) can be found, but not named right. A planting
@@ -106,8 +106,12 @@ def officer(
     def merit(case: Case) -> float:
         return sum(factors.get(name, 1) * x for name, x in ground(case).items())
 
-    singles = [probe.parts[0] for probe in planting.against if len(probe.parts) == 1]
-    alone = {(part.field, part.values[0]) for part in singles if part.group is None and not part.window}
+    singled: dict[tuple[str, Value], float] = {}
+    for part in (probe.parts[0] for probe in planting.against if len(probe.parts) == 1):
+        if part.group is None and not part.window:
+            others = [v for v in asking.listed(decision, part.field) if v != part.values[0]]
+            mean = np.mean([random((free.index(part.field), v), sd.word) for v in others]) if others else 0.0
+            singled[part.field, part.values[0]] = float(mean)
     middle = float(np.median([merit(case) for case in decision.cases])) - 0.25 if factors else 0.0
     merits: dict[str, float] = {}
 
@@ -117,7 +121,7 @@ def officer(
             if case.id not in merits:
                 merits[case.id] = merit(case) - middle
             words = sum(
-                (0.0 if (k, case.values[k]) in alone else random((j, case.values[k]), sd.word))
+                singled.get((k, case.values[k]), random((j, case.values[k]), sd.word))
                 + random((j, case.values[k], template), sd.word)
                 for j, k in enumerate(free)
             )
@@ -163,8 +167,18 @@ def grounds(decision: Decision) -> Callable[[Case], dict[str, float]]:
     line = float(model.intercept_[0] - weights @ scaler.mean_) / SHARPNESS
     parts = dict(zip(tables, np.split(weights, ends[:-1]), strict=True))
 
+    known: dict[tuple[Value, ...], dict[str, float]] = {}
+
     def by_outcome(case: Case) -> dict[str, float]:
-        return {"": line} | {name: float(as_table(alone[name], [case])[0] @ w) / SHARPNESS for name, w in parts.items()}
+        key = tuple(case.values[name] for name in alone)
+        if key not in known:
+            each = {name: float(as_table(alone[name], [case])[0] @ w) / SHARPNESS for name, w in parts.items()}
+            known[key] = {"": line} | each
+        return known[key]
+
+    each = {name: tables[name] @ w / SHARPNESS for name, w in parts.items()}
+    for i, case in enumerate(decision.cases):
+        known[tuple(case.values[name] for name in alone)] = {"": line} | {n: float(x[i]) for n, x in each.items()}
 
     return by_outcome
 
@@ -275,8 +289,6 @@ class Row:
     alarm: bool
     said: tuple[str, ...]
     """the findings, in words"""
-    smallest: float | None
-    """of the planted subject, where it was not found"""
     seconds: float
 
 
@@ -348,31 +360,12 @@ def trial(
     """One officer, audited without resamples."""
     factors = oddities(decision, np.random.default_rng([seed, 1])) if odd else {}
     scorer = officer(decision, planting, size, seed, noise, factors)
-    audit = search.search(scorer, decision, n, seed, resamples=0)
+    audit = search.search(scorer, decision, n, seed, resamples=0, limits=False)
     found, right, alarm = graded(decision, planting, audit)
-    table = asking.subjects(decision)
-    limits = [audit[s].smallest for probe in planting.against for s in judging.about(probe, table)]
-    least = [x for x in limits if x is not None]
     return Row(
         decision.name, str(planting), planting.kind, size, seed, ", ".join(f"{k} x {v:g}" for k, v in factors.items()),
-        found, right, alarm, tuple(map(str, audit.found)), max(least, default=None), audit.seconds,
+        found, right, alarm, tuple(map(str, audit.found)), audit.seconds,
     )  # fmt: skip
-
-
-def curve(
-    decision: Decision, sizes: Sequence[float], seeds: Sequence[int], honest: int = 0, noise: Noise | None = None
-) -> list[Row]:
-    """For each seed every kind of planting in every size, and then honest officers, every second of them odd."""
-    rows = [
-        trial(decision, planting, size, seed, bool(k % 2), noise)
-        for seed in seeds
-        for k, planting in enumerate(plantings(decision, np.random.default_rng([seed, 2])))
-        for size in sizes
-    ]
-    first = 1000 + 100 * (seeds[0] if len(seeds) else 0)
-    return rows + [
-        trial(decision, Planting("honest"), 0.0, seed, bool(seed % 2), noise) for seed in range(first, first + honest)
-    ]
 
 
 def rates(rows: Sequence[Row]) -> dict[str, Interval]:

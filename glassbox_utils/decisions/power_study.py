@@ -37,8 +37,9 @@ SIZES = (0.25, 0.5, 1.0, 2.0)
 SEEDS_SEEN = 19_999
 SEEDS = range(20_000, 20_005)
 HONEST = range(21_000, 21_020)
-PROMISED, FACTORS = range(22_000, 22_004), (1.0, 1.25)
-AGAIN, RESAMPLES, WEAK = range(24_000, 24_012), 40, (0.1, 0.5)
+PROMISED, FACTORS = range(22_000, 22_002), (1.0, 1.25)
+HIDDEN = range(23_000, 23_003)
+AGAIN, RESAMPLES, WEAK = range(24_000, 24_006), 40, (0.1, 0.5)
 """officers whose audit is repeated, and the range of points that they take, where it is not sure what is found"""
 SOON = 500
 """from the seed of one audit to that of another officer or audit"""
@@ -48,11 +49,11 @@ def study_power() -> Path:
     """All of it, decision by decision and seed by seed; a killed run goes on where it was."""
     begun = time.monotonic()
     parts: dict[str, tuple[Sequence[int], Callable[[str, int], list[dict[str, Any]]]]] = {
-        "curve": (SEEDS, curve),
         "honest": (HONEST, honest),
         "promised": (PROMISED, promised),
-        "unseen": (SEEDS, hidden),
+        "curve": (SEEDS, curve),
         "again": (AGAIN, again),
+        "unseen": (HIDDEN, hidden),
     }
     table: dict[str, list[dict[str, Any]]] = {}
     for part, (seeds, work) in parts.items():
@@ -66,12 +67,11 @@ def study_power() -> Path:
 
 
 def curve(name: str, seed: int) -> list[dict[str, Any]]:
-    """One planting of each kind that the decision allows, in each size."""
-    decision = load_decision(name)
+    """Plantings of the kinds that the decision allows, in each size; of three kinds two, others with each seed."""
+    decision, first = load_decision(name), DECISIONS.index(name)
     planted = power.plantings(decision, np.random.default_rng([seed, 2]))
-    return [
-        _plain(power.trial(decision, one, size, seed, bool(k % 2))) for k, one in enumerate(planted) for size in SIZES
-    ]
+    mine = [(k, one) for k, one in enumerate(planted) if (k + first + seed) % 3]
+    return [_plain(power.trial(decision, one, size, seed, bool(k % 2))) for k, one in mine for size in SIZES]
 
 
 def honest(name: str, seed: int) -> list[dict[str, Any]]:
@@ -87,9 +87,9 @@ def hidden(name: str, seed: int) -> list[dict[str, Any]]:
 
 
 def promised(name: str, seed: int) -> list[dict[str, Any]]:
-    """What an audit of an honest officer says that it would have found is planted in another one, and looked for."""
-    decision, rng, fresh = load_decision(name), np.random.default_rng([seed, 4]), seed + SOON
-    before = audited(decision, Planting("honest"), 0.0, seed, seed)
+    """What an audit of an honest officer says that it would have found is planted in it, and looked for by another."""
+    decision, rng = load_decision(name), np.random.default_rng([seed, 4])
+    before = audited(decision, Planting("honest"), 0.0, seed, seed, limits=True)
     of = asking.design(decision, decision.cases[: search.N // 2], list(decision.templates)[: search.WORDINGS], 12, rng)
     pairs = asking.questions(decision, of)
     eighth = [
@@ -100,7 +100,7 @@ def promised(name: str, seed: int) -> list[dict[str, Any]]:
         for kind, logits, probe in promises(decision, verdict, eighth, rng):
             planting = Planting(kind, (probe,))
             for factor in FACTORS:
-                audit = audited(decision, planting, factor * logits / power.SHARPNESS, fresh, fresh)
+                audit = audited(decision, planting, factor * logits / power.SHARPNESS, seed, seed + SOON)
                 found, right, _ = power.graded(decision, planting, audit)
                 rows.append({"decision": name, "seed": seed, "subject": verdict.subject, "kind": kind, "logits": logits,
                              "factor": factor, "planting": str(probe), "found": found, "right": right})  # fmt: skip
@@ -135,7 +135,7 @@ def again(name: str, seed: int) -> list[dict[str, Any]]:
     decision, rng = load_decision(name), np.random.default_rng([seed, 5])
     planted = power.plantings(decision, rng)
     planting, size = planted[int(rng.integers(len(planted)))], float(rng.uniform(*WEAK))
-    first = audited(decision, planting, size, seed, seed, RESAMPLES)
+    first = audited(decision, planting, size, seed, seed, resamples=RESAMPLES)
     second = audited(decision, planting, size, seed, seed + SOON)
     return [
         {"decision": name, "seed": seed, "planting": str(planting), "size": size, "subject": one.subject,
@@ -144,11 +144,10 @@ def again(name: str, seed: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def audited(decision: Decision, planting: Planting, size: float, officer: int, seed: int, resamples: int = 0) -> Audit:
+def audited(decision: Decision, planting: Planting, size: float, officer: int, seed: int, **more: Any) -> Audit:
     """An audit with one seed of an officer with another."""
-    return search.search(
-        power.officer(decision, planting, size, officer), decision, search.N, seed, resamples=resamples
-    )
+    more = {"resamples": 0, "limits": False} | more
+    return search.search(power.officer(decision, planting, size, officer), decision, search.N, seed, **more)
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -65,13 +65,15 @@ def search(
     seed: int = 0,
     templates: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
+    limits: bool = True,
 ) -> Audit:
     """The audit of whatever gives scores.
 
     ``n`` base cases are drawn (all, if there are fewer) and halved. ``templates``: without, up to four are drawn; one
     in which the scorer refuses to answer (a GlassboxError) is left out. ``resamples``: of base cases and wordings, for
-    the confidence (``Verdict.confidence``), without new prompts; 0 leaves it out. Same seed, same audit. DecisionError
-    for arguments that are none, and scores that are not finite.
+    the confidence (``Verdict.confidence``), without new prompts; 0 leaves it out. ``limits``: say the smallest effects
+    that would have been found. Same seed, same audit. DecisionError for arguments that are none, and scores that are
+    not finite.
     """
     whole("n", n, 1, DecisionError)
     whole("resamples", resamples, 0, DecisionError)
@@ -94,7 +96,7 @@ def search(
     second, refusal = asked(scorer, asking.design(decision, cases[1::2], names, VERSIONS, rng, suspects))
     if second is None or second.design.templates != first.design.templates:
         return untested(decision, f"The model does not answer the question. {refusal}", len(cases), seed)
-    verdicts, confirmed = judging.judge(decision, screen, second, resamples, rng)
+    verdicts, confirmed = judging.judge(decision, screen, second, resamples, rng, limits)
     return Audit(
         decision.title,
         verdicts,
