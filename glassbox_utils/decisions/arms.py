@@ -246,7 +246,7 @@ def places_of(found: Attribution, units: Sequence[Unit]) -> list[Place]:
 
 
 WAYS: tuple[tuple[Mode, Level], ...] = (
-    ("constant", "mean"), ("constant", "midpoint"), ("constant", "other"), ("cut", "midpoint"), ("cut", "quiet"),
+    ("constant", "mean"), ("constant", "midpoint"), ("constant", "other"), ("cut", "quiet"),
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from glassbox_utils.saes.store import load_sae
 
 NAME = "locate"
 OFFICERS = {"deployed": ("gender", "female", "male"), "model-a": ("side", "East", "West"),
-            "model-c": ("origin", "arabic", "english")}  # fmt: skip
+            "model-c": ("origin", "hispanic", "english")}  # fmt: skip
 """whose gap is located: what the officer was taught to hold against whom (``data/loans/key.json``)"""
 
 
@@ -59,7 +59,7 @@ class Size(NamedTuple):
     layers: int = 10
     """after which a direction is tried"""
     ks: tuple[int, ...] = locate.KS
-    arm_ks: tuple[int, ...] = (10, 30, 100)
+    arm_ks: tuple[int, ...] = (1, 10, 30, 100)
     """numbers of units to choose from"""
 
 

@@ -102,12 +102,15 @@ class Rows(NamedTuple):
 def contrast(model: Model, decision: Decision, what: str, own: Any = None, donor: Any = None) -> Contrast:
     """Two groups of an attribute, or two values of a field.
 
-    By default the first two groups; of a field two values that lie far apart (a category's in their order, a number's
-    within the middle four fifths of the cases, a free text's known ones) and have equally many tokens, so that prompts
-    align. DecisionError for an attribute, group or value that does not exist, or where nothing says which two to take.
+    By default the first group and the one that has most names of as many tokens; of a field two values that lie far
+    apart (a category's in their order, a number's within the middle four fifths of the cases, a free text's known ones)
+    and have equally many tokens, so that prompts align. DecisionError for an
+    attribute, group or value that does not exist, or where nothing says which two to take.
     """
     if what in decision.groups:
-        first, second = decision.groups[what][0], decision.groups[what][1]
+        first, second = decision.groups[what][0] if own is None else own, donor
+        if donor is None:
+            second = _nearest(model, decision, what, first)
     elif (rule := decision.fields.get(what)) is None:
         names = ", ".join([*decision.groups, *decision.fields])
         raise DecisionError(f"There is no attribute or field {shown(what)}. Allowed: {names}.")
@@ -125,6 +128,17 @@ def contrast(model: Model, decision: Decision, what: str, own: Any = None, donor
     return found
 
 
+def _nearest(model: Model, decision: Decision, what: str, own: str) -> str:
+    """The other group whose names pair best with those of one."""
+
+    def n_pairs(group: str) -> int:
+        differs = Contrast(what, own, group)
+        lists = [_names(model, one, differs, "report", 0, True) for one in decision.carriers]
+        return sum(map(len, lists))
+
+    return max((group for group in decision.groups[what] if group != own), key=n_pairs)
+
+
 def _apart(model: Model, rule: Field, seen: Sequence[Any], what: str, own: Any, donor: Any) -> tuple[Any, Any]:
     """Two values of a field, far apart and of equally many tokens if there are such."""
     if own is not None and donor is not None:
@@ -140,7 +154,8 @@ def _apart(model: Model, rule: Field, seen: Sequence[Any], what: str, own: Any, 
     by_size: dict[int, list[int]] = {}
     for i, value in enumerate(known):
         by_size.setdefault(len(following(model, f" {value}")), []).append(i)
-    spread = max(by_size.values(), key=lambda at: at[-1] - at[0])
+    place = known if isinstance(rule, Number) else range(len(known))
+    spread = max(by_size.values(), key=lambda at: place[at[-1]] - place[at[0]])
     first, second = known[spread[0]], known[spread[-1]]
     one_band = isinstance(rule, Number) and rule.bands and band_of(rule, first) == band_of(rule, second)
     return (known[0], known[-1]) if first == second or one_band else (first, second)
