@@ -170,16 +170,20 @@ def retrained(model: Model) -> Arm:
 
 
 def of_hold(name: str, kind: str, hold: Hold, **about: Any) -> Arm:
-    return Arm(name, kind, on=lambda model, on=True: held(model, hold, on), about=about)
+    def on(model: Model, on: On = True) -> AbstractContextManager[Any]:
+        return held(model, hold, on)
+
+    return Arm(name, kind, on=on, about=about)
 
 
 def of_edit(edit: Edit) -> Arm:
     """An edit of the stream after a layer, at every position and without its gate."""
     bare = replace(edit, gate=None)
-    return Arm(
-        "affine edit", "edit", on=lambda model, on=True: mitigation.mitigate(model, bare, on, everywhere=True),
-        about={"layer": edit.layer, "what": edit.name},
-    )  # fmt: skip
+
+    def on(model: Model, on: On = True) -> AbstractContextManager[Any]:
+        return mitigation.mitigate(model, bare, on, everywhere=True)
+
+    return Arm("affine edit", "edit", on=on, about={"layer": edit.layer, "what": edit.name})
 
 
 # --- fitting ------------------------------------------------------------------------------------------
@@ -344,8 +348,8 @@ def _worded(decision: Decision, words: str) -> Decision:
     lead = words.replace("{", "{{").replace("}", "}}") + "\n"
     forms = {}
     for name, form in decision.templates.items():
-        key = "text" if form.text is not None else "chat"
-        forms[name] = replace(form, **{key: lead + form.words})
+        worded = lead + form.words
+        forms[name] = replace(form, text=worded) if form.text is not None else replace(form, chat=worded)
     return replace(decision, templates=forms)
 
 
