@@ -73,7 +73,8 @@ def sized() -> Size:
     whole = Size()
     if prepared.size() == 1:
         return whole
-    numbers: dict[str, Any] = {k: prepared.sized(v, getattr(SMALL, k)) for k, v in whole._asdict().items() if isinstance(v, int)}
+    given = {k: v for k, v in whole._asdict().items() if isinstance(v, int)}
+    numbers: dict[str, Any] = {k: prepared.sized(v, getattr(SMALL, k)) for k, v in given.items()}
     return SMALL._replace(**numbers)
 
 
