@@ -117,8 +117,8 @@ class Answer:
 
     @property
     def turned_by_group(self) -> tuple[Swap, ...]:
-        """Groups as whose member the same case would have had the other answer."""
-        return tuple(s for s in self.swaps if s.turns_this)
+        """Groups as whose member the same case would have had the other answer, by more than noise."""
+        return tuple(s for s in self.swaps if s.turns_this and s.beyond_noise)
 
 
 def explain(

@@ -141,8 +141,8 @@ def figure_swaps(found: Answer) -> str:
         axes.plot(x.value, i, "o", color=colour, ms=7)
     labels = [short(f"{plain(s.attribute)}: {s.group}") for s in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=11, color=INK)
-    ends = [x for x in (low + pad, high - pad) if abs(x) > 0.1 * (high - low)]  # else it would stand on the 0
-    axes.set_xticks([0, *ends], ["0", *(number(x, 1) for x in ends)])
+    ticks = [0.0, *(x for x in (low + pad, high - pad) if abs(x) > 0.1 * (high - low))]
+    axes.set_xticks(ticks, [number(x, 1) if x else "0" for x in ticks])
     bad, good = _sides(found)
     note(figure, left, 16, f"← towards “{bad}”", color=FAINT)
     note(figure, left + width, 16, f"towards “{good}” →", "right", color=FAINT)

@@ -46,6 +46,15 @@ class Swap:
     turns_this: bool
     """does the first value turn the decision in the template that is explained?"""
 
+    @property
+    def beyond_noise(self) -> bool:
+        """Is the effect more than chance, and more than what another value of the own group does? Where nothing was
+        resampled there is no such question, and nothing is held against the effect."""
+        if self.effect is None or self.effect.n < 2:
+            return self.effect is not None
+        spread = self.same.ci if self.same is not None else None
+        return self.effect.excludes() and (spread is None or not spread[0] <= self.effect.value <= spread[1])
+
 
 def swaps(
     ask: Ask,

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -226,6 +227,20 @@ def test_protected_fields_and_free_text_are_never_reasons(rejected):
 
     found = answer.measured(biased, HIRING, case_of(name="Gemma", experience=9))
     assert found.turned_by_group and all(HIRING.fields[t.field].role == "merit" for t in found.reasons)
+
+
+def test_near_the_border_noise_turns_decisions_and_is_not_called_a_group():
+    """A clerk who reads no group, but whom other words for the same facts move by half a logit either way."""
+
+    def noisy(cases, template):
+        key = [repr((template, sorted(c.values.items(), key=str))).encode() for c in cases]
+        return torch.tensor([0.02 + (crc32(k) % 1000 - 500) / 1000 for k in key])
+
+    found = [answer.measured(noisy, HIRING, case, n=20) for case in HIRING.cases[:12]]
+    swaps = [s for one in found for s in one.swaps]
+    assert sum(s.turns_this for s in swaps) > 10  # noise turns many
+    assert sum(len(one.turned_by_group) for one in found) <= 0.2 * len(swaps)
+    assert sum(s.beyond_noise for s in swaps) <= 0.2 * len(swaps)
 
 
 def test_a_text_that_turns_the_decision_is_found():
