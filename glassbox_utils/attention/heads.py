@@ -96,19 +96,3 @@ def shuffled(items: Sequence[Any], n: int, seed: int) -> list[Any]:
 def first_id(model: Model, word: str) -> int:
     """The first token of a word inside of a text."""
     return following(model, " " + word)[0]
-
-
-WORK = 4e10
-"""head times parameter that a notebook may ask of two cores for one prompt: all of a model of 100 M and 270 heads"""
-
-
-def affordable(model: Model, prompts: int, least: int) -> int:
-    """How many prompts a notebook takes when each head is replaced in turn: all of them on a small model or a GPU,
-    fewer (and wider intervals) on a larger one.
-
-    From the sizes of the model alone, so that two machines take the same prompts.
-    """
-    blocks = [model.sites[Site("resid_pre", layer)][0] for layer in range(model.n_layers)]
-    weights = sum(p.numel() for block in blocks for p in block.parameters())
-    room = WORK * (1 if model.device.type == "cpu" else 50) / (weights * model.n_layers * model.n_heads)
-    return min(prompts, max(least, round(prompts * room)))

@@ -38,6 +38,8 @@ FIXED = 20.0
 """seconds that a step takes whatever its size: loading the model, the words of the plan"""
 BELIEF = 120.0
 """seconds for which the plan is believed against what the first steps took"""
+WRITING = ("corpus", "clamp-", "steering-")
+"""steps whose time is that of writing; all others mostly read"""
 SAMPLED = 4_000
 """documents that the model writes at full size where it writes its own corpus"""
 
@@ -49,7 +51,7 @@ class Speed:
     """Seconds that a model takes on this machine for one fixed piece of reading and one of writing."""
 
     reading: float
-    """1,024 tokens through the model, 16 rows of 64"""
+    """1,024 tokens through the layers, 16 rows of 64"""
     writing: float
     """16 tokens each for 16 rows"""
 
@@ -179,7 +181,7 @@ def speed_of(model: Model) -> Speed:
 
     def read() -> None:
         with torch.no_grad():
-            model.hf(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)
+            model.hf(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, logits_to_keep=1)
 
     write = lambda: generate(model, ["The committee decided"] * 16, 16)  # noqa: E731
     return Speed(timed(read, 2), timed(write, 2))
@@ -192,8 +194,8 @@ def reference() -> dict[str, Any]:
 
 def _plan(model: Model, source: str, folder: Path, studies: Studies, log: Mapping[str, Any]) -> Plan:
     known, mine = reference(), speed_of(model)
-    slower = ((mine.reading / known["reading"]) * (mine.writing / known["writing"])) ** 0.5
-    points = {name: _points(rows, slower) for name, rows in known["steps"].items()}
+    slower = {True: mine.writing / known["writing"], False: mine.reading / known["reading"]}
+    points = {name: _points(rows, slower[name.startswith(WRITING)]) for name, rows in known["steps"].items()}
     typical = ((0.0, FIXED), (1.0, sum(p[-1][1] / p[-1][0] for p in points.values()) / max(1, len(points))))
     runs = dict(_runs(model, source, folder, studies, log["corpus"]))
     steps = [Step(name, points.get(name, typical), run) for name, run in runs.items()]
