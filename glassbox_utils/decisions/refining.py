@@ -122,7 +122,7 @@ def side_by_side(half: Half, mine: list[Probe], j: int, rest: list[Probe], price
     one is left out, or joined with the next, as long as that explains less badly than a question costs. ``mine`` stay
     as they are if that needs two questions more.
     """
-    values = sorted(half.design.codes[mine[0].parts[j].field][0])  # type: ignore[type-var]
+    values = sorted(half.design.codes[mine[0].parts[j].field][0])
     runs = [list(run) for _, run in groupby(values, lambda v: tuple(one.parts[j].hold(v) for one in mine))]
     given = half.columns(rest)
 
