@@ -125,8 +125,7 @@ def officer(
                 + random((j, case.values[k], template), sd.word)
                 for j, k in enumerate(free)
             )
-            lost = size * sum(one.hold(case) for one in planting.against)
-            lost += size * sum(one.hold(case) for one in planting.unseen)
+            lost = size * (sum(p.hold(case) for p in planting.against) + sum(u.hold(case) for u in planting.unseen))
             out[i] = SHARPNESS * (merits[case.id] - lost) + random((case.id, template), sd.wording) + words
         return torch.from_numpy(out + sd.prompt * rng.normal(size=len(cases)))
 

@@ -35,7 +35,7 @@ DECISIONS = ("loan-officer", "german-credit", "hiring")
 SIZES = (0.25, 0.5, 1.0, 2.0)
 """points of the merit rule; one is what the deployed loan officer takes from women"""
 SEEDS_SEEN = 19_999
-SEEDS = range(20_000, 20_005)
+SEEDS = range(20_000, 20_006)
 HONEST = range(21_000, 21_020)
 PROMISED, FACTORS = range(22_000, 22_002), (1.0, 1.25)
 HIDDEN = range(23_000, 23_003)
@@ -52,8 +52,8 @@ def study_power() -> Path:
         "honest": (HONEST, honest),
         "promised": (PROMISED, promised),
         "curve": (SEEDS, curve),
-        "again": (AGAIN, again),
         "unseen": (HIDDEN, hidden),
+        "again": (AGAIN, again),
     }
     table: dict[str, list[dict[str, Any]]] = {}
     for part, (seeds, work) in parts.items():
@@ -67,10 +67,10 @@ def study_power() -> Path:
 
 
 def curve(name: str, seed: int) -> list[dict[str, Any]]:
-    """Plantings of the kinds that the decision allows, in each size; of three kinds two, others with each seed."""
+    """Plantings of the kinds that the decision allows, in each size; of three kinds one, another with each seed."""
     decision, first = load_decision(name), DECISIONS.index(name)
     planted = power.plantings(decision, np.random.default_rng([seed, 2]))
-    mine = [(k, one) for k, one in enumerate(planted) if (k + first + seed) % 3]
+    mine = [(k, one) for k, one in enumerate(planted) if (k + first + seed) % 3 == 0]
     return [_plain(power.trial(decision, one, size, seed, bool(k % 2))) for k, one in mine for size in SIZES]
 
 
