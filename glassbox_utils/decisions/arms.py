@@ -130,6 +130,8 @@ class Arm:
     model: Model | None = None
     """other weights"""
     about: Mapping[str, Any] = field(default_factory=dict)
+    holds: tuple[Hold, ...] = ()
+    """what ``on`` does, where it holds units or directions"""
 
 
 def nothing() -> Arm:
@@ -170,7 +172,17 @@ def retrained(model: Model) -> Arm:
 
 
 def of_hold(name: str, kind: str, hold: Hold, **about: Any) -> Arm:
-    return Arm(name, kind, on=lambda model, on=True: held(model, hold, on), about=about)
+    return Arm(name, kind, on=lambda model, on=True: held(model, hold, on), about=about, holds=(hold,))
+
+
+def joined(name: str, several: Sequence[Arm]) -> Arm:
+    """The holds of several arms at once. DecisionError for an arm that holds nothing."""
+    for arm in items("several", several, DecisionError, Arm, least=2, word="Arms"):
+        if not arm.holds:
+            raise DecisionError(f"The arm {arm.name!r} holds no units. Allowed: those of unit_arms and direction_arms.")
+    holds = tuple(hold for arm in several for hold in arm.holds)
+    about = {"of": [arm.name for arm in several]}
+    return Arm(name, several[0].kind, on=lambda model, on=True: held(model, holds, on), about=about, holds=holds)
 
 
 def of_edit(edit: Edit) -> Arm:

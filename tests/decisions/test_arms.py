@@ -107,7 +107,10 @@ def test_rows_that_are_off_are_the_same_to_the_bit(model, clans, setting):
         *arms.direction_arms(model, some, [[0]]),
         *arms.edit_arms(model, clans, pairs.twins(model, clans, setting[0], "choose", 24), "front", [1]),
     ]  # fmt: skip
-    assert all(arms.identical(arm, model, TEXTS) for arm in everything)
+    both = arms.joined("both", [everything[0], everything[-2]])
+    assert len(both.holds) == 2 and abs(gap(model, clans, setting[3], both)) < 0.1 * gap(model, clans, setting[3])
+    assert all(arms.identical(arm, model, TEXTS) for arm in [*everything, both])
+    assert "'as it is' holds no units" in refused(lambda: arms.joined("x", [both, arms.nothing()]))
     leaky = arms.Arm("leaky", "units", on=lambda m, on: everything[0].on(m, True))
     assert not arms.identical(leaky, model, TEXTS) or float(found["neurons"].effect.abs().sum()) == 0
     wrong = lambda: everything[0].on(model, [True, 1]).__enter__()  # noqa: E731
