@@ -186,6 +186,7 @@ def test_outcomes_are_counted_by_hand():
     assert one.wrongly_approved == (0.0, 0.5) and one.wrongly_rejected == (0.5, 0.0)
     assert one.merit.value == 0.75 and one.flips == 0.5 and one.decides and one.four_fifths == "below"
     assert outcomes.outcome([measured(donor=(1, -1, -1, -1))]).four_fifths in ("above", "not settled")
+    assert outcomes.outcome([measured(own=(-1,) * 4, donor=(-1,) * 4)]).impact_ratio.low == 1
     two = outcomes.outcome([measured(), measured(template="u", least=0.1)])
     assert two.gap.value == 50 and two.gap.n == 2 and not two.decides
     assert math.isnan(outcomes.outcome([measured(right=(1, 1, 1, 1))]).wrongly_approved[0])
