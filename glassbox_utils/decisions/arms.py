@@ -172,7 +172,14 @@ def retrained(model: Model) -> Arm:
 
 
 def of_hold(name: str, kind: str, hold: Hold, **about: Any) -> Arm:
-    return Arm(name, kind, on=lambda model, on=True: held(model, hold, on), about=about, holds=(hold,))
+    return Arm(name, kind, on=_holding([hold]), about=about, holds=(hold,))
+
+
+def _holding(holds: Sequence[Hold]) -> Callable[[Model, On], AbstractContextManager[Any]]:
+    def on(model: Model, rows_on: On) -> AbstractContextManager[Any]:
+        return held(model, holds, rows_on)
+
+    return on
 
 
 def joined(name: str, several: Sequence[Arm]) -> Arm:
@@ -182,16 +189,17 @@ def joined(name: str, several: Sequence[Arm]) -> Arm:
             raise DecisionError(f"The arm {arm.name!r} holds no units. Allowed: those of unit_arms and direction_arms.")
     holds = tuple(hold for arm in several for hold in arm.holds)
     about = {"of": [arm.name for arm in several]}
-    return Arm(name, several[0].kind, on=lambda model, on=True: held(model, holds, on), about=about, holds=holds)
+    return Arm(name, several[0].kind, on=_holding(holds), about=about, holds=holds)
 
 
 def of_edit(edit: Edit) -> Arm:
     """An edit of the stream after a layer, at every position and without its gate."""
     bare = replace(edit, gate=None)
-    return Arm(
-        "affine edit", "edit", on=lambda model, on=True: mitigation.mitigate(model, bare, on, everywhere=True),
-        about={"layer": edit.layer, "what": edit.name},
-    )  # fmt: skip
+
+    def on(model: Model, rows_on: On) -> AbstractContextManager[Any]:
+        return mitigation.mitigate(model, bare, rows_on, everywhere=True)
+
+    return Arm("affine edit", "edit", on=on, about={"layer": edit.layer, "what": edit.name})
 
 
 # --- fitting ------------------------------------------------------------------------------------------
@@ -356,8 +364,8 @@ def _worded(decision: Decision, words: str) -> Decision:
     lead = words.replace("{", "{{").replace("}", "}}") + "\n"
     forms = {}
     for name, form in decision.templates.items():
-        key = "text" if form.text is not None else "chat"
-        forms[name] = replace(form, **{key: lead + form.words})
+        new = lead + form.words
+        forms[name] = replace(form, text=new) if form.text is not None else replace(form, chat=new)
     return replace(decision, templates=forms)
 
 

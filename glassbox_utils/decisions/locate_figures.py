@@ -27,7 +27,8 @@ def point_of(row: Row) -> Point:
 
 def measured_of(row: Row) -> Measured:
     """What was measured, from its plain values."""
-    return Measured(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Measured(**values)
 
 
 # --- the curve ----------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def draw_frontier(found: Mapping[str, Outcome], plain: str = "as it is") -> Any:
     for i, (name, one) in enumerate(found.items(), 1):
         colour = RED if name == plain else BLUE if name in best else GREY if "random" in name else ORANGE
         x, y = one.gap, one.merit
-        bars = {k: [[v.value - v.low], [v.high - v.value]] for k, v in (("xerr", x), ("yerr", y))}
+        bars: dict[str, Any] = {k: [[v.value - v.low], [v.high - v.value]] for k, v in (("xerr", x), ("yerr", y))}
         axis.errorbar(x.value, y.value, **bars, fmt="o", color=colour, ms=5, lw=0.7, label=f"{i} {name}")
         axis.annotate(str(i), (x.value, y.value), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axis.axvline(0, color=GREY, lw=0.6)

@@ -73,7 +73,9 @@ def sized() -> Size:
     whole = Size()
     if prepared.size() == 1:
         return whole
-    numbers = {k: prepared.sized(v, getattr(SMALL, k)) for k, v in whole._asdict().items() if isinstance(v, int)}
+    numbers: dict[str, Any] = {
+        k: prepared.sized(v, getattr(SMALL, k)) for k, v in whole._asdict().items() if isinstance(v, int)
+    }
     return SMALL._replace(**numbers)
 
 
