@@ -130,6 +130,8 @@ class Arm:
     model: Model | None = None
     """other weights"""
     about: Mapping[str, Any] = field(default_factory=dict)
+    holds: tuple[Hold, ...] = ()
+    """what ``on`` does, where it holds units or directions"""
 
 
 def nothing() -> Arm:
@@ -170,18 +172,32 @@ def retrained(model: Model) -> Arm:
 
 
 def of_hold(name: str, kind: str, hold: Hold, **about: Any) -> Arm:
-    def on(model: Model, on: On = True) -> AbstractContextManager[Any]:
-        return held(model, hold, on)
+    return Arm(name, kind, on=_holding([hold]), about=about, holds=(hold,))
 
-    return Arm(name, kind, on=on, about=about)
+
+def _holding(holds: Sequence[Hold]) -> Callable[[Model, On], AbstractContextManager[Any]]:
+    def on(model: Model, rows_on: On) -> AbstractContextManager[Any]:
+        return held(model, holds, rows_on)
+
+    return on
+
+
+def joined(name: str, several: Sequence[Arm]) -> Arm:
+    """The holds of several arms at once. DecisionError for an arm that holds nothing."""
+    for arm in items("several", several, DecisionError, Arm, least=2, word="Arms"):
+        if not arm.holds:
+            raise DecisionError(f"The arm {arm.name!r} holds no units. Allowed: those of unit_arms and direction_arms.")
+    holds = tuple(hold for arm in several for hold in arm.holds)
+    about = {"of": [arm.name for arm in several]}
+    return Arm(name, several[0].kind, on=_holding(holds), about=about, holds=holds)
 
 
 def of_edit(edit: Edit) -> Arm:
     """An edit of the stream after a layer, at every position and without its gate."""
     bare = replace(edit, gate=None)
 
-    def on(model: Model, on: On = True) -> AbstractContextManager[Any]:
-        return mitigation.mitigate(model, bare, on, everywhere=True)
+    def on(model: Model, rows_on: On) -> AbstractContextManager[Any]:
+        return mitigation.mitigate(model, bare, rows_on, everywhere=True)
 
     return Arm("affine edit", "edit", on=on, about={"layer": edit.layer, "what": edit.name})
 
@@ -348,8 +364,8 @@ def _worded(decision: Decision, words: str) -> Decision:
     lead = words.replace("{", "{{").replace("}", "}}") + "\n"
     forms = {}
     for name, form in decision.templates.items():
-        worded = lead + form.words
-        forms[name] = replace(form, text=worded) if form.text is not None else replace(form, chat=worded)
+        new = lead + form.words
+        forms[name] = replace(form, text=new) if form.text is not None else replace(form, chat=new)
     return replace(decision, templates=forms)
 
 

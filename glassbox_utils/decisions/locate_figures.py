@@ -27,8 +27,8 @@ def point_of(row: Row) -> Point:
 
 def measured_of(row: Row) -> Measured:
     """What was measured, from its plain values."""
-    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Measured(**plain)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Measured(**values)
 
 
 # --- the curve ----------------------------------------------------------------------------------------

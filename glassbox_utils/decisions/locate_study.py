@@ -73,8 +73,9 @@ def sized() -> Size:
     whole = Size()
     if prepared.size() == 1:
         return whole
-    given = {k: v for k, v in whole._asdict().items() if isinstance(v, int)}
-    numbers: dict[str, Any] = {k: prepared.sized(v, getattr(SMALL, k)) for k, v in given.items()}
+    numbers: dict[str, Any] = {
+        k: prepared.sized(v, getattr(SMALL, k)) for k, v in whole._asdict().items() if isinstance(v, int)
+    }
     return SMALL._replace(**numbers)
 
 
@@ -243,6 +244,9 @@ def chosen_arms(
         like = arms.unit_arms(model, chosen_on, found[name], (about["k"],), ((about["mode"], about["level"]),), SEED)
         out.append(replace(like[0], name=f"{about['k']} random {name}, {way}"))
     twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
+    parts = [a for a in out if a.kind == "units" and a.about["basis"] in ("heads", "neurons")]
+    if len(parts) > 1:
+        out.append(arms.joined("heads and neurons", parts))
     own, donor, _ = arms.decide(out[0], model, decision, twins, form)
     gap = float((donor - own).mean())
     out += [arms.hidden(decision, differs.what), arms.instructed(differs.what), arms.offset(gap)]

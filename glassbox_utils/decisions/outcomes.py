@@ -117,8 +117,8 @@ def outcome(some: Sequence[Measured], least: float = 0.2, seed: int = 0) -> Outc
         return cluster_bootstrap(np.arange(len(own)), clusters, lambda i: f(i.astype(int)), seed=seed)
 
     def ratio(i: NDArray) -> float:
-        below = yes[1][i].mean()
-        return float(yes[0][i].mean() / below) if below else math.nan
+        above, below = float(yes[0][i].mean()), float(yes[1][i].mean())
+        return above / below if below else math.inf if above else 1.0  # nobody is approved: nobody is treated better
 
     return Outcome(
         gap=interval(lambda i: 100 * float((yes[1][i] - yes[0][i]).mean())),

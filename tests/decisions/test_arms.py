@@ -107,7 +107,10 @@ def test_rows_that_are_off_are_the_same_to_the_bit(model, clans, setting):
         *arms.direction_arms(model, some, [[0]]),
         *arms.edit_arms(model, clans, pairs.twins(model, clans, setting[0], "choose", 24), "front", [1]),
     ]  # fmt: skip
-    assert all(arms.identical(arm, model, TEXTS) for arm in everything)
+    both = arms.joined("both", [everything[0], everything[-2]])
+    assert len(both.holds) == 2 and abs(gap(model, clans, setting[3], both)) < 0.1 * gap(model, clans, setting[3])
+    assert all(arms.identical(arm, model, TEXTS) for arm in [*everything, both])
+    assert "'as it is' holds no units" in refused(lambda: arms.joined("x", [both, arms.nothing()]))
     leaky = arms.Arm("leaky", "units", on=lambda m, on: everything[0].on(m, True))
     assert not arms.identical(leaky, model, TEXTS) or float(found["neurons"].effect.abs().sum()) == 0
     wrong = lambda: everything[0].on(model, [True, 1]).__enter__()  # noqa: E731
@@ -183,6 +186,7 @@ def test_outcomes_are_counted_by_hand():
     assert one.wrongly_approved == (0.0, 0.5) and one.wrongly_rejected == (0.5, 0.0)
     assert one.merit.value == 0.75 and one.flips == 0.5 and one.decides and one.four_fifths == "below"
     assert outcomes.outcome([measured(donor=(1, -1, -1, -1))]).four_fifths in ("above", "not settled")
+    assert outcomes.outcome([measured(own=(-1,) * 4, donor=(-1,) * 4)]).impact_ratio.low == 1
     two = outcomes.outcome([measured(), measured(template="u", least=0.1)])
     assert two.gap.value == 50 and two.gap.n == 2 and not two.decides
     assert math.isnan(outcomes.outcome([measured(right=(1, 1, 1, 1))]).wrongly_approved[0])

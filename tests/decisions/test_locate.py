@@ -308,7 +308,7 @@ def test_the_chain_goes_from_the_name_over_the_head_to_the_end(model, clans):
 
 def test_no_module_knows_a_field_or_a_group():
     known = {name for d in (LOAN, HIRING, GERMAN) for name in [*d.fields, *d.groups]}
-    for module in ("pairs", "units", "locate"):
+    for module in ("pairs", "units", "locate", "arms", "outcomes", "locate_figures"):
         tree = ast.parse(Path(importlib.import_module(f"glassbox_utils.decisions.{module}").__file__).read_text())
         strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         assert not strings & known
