@@ -35,11 +35,11 @@ DECISIONS = ("loan-officer", "german-credit", "hiring")
 SIZES = (0.25, 0.5, 1.0, 2.0)
 """points of the merit rule; one is what the deployed loan officer takes from women"""
 SEEDS_SEEN = 19_999
-SEEDS = range(20_000, 20_006)
+SEEDS = range(20_000, 20_005)
 HONEST = range(21_000, 21_020)
 PROMISED, FACTORS = range(22_000, 22_002), (1.0, 1.25)
 HIDDEN = range(23_000, 23_003)
-AGAIN, RESAMPLES, WEAK = range(24_000, 24_006), 40, (0.1, 0.5)
+AGAIN, RESAMPLES, WEAK = range(24_000, 24_003), 40, (0.1, 0.5)
 """officers whose audit is repeated, and the range of points that they take, where it is not sure what is found"""
 SOON = 500
 """from the seed of one audit to that of another officer or audit"""
