@@ -1,5 +1,7 @@
 """The study of how often the audit is right: what it plants, what its table says of it, and the figure."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -83,3 +85,10 @@ def test_the_command_writes_a_table_of_rates_goes_on_and_uses_fresh_seeds(short,
 
 def test_prepare_does_not_run_it():
     assert not set(power_study.STUDIES_OF_AUDITS) & set(cli.studies())
+
+
+def test_the_shipped_table_keeps_its_promises():
+    table = json.loads(studies.table_path("audit_power").read_text())
+    assert set(table["settings"]["sizes"]) == set(power_study.SIZES)
+    assert min(row["seed"] for row in table["curve"]) > table["settings"]["seeds seen in development"]
+    assert power_study.rates(table) == table["rates"]
