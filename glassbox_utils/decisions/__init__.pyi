@@ -27,6 +27,7 @@ from . import observed as observed
 from . import officer as officer
 from . import outcomes as outcomes
 from . import pairs as pairs
+from . import placing as placing
 from . import power as power
 from . import probes as probes
 from . import reading as reading

@@ -22,6 +22,7 @@ from glassbox_utils.decisions.decision import Decision, groups
 from glassbox_utils.decisions.influence import versions
 
 FOUR_FIFTHS = 0.8
+"""the ratio below which US guidelines see adverse impact (29 CFR 1607.4 D): a rule of thumb, not a verdict"""
 LEAST = 10
 """cases of a group, for a rate"""
 RESAMPLES = 2000

@@ -1,6 +1,6 @@
 """What the decision position looks at: attention to each field. Rung 1, observed; it is never a reason.
 
-Which tokens hold a field's value is found through the template's placeholders, also inside a chat.
+Which tokens hold a field's value is found through the template's placeholders (``placing``).
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,11 @@ from torch import Tensor
 
 from glassbox_utils.attention.patterns import over_patterns
 from glassbox_utils.core.devices import beside
-from glassbox_utils.core.models import Model, ModelError
+from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import Batch, tokenize
-from glassbox_utils.decisions import scoring
+from glassbox_utils.decisions import placing, scoring
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import PLACEHOLDER, Decision, render
-
-
-def spans(decision: Decision, case: Case, template: str) -> dict[str, list[tuple[int, int]]]:
-    """Field -> (first character, one past the last) of its value, wherever ``render`` writes it."""
-    found: dict[str, list[tuple[int, int]]] = {name: [] for name in decision.fields}
-    words, at, end = decision.template(template).words, 0, 0
-    for match in PLACEHOLDER.finditer(words):
-        at += match.start() - end
-        end = match.end()
-        value = match[0][0] if match[1] is None else str(case.values[match[1]])
-        if match[1] is not None:
-            found[match[1]].append((at, at + len(value)))
-        at += len(value)
-    return found
+from glassbox_utils.decisions.decision import Decision
 
 
 def field_masks(
@@ -42,32 +28,13 @@ def field_masks(
     texts = scoring.prompts(model, decision, cases, template)
     batch = tokenize(model, texts)
     mask = torch.zeros(len(cases), len(decision.fields), batch.input_ids.shape[1], dtype=torch.bool)
-    for i, (case, text) in enumerate(zip(cases, texts, strict=True)):
-        begins = _begin(model, text, render(decision, case, template))
-        offsets = _offsets(model, text)
-        shift = mask.shape[2] - len(offsets)
-        for j, places in enumerate(spans(decision, case, template).values()):
-            for start, end in places:
-                inside = [
-                    k for k, (left, right) in enumerate(offsets) if left < begins + end and right > begins + start
-                ]
-                mask[i, j, [shift + k for k in inside]] = True
+    order = {name: j for j, name in enumerate(decision.fields)}
+    for i, (case, text, tokens) in enumerate(zip(cases, texts, placing.offsets(model, texts), strict=True)):
+        shift = mask.shape[2] - len(tokens)
+        for name, start, end in placing.in_prompt(model, decision, case, template, text):
+            inside = [shift + k for k, (left, right) in enumerate(tokens) if left < end and right > start]
+            mask[i, order[name], inside] = True
     return batch, mask
-
-
-def _begin(model: Model, text: str, words: str) -> int:
-    """Where the words of a case begin in a prompt; chat templates may cut spaces off their ends."""
-    place = text.rfind(words.strip())
-    if place < 0:
-        raise ModelError(f"The chat template of {model.name} changes the words of a case: its fields can't be found.")
-    return place - (len(words) - len(words.lstrip()))
-
-
-def _offsets(model: Model, text: str) -> list[tuple[int, int]]:
-    try:
-        return model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    except NotImplementedError as reason:  # tokenizers that are written in Python
-        raise ModelError(f"The tokenizer of {model.name} does not say where its tokens stand in a text.") from reason
 
 
 def attention_to_fields(

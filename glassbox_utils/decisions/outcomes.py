@@ -21,10 +21,8 @@ from glassbox_utils.core.statistics import Interval, cluster_bootstrap
 from glassbox_utils.decisions.arms import Arm, decide
 from glassbox_utils.decisions.decision import Decision, truth
 from glassbox_utils.decisions.fields import DecisionError
+from glassbox_utils.decisions.impact import FOUR_FIFTHS
 from glassbox_utils.decisions.pairs import Contrast, Twins
-
-FOUR_FIFTHS = 0.8
-"""the impact ratio below which US guidelines see adverse impact (29 CFR 1607.4 D): a rule of thumb, not a verdict"""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from glassbox_utils.core.arguments import items, shown, whole
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import Batch, following, padded, tokenize
-from glassbox_utils.decisions import scoring
+from glassbox_utils.decisions import placing, scoring
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import PLACEHOLDER, Carrier, Decision, render, swapped
+from glassbox_utils.decisions.decision import Carrier, Decision, swapped
 from glassbox_utils.decisions.fields import Category, DecisionError, Field, Number, Text, Value, band_of
 
 Part = Literal["choose", "report"]
@@ -269,39 +269,22 @@ def _matched(model: Model, a: Sequence[str], b: Sequence[str], alike: bool) -> l
 # --- their prompts ------------------------------------------------------------------------------------
 
 
-def spans(decision: Decision, case: Case, template: str | None = None) -> list[tuple[str, int, int]]:
-    """(field, first character, one past the last) of every value in ``decision.render``'s words."""
-    words, found, at, done = decision.template(template).words, [], 0, 0
-    for match in PLACEHOLDER.finditer(words):
-        at += match.start() - done
-        done = match.end()
-        length = len(match[0][0] if match[1] is None else str(case.values[match[1]]))
-        if match[1] is not None:
-            found.append((match[1], at, at + length))
-        at += length
-    return found
-
-
 def aligned(model: Model, decision: Decision, some: Sequence[Twins], template: str, differs: Contrast) -> Pairs:
     """The twins' prompts in one template, without the pairs that do not align.
 
-    DecisionError if none does, or for a tokenizer that does not say where its tokens stand.
+    DecisionError if none does; ModelError for a tokenizer that does not say where its tokens stand, and a chat template
+    that changes the words.
     """
     some = items("twins", some, DecisionError, Twins, word="Twins")
-    if not getattr(model.tokenizer, "is_fast", False):
-        raise DecisionError(f"The tokenizer of {model.name} does not say which characters a token stands for. Load its "
-                            "fast version (tokenizer.json).")  # fmt: skip
     sides = []
     for cases in ([t.own for t in some], [t.donor for t in some]):
         texts = scoring.prompts(model, decision, cases, template)
         batch = tokenize(model, texts)
-        offsets = model.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        found = []
+        offsets, found = placing.offsets(model, texts), []
         for i, (text, case) in enumerate(zip(texts, cases, strict=True)):
             ids = batch.input_ids[i, batch.attention_mask[i].bool()].tolist()
-            here = _spans_in(
-                text, decision, case, template, {k for k in case.values if some[i].own[k] != some[i].donor[k]}
-            )
+            changed = {k for k in case.values if some[i].own[k] != some[i].donor[k]}
+            here = [(a, b) for k, a, b in placing.in_prompt(model, decision, case, template, text) if k in changed]
             holds = [any(left < b and right > a for a, b in here) for left, right in offsets[i]]
             found.append((tuple(ids), (*[False] * (len(ids) - len(holds)), *holds)))
         sides.append(found)
@@ -323,13 +306,6 @@ def aligned(model: Model, decision: Decision, some: Sequence[Twins], template: s
         scoring.answer_tokens(model, decision, text),
         len(some) - len(kept),
     )
-
-
-def _spans_in(text: str, decision: Decision, case: Case, template: str, changed: set[str]) -> list[tuple[int, int]]:
-    """Where the changed values stand in a prompt, behind what a chat puts in front."""
-    words = render(decision, case, template)
-    start = max(text.find(words.strip()), 0) - (len(words) - len(words.lstrip()))
-    return [(start + a, start + b) for name, a, b in spans(decision, case, template) if name in changed]
 
 
 def _fit(a: tuple[tuple[int, ...], tuple[bool, ...]], b: tuple[tuple[int, ...], tuple[bool, ...]]) -> bool:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -17,7 +18,7 @@ from refusals import refused
 from glassbox_utils import cli
 from glassbox_utils.core import assets, models
 from glassbox_utils.core.models import load_model
-from glassbox_utils.decisions import answer, answer_page, answer_plots, asking, letter, observed, scoring
+from glassbox_utils.decisions import answer, answer_page, answer_plots, asking, letter, observed, placing, scoring
 from glassbox_utils.decisions.answer_page import Measure, Mitigation
 from glassbox_utils.decisions.decision import groups, margin, parse_case, render
 from glassbox_utils.decisions.reading import load_decision
@@ -216,8 +217,22 @@ def officer(tmp_path_factory):
 def test_spans_are_where_the_values_stand(template):
     for case in HIRING.cases[:4]:
         text = render(HIRING, case, template)
-        for name, places in observed.spans(HIRING, case, template).items():
-            assert places and all(text[a:b] == str(case[name]) for a, b in places)
+        found = placing.spans(HIRING, case, template)
+        assert {name for name, _, _ in found} == set(HIRING.fields)
+        assert all(text[a:b] == str(case[name]) for name, a, b in found)
+
+
+def test_places_that_can_not_be_told_are_refused():
+    case, words = HIRING.cases[0], tiny.tokenizer()
+    other = SimpleNamespace(name="m", tokenizer=words)
+    with pytest.raises(models.ModelError, match="m changes the words of a case"):
+        placing.in_prompt(other, HIRING, case, "line", render(HIRING, case, "line").upper())
+
+    def slow(*a, **k):
+        raise NotImplementedError
+
+    with pytest.raises(models.ModelError, match="fast version"):
+        placing.offsets(SimpleNamespace(name="m", tokenizer=slow), ["a"])
 
 
 @pytest.mark.parametrize("template", ["line", "chat"])
