@@ -17,7 +17,7 @@ from glassbox_utils.core.errors import GlassboxError
 COMMANDS = cli.parser()._subparsers._group_actions[0].choices
 
 
-def planted(monkeypatch, error, command="_assets"):
+def planted(monkeypatch, error, command="_assets", module=cli):
     """A command that fails like this when it works."""
 
     def fail(args):
@@ -25,7 +25,7 @@ def planted(monkeypatch, error, command="_assets"):
             raise error
         return 0
 
-    monkeypatch.setattr(cli, command, fail)
+    monkeypatch.setattr(module, command, fail)
 
 
 # --- what went wrong ----------------------------------------------------------------------------------
@@ -99,8 +99,10 @@ def test_all_files_are_read_in_a_locale_without_utf8(tmp_path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_in_any_command_is_one_line(monkeypatch, capsys, name):
-    planted(monkeypatch, KeyboardInterrupt(), COMMANDS[name].get_default("function").__name__)
+    function = COMMANDS[name].get_default("function")
+    planted(monkeypatch, KeyboardInterrupt(), function.__name__, sys.modules[function.__module__])
     needed = {
+        "audit": ["--decision", "x"],
         "explain": ["--applicant", "x"],
         "compare": ["x", "x"],
         "assets": [],

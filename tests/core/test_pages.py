@@ -64,4 +64,8 @@ def test_a_shipped_template_loads_nothing_and_is_used(file):
 
 def test_what_is_marked_as_markup_is_made_here():
     marked = {(p.name, name) for p in SHIPPED for name in re.findall(r"\{\{ *([^}]*?) *\| *safe", p.read_text("utf-8"))}
-    assert marked == {("report.html", f"figures.{name}") for name in ("fields", "curves", "groups", "gaps", "arrival")}
+    drawn = {
+        "report.html": ("fields", "curves", "groups", "gaps", "arrival"),
+        "answer.html": ("reasons", "curves", "swaps"),
+    }
+    assert marked == {(page, f"figures.{name}") for page, names in drawn.items() for name in names}
