@@ -152,7 +152,7 @@ def _ranked(layer: int, sae: Any, model: Model) -> dict[str, Any]:
 
 def learn_steps() -> int:
     """Steps of learning at the size of the prepared folder."""
-    return prepared.sized(clamping_study.LEARN_STEPS, 24)
+    return prepared.sized(clamping_study.LEARN_STEPS, 16)
 
 
 def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str], steps: int) -> dict[str, Any]:

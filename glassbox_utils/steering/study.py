@@ -66,7 +66,7 @@ SPAN_RECIPES = ("mean_difference", "combined")
 """fitted ones; a third, "own_answers", is the last of them trained further"""
 TRAINING: dict[str, Any] = {"alpha": 0.015, "steps": 40, "n_questions": 30, "learning_rate": 0.006, "divergence": 0.01}
 """how it is trained; chosen on the embedded model's selection prompts"""
-LEAST_TRAINING = {"steps": 10, "n_questions": 12}
+LEAST_TRAINING = {"steps": 6, "n_questions": 10}
 TURNS = (0.5, 1.0)
 """half and full turn of the dial: at one of them, chosen on selection prompts, the bar is counted"""
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
