@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("compare", help="the same claims on two models: a page from two folders of `run`")
     p.add_argument("first", type=text, help="the --site folder of a run")
     p.add_argument("second", type=text, help="that of a run on another model")
-    p.add_argument("--out", type=text, default="compare.html", help="the page to write")
+    p.add_argument("--out", type=text, default="compare.html", help="the page to write: .html or .md")
     p.set_defaults(function=_compare)
     for command in commands.choices.values():
         device = "cuda, mps or cpu; without: GLASSBOX_DEVICE, or the fastest"

@@ -131,12 +131,15 @@ def matched(first: Side, second: Side) -> list[Row]:
 
 
 def write_page(first: Path, second: Path, out: Path) -> list[Row]:
-    """Write the page that compares two folders; its rows. Raises CompareError for a folder without findings."""
+    """Write the page that compares two folders, as Markdown if it is to end in ``.md``; its rows.
+
+    Raises CompareError for a folder without findings.
+    """
     one, two = read_side(Path(first)), read_side(Path(second))
     rows = matched(one, two)
     count = {kind: sum(row.outcome == kind for row in rows) for kind in ("both", "first", "second", "neither")}
     page = pages.render(
-        Path(__file__).parent / "templates" / "compare.html",
+        Path(__file__).parent / "templates" / ("compare.md" if Path(out).suffix == ".md" else "compare.html"),
         first=one,
         second=two,
         rungs=RUNGS,

@@ -56,6 +56,10 @@ def test_a_page_says_what_held_on_both(tmp_path):
     assert "two (studies at 10% of their full size)" in page and "stopped before their end: 01_a" in page
     assert "2.00 [1.90, 2.10]" in page and "head 5.0 copies" in page and "only here" in page
     assert "<wide>" not in page and "&lt;wide&gt;" in page and "<elsewhere>" not in page
+    write_page(first, second, tmp_path / "compare.md")
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert "Of 3 claims that both made, **2 held on both**," in " ".join(lines)
+    assert len([x for x in lines if x.startswith("| ") and x.count("|") == 5]) == 4 and any("&lt;wide&gt;" in x for x in lines)
 
 
 def test_word_for_word_goes_before_alike(tmp_path):
