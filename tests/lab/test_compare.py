@@ -59,7 +59,9 @@ def test_a_page_says_what_held_on_both(tmp_path):
     write_page(first, second, tmp_path / "compare.md")
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert "Of 3 claims that both made, **2 held on both**," in " ".join(lines)
-    assert len([x for x in lines if x.startswith("| ") and x.count("|") == 5]) == 4 and any("&lt;wide&gt;" in x for x in lines)
+    assert len([x for x in lines if x.startswith("| ") and x.count("|") == 5]) == 4 and any(
+        "&lt;wide&gt;" in x for x in lines
+    )
 
 
 def test_word_for_word_goes_before_alike(tmp_path):
