@@ -201,6 +201,7 @@ def arms_table(found: Mapping[str, Outcome], effects: Mapping[str, Row]) -> Any:
                 "rejected of the deserving": two(one.wrongly_rejected), "impact ratio": show(one.impact_ratio, 2),
                 "four fifths": one.four_fifths, "merit": show(one.merit, 3), "decides": one.decides,
                 "perplexity": "" if cost is None else show(Interval(**cost["perplexity ratio"]), 3),
+                "over the base": "" if not (b := cost and cost["perplexity over the base"]) else show(Interval(**b), 3),
                 "choices": "" if cost is None else f"{cost['choices']['value']:+.2f}",
                 "off is off": "" if cost is None else cost["identical when off"],
             }

@@ -255,9 +255,13 @@ def chosen_arms(
 
 def mended(
     model: Model, decision: Decision, differs: Contrast, size: Size, found: Mapping[str, Attribution], chosen_on: Pairs,
-    also: Sequence[Contrast] = (), retrained: Model | None = None,
+    also: Sequence[Contrast] = (), retrained: Model | None = None, base: Sequence[Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every arm in every template, with its side effects and the re-activation, as plain values."""
+    """Every arm in every template, with its side effects and the re-activation, as plain values.
+
+    ``base``: ``skills`` of the model that the adapter was trained on, a second yardstick: an officer's own perplexity
+    on ordinary text is high already, and an arm that lowers it has not made the officer a better reader for it.
+    """
     all_arms, tried = chosen_arms(model, decision, differs, found, chosen_on, size, retrained)
     key = [model.hash, decision.name, str(differs), list(size), SEED, None if retrained is None else retrained.hash]
     measured: list[Any] = []
@@ -268,9 +272,10 @@ def mended(
             for name in names:
                 here = [*key, "decide", arm.name, _plain(arm.about), str(other), name]
                 measured.append(resumed(NAME, here, _one, model, decision, arm, other, twins, name))
-    plain = resumed(NAME, [model.hash, list(size), "effects"], _skills, model, size)
+    plain = resumed(NAME, [model.hash, list(size), "effects"], skills, model, size)
+    given = [model, size, plain, base]
     effects = {
-        arm.name: resumed(NAME, [*key, "effects", arm.name, _plain(arm.about)], side_effects, model, arm, plain, size)
+        arm.name: resumed(NAME, [*key, base is None, "effects", arm.name, _plain(arm.about)], side_effects, arm, *given)
         for arm in all_arms
         if arm.kind not in ("words", "score", "nothing")
     }
@@ -299,24 +304,31 @@ def _chosen(
     return [asdict(row) for row in rows]
 
 
-def _skills(model: Model, size: Size) -> list[Any]:
+def skills(model: Model, size: Size) -> list[Any]:
     """Losses and token counts of ordinary text, and which questions are answered rightly."""
     losses, counts = text_losses(model, held_texts(size.texts), 256)
     return [losses.tolist(), counts.tolist(), choice_right(model, size.choices)]
 
 
-def side_effects(model: Model, arm: Arm, plain: Sequence[Any], size: Size) -> dict[str, Any]:
-    """Perplexity and multiple choice with the arm left on, over the model as it is (``plain``); and is off off?"""
+def side_effects(
+    arm: Arm, model: Model, size: Size, plain: Sequence[Any], base: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """Perplexity and multiple choice with the arm left on, over the model as it is (``plain``) and over the ``base``;
+    and is off off?"""
     used = arm.model or model
     with arm.on(used, True):
-        found = _skills(used, size)
+        found = skills(used, size)
 
     def ratio(a: Any, n: Any, b: Any, m: Any) -> float:
         return float(np.exp(b.sum() / m.sum() - a.sum() / n.sum()))
 
-    samples = tuple(np.array(x, dtype=float) for x in (*plain[:2], *found[:2]))
+    def over(yardstick: Sequence[Any]) -> dict[str, Any]:
+        samples = tuple(np.array(x, dtype=float) for x in (*yardstick[:2], *found[:2]))
+        return asdict(bootstrap_ci(samples, ratio))
+
     return {
-        "perplexity ratio": asdict(bootstrap_ci(samples, ratio)),
+        "perplexity ratio": over(plain),
+        "perplexity over the base": None if base is None else over(base),
         "choices": asdict(bootstrap_ci(np.array(found[2]) - np.array(plain[2]))),
         "choices right": float(np.mean(plain[2])),
         "identical when off": arms.identical(arm, model, held_texts(4)) if arm.model is None else None,
@@ -351,6 +363,9 @@ def _pushed(
 def study_locate() -> Path:
     """Locate on three officers, mend the deployed one."""
     start, size, decision = time.time(), sized(), load_decision("loan-officer")
+    plain = prepared.load_subject()
+    base = resumed(NAME, [plain.hash, list(size), "effects"], skills, plain, size)
+    del plain
     saes = list(dict.fromkeys(prepared.card().saes.values()))
     tables: dict[str, Any] = {}
     for name in [n for n in loan_models() if n in OFFICERS]:
@@ -360,7 +375,7 @@ def study_locate() -> Path:
         tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, size, found, chosen_on)}
         if name == "deployed":
             also = [pairs.contrast(model, decision, *told) for key, told in OFFICERS.items() if key != name]
-            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also)
+            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also, base=base)
     return write_table(NAME, load_loan_model(), time.time() - start, size=list(size), officers=tables)
 
 

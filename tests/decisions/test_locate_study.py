@@ -27,7 +27,8 @@ def tables(tmp_path_factory):
         assert (differs.own, differs.donor) == ("first", "second")
         found, chosen_on = study.attributed(model, decision, differs, study.spaces_of(model, ["topk-2048-l14"]), SIZE)
         located = study.located(model, decision, differs, SIZE, found, chosen_on)
-        mended = study.mended(model, decision, differs, SIZE, found, chosen_on)
+        base = study.skills(model, SIZE)
+        mended = study.mended(model, decision, differs, SIZE, found, chosen_on, base=base)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
     return located, mended
 
@@ -48,6 +49,7 @@ def test_the_study_finds_the_planted_units_and_what_closes_the_gap(tables):
     assert plain.logits.low > 1 and abs(hidden.logits.value) < 1e-3
     assert abs(neurons.logits.value) < 0.1 * plain.logits.value < random.logits.value
     assert all(e["identical when off"] for e in mended["effects"].values())
+    assert all(e["perplexity over the base"] == e["perplexity ratio"] for e in mended["effects"].values())
     assert all(sum(row["chosen"] for row in rows) == 1 for rows in mended["tried"].values())
     rows = mended["reactivation"]["rows"]
     assert {r["vector"] for r in rows} == {"difference", "random"} and all("turned" in r for r in rows)
