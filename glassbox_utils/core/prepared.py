@@ -8,12 +8,12 @@ What is the same for all models (prompts, pairs, people, passages) stays in ``da
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import platformdirs
 from pydantic import Field
@@ -21,6 +21,8 @@ from pydantic import Field
 from glassbox_utils.core import assets, files, schema
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, load_model
+
+_T = TypeVar("_T")
 
 VARIABLE = "GLASSBOX_PREPARED"
 PLACE = "GLASSBOX_MODELS"
@@ -184,6 +186,12 @@ def sized(full: int, least: int = 1) -> int:
     """A number of cases at the size of the folder in use: ``full`` in ``data/``, fewer where the budget was small."""
     share = size()
     return full if share == 1 else min(full, max(least, round(full * share)))
+
+
+def thinned(grid: Sequence[_T], least: int = 2) -> list[_T]:
+    """Fewer settings at the size of the folder in use, spread evenly over the grid, both ends among them."""
+    n = max(1, sized(len(grid), least))
+    return [grid[round(i * (len(grid) - 1) / max(1, n - 1))] for i in range(n)]
 
 
 def depth(model: Model, layer: int) -> int:

@@ -290,14 +290,14 @@ def study_choose() -> Path:
     single = []
     for k in range(clamping_study.N_TRIED):
         if f"feature {k}" in tools.found:
-            for strength in GRID["one feature"]:
+            for strength in prepared.thinned(GRID["one feature"]):
                 single.append({"rank": k, "strength": strength} | row(f"feature {k}", strength, tools))
     best = choose(single)["rank"] if single else None
     tools = clamping_study.make_tools(model, ranked, best, made)
     rows = [
         {"method": "one feature"} | {k: v for k, v in r.items() if k != "rank"} for r in single if r["rank"] == best
     ]
-    for method, strengths in GRID.items():
+    for method, strengths in ((name, prepared.thinned(grid)) for name, grid in GRID.items()):
         if method not in tools.found:
             continue
         if method != "one feature":

@@ -57,7 +57,7 @@ def report_settings(
     sizes = {m: n_report for m in ("none", shown, *readers)} | {m: n_baseline for m in BASELINES if m != shown}
     settings = [(method, s, sizes.get(method, n_sweep)) for method, s in strengths.items()]
     extra = {m: [r["strength"] for r in rows if r["method"] == m] for m in selected if m != "one feature"}
-    extra[shown] = list(SWEEP)
+    extra[shown] = prepared.thinned(SWEEP, 3)
     settings += [(m, s, n_sweep) for m, given in extra.items() for s in given if s != strengths[m]]
     return settings
 

@@ -83,7 +83,10 @@ def lora(side: str) -> Path:
         batch = tokenize(model, [b + texts[i] + end for b, i in zip(before, rows, strict=True)])
         n_before = torch.tensor([int(tokenize(model, b).attention_mask.sum()) for b in before])
         answer = (batch.attention_mask.cumsum(-1) > n_before[:, None]) & batch.attention_mask.bool()
-        loss = net(**batch.inputs, labels=batch.input_ids.masked_fill(~answer, -100)).loss
+        last = int(answer.sum(-1).max())  # rows are padded on the left, so the answers are the last tokens
+        logits = net(**batch.inputs, logits_to_keep=last + 1).logits[:, :-1].float()
+        targets = batch.input_ids.masked_fill(~answer, -100)[:, -last:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

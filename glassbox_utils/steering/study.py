@@ -216,10 +216,10 @@ def study_sweep() -> Path:
     The vectors of ATTRIBUTES; the tone vector of that one layer is ``tone-single``.
     """
     start, model = time.time(), load_subject()
-    layers = sorted({prepared.depth(model, layer) for layer in LAYERS})
+    layers = sorted({prepared.depth(model, layer) for layer in prepared.thinned(LAYERS, 3)})
     directions = tone_directions(model, layers)
-    asked, neutral = selection_prompts(30), neutral_texts()
-    grids = {layer: fitting_strengths(model, directions[layer], ALPHAS, neutral, KL_BUDGET) for layer in layers}
+    asked, neutral, alphas = selection_prompts(30), neutral_texts(), prepared.thinned(ALPHAS)
+    grids = {layer: fitting_strengths(model, directions[layer], alphas, neutral, KL_BUDGET) for layer in layers}
 
     def measured(divisor: float) -> list[dict[str, Any]]:
         found = []
@@ -257,7 +257,7 @@ def study_layers() -> Path:
     vectors = {recipe: tone_vector(model, recipe=recipe) for recipe in SPAN_RECIPES}
 
     def fitting(recipe: str) -> list[float]:
-        return fitting_strengths(model, vectors[recipe], SPAN_ALPHAS, neutral, KL_BUDGET)
+        return fitting_strengths(model, vectors[recipe], prepared.thinned(SPAN_ALPHAS), neutral, KL_BUDGET)
 
     grids = {recipe: fitting(recipe) for recipe in vectors}
     factor = grids["combined"][0] / SPAN_ALPHAS[0]

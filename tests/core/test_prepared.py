@@ -99,3 +99,13 @@ def test_a_missing_role_names_what_there_is(there, tmp_path):
     folder_for(there, tmp_path, saes={"main": "one"})
     with prepared.using(tmp_path), pytest.raises(PreparedError, match=r"no late SAE\. It has: main"):
         prepared.sae("late")
+
+
+def test_a_grid_keeps_its_ends_when_it_is_thinned():
+    grid = (1, 2, 3, 4, 5)
+    assert prepared.thinned(grid) == [1, 2, 3, 4, 5]
+    with prepared.at_size(0.02):
+        assert prepared.thinned(grid) == [1, 5] and prepared.thinned(grid, 3) == [1, 3, 5]
+        assert prepared.thinned((7,)) == [7] == prepared.thinned((7, 8), 1)
+    with prepared.at_size(0.7):
+        assert prepared.thinned(grid) == [1, 2, 4, 5]
