@@ -28,7 +28,7 @@ def steps(value: str) -> int:
     """A whole number from 1 on."""
     found = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
     if found < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of steps; allowed: a whole number from 1 to 999999")
+        raise argparse.ArgumentTypeError(f"{value!r} is no such number; allowed: a whole number from 1 to 999999")
     return found
 
 

@@ -224,9 +224,9 @@ def study_sweep() -> Path:
     def measured(divisor: float) -> list[dict[str, Any]]:
         found = []
         for layer in progress(layers, "layers"):
-            alphas = [a / divisor for a in grids[layer]]
-            given: list[Any] = [directions[layer], alphas, asked, neutral, NEW_TOKENS]
-            key = [layer, alphas, model.hash, NEW_TOKENS]
+            weaker = [a / divisor for a in grids[layer]]
+            given: list[Any] = [directions[layer], weaker, asked, neutral, NEW_TOKENS]
+            key = [layer, weaker, model.hash, NEW_TOKENS]
             found += resumed("steering_sweep", key, sweep, model, *given)
         return found
 
