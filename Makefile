@@ -25,7 +25,7 @@ help:  ## this list
 $(DONE): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Glassbox needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --progress-bar on -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -45,9 +45,9 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/lint-imports --no-logo
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not browser" -n 2 --dist loadfile
-	$(BIN)/pytest tests/lab tests/decisions -m browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks" -k "not gpt2 and not gemma3"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not long and not browser" -n 2 --dist loadfile
+	$(BIN)/pytest tests/lab tests/decisions -m browser -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks and not long" -k "not gpt2 and not gemma3"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
