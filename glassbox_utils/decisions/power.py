@@ -96,15 +96,12 @@ def officer(
     DecisionError if the decision has neither a merit rule nor outcomes.
     """
     rng, sd, drawn = np.random.default_rng(seed), noise or Noise(), dict[object, float]()
-    factors, free, ground = odd or {}, asking.free(decision), grounds(decision)
+    free, merit = asking.free(decision), deserved(decision, odd)
 
     def random(key: object, scale: float) -> float:
         if key not in drawn:  # by key, so that an officer is the same in whichever order it is asked
             drawn[key] = float(np.random.default_rng([seed, zlib.crc32(repr(key).encode())]).normal())
         return scale * drawn[key]
-
-    def merit(case: Case) -> float:
-        return sum(factors.get(name, 1) * x for name, x in ground(case).items())
 
     singled: dict[tuple[str, Value], float] = {}
     for part in (probe.parts[0] for probe in planting.against if len(probe.parts) == 1):
@@ -112,14 +109,13 @@ def officer(
             others = [v for v in asking.listed(decision, part.field) if v != part.values[0]]
             mean = np.mean([random((free.index(part.field), v), sd.word) for v in others]) if others else 0.0
             singled[part.field, part.values[0]] = float(mean)
-    middle = float(np.median([merit(case) for case in decision.cases])) - 0.25 if factors else 0.0
     merits: dict[str, float] = {}
 
     def score(cases: Sequence[Case], template: str) -> Float[Tensor, " n"]:
         out = np.empty(len(cases))
         for i, case in enumerate(cases):
             if case.id not in merits:
-                merits[case.id] = merit(case) - middle
+                merits[case.id] = merit(case)
             words = sum(
                 singled.get((k, case.values[k]), random((j, case.values[k]), sd.word))
                 + random((j, case.values[k], template), sd.word)
@@ -130,6 +126,18 @@ def officer(
         return torch.from_numpy(out + sd.prompt * rng.normal(size=len(cases)))
 
     return score
+
+
+def deserved(decision: Decision, odd: Mapping[str, float] | None = None) -> Callable[[Case], float]:
+    """Points above the line that an honest officer gives a case; ``odd``: field -> factor of its points, and then the
+    line moves to where half of the cases are above it. DecisionError as in ``grounds``."""
+    factors, ground = odd or {}, grounds(decision)
+
+    def merit(case: Case) -> float:
+        return sum(factors.get(name, 1) * x for name, x in ground(case).items())
+
+    middle = float(np.median([merit(case) for case in decision.cases])) - 0.25 if factors else 0.0
+    return lambda case: merit(case) - middle
 
 
 def grounds(decision: Decision) -> Callable[[Case], dict[str, float]]:

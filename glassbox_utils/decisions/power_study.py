@@ -35,8 +35,10 @@ DECISIONS = ("loan-officer", "german-credit", "hiring")
 SIZES = (0.25, 0.5, 1.0, 2.0)
 """points of the merit rule; one is what the deployed loan officer takes from women"""
 SEEDS_SEEN = 19_999
-SEEDS = range(20_000, 20_005)
-HONEST = range(21_000, 21_020)
+SEEDS = range(20_000, 20_007)
+"""of which each plants a third of the kinds in each decision: some 80 plantings, all different"""
+HONEST = range(21_000, 21_060)
+"""90 officers with even weights, 90 with odd ones: with no false alarm in 73, Wilson's interval ends below 5 %"""
 PROMISED, FACTORS = range(22_000, 22_002), (1.0, 1.25)
 HIDDEN = range(23_000, 23_003)
 AGAIN, RESAMPLES, WEAK = range(24_000, 24_003), 40, (0.1, 0.5)

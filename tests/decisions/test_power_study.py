@@ -72,13 +72,13 @@ def test_the_command_writes_a_table_of_rates_goes_on_and_uses_fresh_seeds(short,
     assert table["provenance"]["command"] == "glassbox study audit-power" and "model" not in table["provenance"]
     kinds = {row["kind"] for row in table["curve"]}
     nobody = power_study.rate(table, "curve", "all", 1.0, "found")
-    assert len(table["curve"]) == nobody.n * len(power_study.SIZES) and len(table["honest"]) == 20
+    assert len(table["curve"]) == nobody.n * len(power_study.SIZES) and len(table["honest"]) == len(power_study.HONEST)
     assert nobody.value == 0 and nobody.n >= len(kinds) and 0 < nobody.high < 0.3
     assert power_study.rate(table, "promised", "all", 1.25, "found").value == 0
     assert power_study.rate(table, "again", "not found, confidence 0.95 to 1", None, "again").value == 1
     assert cli.main(["study", "audit-power"]) == 0 and len(short) == first  # nothing is computed twice
     drawn = figures.draw_power(table)
-    assert drawn["found"][2] == nobody and drawn["honest"][0].n == 20
+    assert drawn["found"][2] == nobody and drawn["honest"][0].n == len(power_study.HONEST)
     with pytest.raises(KeyError):
         power_study.rate(table, "curve", "nosuch", 1.0, "found")
 
