@@ -72,6 +72,14 @@ def perplexity(model: Model, texts: Sequence[str], max_tokens: int = 256, batch_
     return bootstrap_ci((losses, counts), lambda a, b: float(np.exp(a.sum() / b.sum())))
 
 
+def perplexity_ratio(losses: NDArray, counts: NDArray, others: NDArray, other_counts: NDArray) -> float:
+    """Perplexity of the second pair of ``text_losses`` over that of the first: what an intervention costs.
+
+    A statistic of four paired samples: ``bootstrap_ci((*plain, *changed), perplexity_ratio)`` resamples the texts.
+    """
+    return float(np.exp(others.sum() / other_counts.sum() - losses.sum() / counts.sum()))
+
+
 @contextmanager
 def frozen_weights(model: Model) -> Iterator[None]:
     """No gradients for the weights inside the block."""

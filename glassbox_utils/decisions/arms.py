@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from glassbox_utils.core import losses
 from glassbox_utils.core.arguments import items, number, shown
 from glassbox_utils.core.devices import array, like, result
 from glassbox_utils.core.interventions import check_rows, edits, not_first, recording
-from glassbox_utils.core.losses import text_losses
 from glassbox_utils.core.models import Model, Site, check_layer
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import mitigation, scoring
@@ -375,8 +375,8 @@ def perplexity_ratio(
     """Perplexity with the arm left on over that without (``plain``: ``text_losses`` of the model as it is)."""
     used = arm.model or model
     with arm.on(used, True):
-        losses, counts = text_losses(used, texts, max_tokens)
-    return float(np.exp(losses.sum() / counts.sum() - plain[0].sum() / plain[1].sum()))
+        found = losses.text_losses(used, texts, max_tokens)
+    return losses.perplexity_ratio(*plain, *found)
 
 
 @dataclass(frozen=True)
@@ -408,7 +408,7 @@ def choose(
     DecisionError for no candidates.
     """
     candidates = items("candidates", candidates, DecisionError, Arm, word="Arms")
-    plain = text_losses(model, texts, 128)
+    plain = losses.text_losses(model, texts, 128)
     right = np.array([truth(decision, t.case) for t in twins])
 
     def measured(arm: Arm) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 from glassbox_utils.core import prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.losses import text_losses
+from glassbox_utils.core.losses import perplexity_ratio, text_losses
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import bootstrap_ci, cluster_bootstrap
@@ -91,9 +91,9 @@ def spaces_of(model: Model, saes: Sequence[str] = ()) -> dict[str, Space]:
     return found
 
 
-def templates_of(decision: Decision, n: int) -> list[str]:
+def templates_of(decision: Decision, what: str, n: int) -> list[str]:
     """At most ``n`` templates to report in: those that chose come last."""
-    chose = pairs.choosing_templates(decision)
+    chose = pairs.choosing_templates(decision, what)
     rest = sorted(
         (name for name in decision.templates if name not in chose),
         key=lambda name: ("report", "far", "train", None, "selection").index(decision.templates[name].split),
@@ -109,7 +109,7 @@ def attributed(
 ) -> tuple[dict[str, Attribution], Pairs]:
     """Mean attribution over the choosing templates, and the pairs of the first of them."""
     twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED)
-    names = pairs.choosing_templates(decision)[:most]
+    names = pairs.choosing_templates(decision, differs.what)[:most]
     some = [pairs.aligned(model, decision, twins, name, differs) for name in names]
     found = [units.attribute(model, p, spaces) for p in some]
     return {name: units.pooled([f[name] for f in found]) for name in spaces}, some[0]
@@ -118,7 +118,7 @@ def attributed(
 def oriented(model: Model, decision: Decision, differs: Contrast, n: int = 12) -> Contrast:
     """With the group that is treated better on the choose part as the donor."""
     twins = pairs.twins(model, decision, differs, "choose", n, SEED)
-    some = pairs.aligned(model, decision, twins, pairs.choosing_templates(decision)[0], differs)
+    some = pairs.aligned(model, decision, twins, pairs.choosing_templates(decision, differs.what)[0], differs)
     worse = float(locate.gap_of(model, some).mean()) < 0
     return Contrast(differs.what, differs.donor, differs.own) if worse else differs
 
@@ -137,13 +137,13 @@ def located(
         },
         "first": {name: _first(one) for name, one in found.items()}, "gaps": {}, "explained": {},
     }  # fmt: skip
-    for i, name in enumerate(templates_of(decision, size.templates)):
+    for i, name in enumerate(templates_of(decision, differs.what, size.templates)):
         here = size if i < size.full else size._replace(draws=0, ks=size.ks[1::2])
         part = resumed(NAME, [*key, "curve", name], or_none, _curve, model, decision, differs, twins, name, found, here)
         points += part.get("points", [])
         table["gaps"][name] = part.get("gap") or part
     table["points"] = points
-    first = templates_of(decision, 1)[0]
+    first = templates_of(decision, differs.what, 1)[0]
     some = pairs.aligned(model, decision, twins, first, differs)
     for name, one in found.items():
         if one.space.sae is not None:
@@ -268,7 +268,7 @@ def mended(
     for arm in all_arms:
         for other in [differs, *(also if arm.kind != "score" else ())]:  # an offset is for one contrast
             twins = pairs.twins(model, decision, other, "report", size.decided, SEED, alike=False)
-            names = templates_of(decision, size.templates) if other == differs else templates_of(decision, 1)
+            names = templates_of(decision, differs.what, size.templates if other == differs else 1)
             for name in names:
                 here = [*key, "decide", arm.name, _plain(arm.about), str(other), name]
                 measured.append(resumed(NAME, here, _one, model, decision, arm, other, twins, name))
@@ -319,12 +319,9 @@ def side_effects(
     with arm.on(used, True):
         found = skills(used, size)
 
-    def ratio(a: Any, n: Any, b: Any, m: Any) -> float:
-        return float(np.exp(b.sum() / m.sum() - a.sum() / n.sum()))
-
     def over(yardstick: Sequence[Any]) -> dict[str, Any]:
         samples = tuple(np.array(x, dtype=float) for x in (*yardstick[:2], *found[:2]))
-        return asdict(bootstrap_ci(samples, ratio))
+        return asdict(bootstrap_ci(samples, perplexity_ratio))
 
     return {
         "perplexity ratio": over(plain),
@@ -345,7 +342,7 @@ def _pushed(
     push = (means.own - means.donor)[0]
     other = torch.randn(push.shape, generator=torch.Generator().manual_seed(SEED))
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
-    report = pairs.aligned(model, decision, twins, templates_of(decision, 1)[0], differs)
+    report = pairs.aligned(model, decision, twins, templates_of(decision, differs.what, 1)[0], differs)
     vectors = {"difference": push, "random": other / other.norm() * push.norm()}
     found = arms.reactivated(model, report, [a for a in some if a.kind != "random"], layer, vectors)
     rows = [

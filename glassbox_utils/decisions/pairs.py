@@ -23,7 +23,7 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import Batch, following, padded, tokenize
 from glassbox_utils.decisions import placing, scoring
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import Carrier, Decision, swapped
+from glassbox_utils.decisions.decision import PLACEHOLDER, Carrier, Decision, Template, swapped
 from glassbox_utils.decisions.fields import Category, DecisionError, Field, Number, Text, Value, band_of
 
 Part = Literal["choose", "report"]
@@ -334,9 +334,22 @@ def rows(model: Model, pairs: Pairs, batch_size: int = 12) -> Iterator[Rows]:
 # --- templates ----------------------------------------------------------------------------------------
 
 
-def choosing_templates(decision: Decision) -> list[str]:
-    """Templates to choose on: those of the split ``selection``, else ``train``, else the first of all."""
-    by_split = [
-        [name for name, t in decision.templates.items() if t.split == split] for split in ("selection", "train")
-    ]
-    return next((names for names in by_split if names), list(decision.templates)[:1])
+def choosing_templates(decision: Decision, what: str) -> list[str]:
+    """Templates to choose on: those of the split ``selection``, else ``train``, else the first of all.
+
+    Templates that open with the value that differs come last: the first positions of a text hold activations many times
+    the usual size, in which an SAE's features mean nothing. ``what``: the attribute or field of the contrast.
+    """
+    differing = {what} | {one.field for one in decision.carriers if any(what in known.groups for known in one.lists)}
+    apart = [name for name, t in decision.templates.items() if not _opens_with(t, differing)]
+    for names in (apart, list(decision.templates)):
+        for split in ("selection", "train"):
+            if found := [name for name in names if decision.templates[name].split == split]:
+                return found
+    return (apart or list(decision.templates))[:1]
+
+
+def _opens_with(form: Template, names: set[str]) -> bool:
+    """Is a value of these fields the first word of a raw text? A chat opens with its own tokens."""
+    first = PLACEHOLDER.match(form.text or "")
+    return first is not None and first[1] in names

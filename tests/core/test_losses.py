@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from glassbox_utils.core.interventions import not_first
-from glassbox_utils.core.losses import answer_losses, log_probabilities
+from glassbox_utils.core.losses import answer_losses, log_probabilities, perplexity_ratio
+from glassbox_utils.core.statistics import bootstrap_ci
 from glassbox_utils.core.text import chat, tokenize
 
 
@@ -37,3 +38,12 @@ def test_padded_rows_are_measured_like_unpadded_ones(model):
         with torch.no_grad():
             shifted = model.hf(**batch._asdict()).logits[not_first(batch)].log_softmax(-1)
         assert not torch.allclose(shifted, rows, atol=1e-2)
+
+
+def test_the_perplexity_ratio_is_that_of_the_two_perplexities():
+    plain, changed = (np.array([10.0, 4.0]), np.array([5, 2])), (np.array([12.0, 6.0]), np.array([5, 2]))
+    by_hand = np.exp(18 / 7) / np.exp(14 / 7)
+    assert perplexity_ratio(*plain, *changed) == pytest.approx(by_hand)
+    assert perplexity_ratio(*plain, *plain) == 1
+    interval = bootstrap_ci((*plain, *changed), perplexity_ratio)
+    assert interval.low < by_hand < interval.high and interval.n == 2

@@ -36,7 +36,7 @@ def model():
 def halves(model, decision, what="clan", n=24):
     """Pairs to choose on and pairs to report on, in two templates."""
     differs = pairs.contrast(model, decision, what)
-    names = pairs.choosing_templates(decision)[0], list(decision.templates)[-1]
+    names = pairs.choosing_templates(decision, what)[0], list(decision.templates)[-1]
     parts = zip(("choose", "report"), names, strict=True)
     return [pairs.aligned(model, decision, pairs.twins(model, decision, differs, p, n), t, differs) for p, t in parts]
 

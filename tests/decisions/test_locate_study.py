@@ -1,6 +1,7 @@
 """The study of the located gap and its arms, on the planted llama: every part, as plain values, and its pictures."""
 
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import planted
@@ -10,6 +11,7 @@ from glassbox_utils.decisions import locate_figures as drawn
 from glassbox_utils.decisions import locate_study as study
 from glassbox_utils.decisions import pairs
 from glassbox_utils.decisions.locate_study import Size
+from glassbox_utils.decisions.reading import load_decision
 
 SIZE = Size(12, 12, 6, 12, 4, 6, 2, 2, 1, 3, (1, 2), (2,))
 
@@ -78,12 +80,26 @@ def test_tables_and_pictures_say_what_was_found(tables):
     plt.close("all")
 
 
-def test_templates_that_chose_come_last_and_sizes_shrink():
-    from glassbox_utils.core import prepared
-    from glassbox_utils.decisions.reading import load_decision
+def test_templates_that_chose_come_last():
+    officer = load_decision("loan-officer")
+    names = study.templates_of(officer, "gender", 99)
+    assert set(names[-2:]) == {"memo", "slashes"} and len(names) == 12 and names[0] in ("loan first", "semicolons")
 
-    names = study.templates_of(load_decision("loan-officer"), 99)
-    assert names[-1] == "prose" and len(names) == 12 and names[0] in ("loan first", "semicolons")
+
+def test_no_template_chooses_that_opens_with_what_differs():
+    """Its first positions hold massive activations, in which an SAE's features mean nothing."""
+    officer, german = load_decision("loan-officer"), load_decision("german-credit")
+    assert pairs.choosing_templates(officer, "gender") == ["memo", "slashes"]  # "prose" and "line" open with the name
+    assert pairs.choosing_templates(officer, "side") == pairs.choosing_templates(officer, "income") == ["prose"]
+    for what in [*german.groups, *german.fields]:
+        assert pairs.choosing_templates(german, what)
+    only = replace(officer, templates={"prose": officer.templates["prose"]})
+    assert pairs.choosing_templates(only, "gender") == ["prose"]
+
+
+def test_sizes_shrink():
+    from glassbox_utils.core import prepared
+
     with prepared.at_size(0.01):
         assert study.sized() == study.SMALL
     with prepared.at_size(1.0):
