@@ -54,6 +54,9 @@ test: assets lint  ## unit tests, every notebook as a test, browser tests
 workshop: assets  ## student copies, the instructor's course folder and slides, in build/workshop
 	$(BIN)/glassbox workshop $(NOTEBOOK)
 
+reproduce: assets  ## compute again what README, cards and results page state (QUICK=1: a random tenth)
+	$(BIN)/glassbox reproduce $(if $(QUICK),--quick)
+
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
 	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'
 
