@@ -76,6 +76,28 @@ def _reproduce(args: argparse.Namespace) -> int:
     return int(any(not row.inside and not row.number.machine for row in rows))
 
 
+def _kit(args: argparse.Namespace) -> int:
+    import tempfile
+    import time
+    from pathlib import Path
+
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.lab import kit
+
+    target, start = Path(check_output(args.out, "--out")), time.perf_counter()
+    if not (args.check_only and target.exists()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = target.parent / "wheels"
+        kit.build(target, Path(args.site), work)
+        print(f"{target}: {target.stat().st_size / 1e9:.2f} GB, {(time.perf_counter() - start) / 60:.1f} minutes")
+    if args.check or args.check_only:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            found = kit.check(target, Path(folder), args.notebook)
+        print(f"without a network: installed in {found.install_minutes:.1f} minutes, notebook {args.notebook} in "
+              f"{found.run_minutes:.1f}, a page of {found.page_bytes / 1e6:.1f} MB")  # fmt: skip
+    return 0
+
+
 def add_to(commands: Any) -> None:
     """Register the sub-commands of this file."""
     p = commands.add_parser("workshop", help="student copies, an instructor's course folder and slides")
@@ -92,3 +114,11 @@ def add_to(commands: Any) -> None:
     p.add_argument("--list", action="store_true", help="name the sources, compute nothing")
     p.add_argument("--out", type=text, default="build/reproduce", help="the folder of the table (.md, .csv)")
     p.set_defaults(function=_reproduce)
+
+    p = commands.add_parser("kit", help="one archive from which a machine without a network installs and runs")
+    p.add_argument("--out", type=text, default="build/kit/glassbox-kit.zip", help="the archive to write")
+    p.add_argument("--site", type=text, default="build/site", help="a built site, which goes in if it is there")
+    p.add_argument("--check", action="store_true", help="install it and run a notebook where no network is (Linux)")
+    p.add_argument("--check-only", action="store_true", help="the same with an archive that is there already")
+    p.add_argument("--notebook", type=text, default="01", help="which notebook the check runs")
+    p.set_defaults(function=_kit)

@@ -79,7 +79,7 @@ def read_notes(notebook: str, folder: Path = NOTES) -> tuple[dict[str, Notes], l
 
 
 def try_answer(exercise: Exercise, answer: str = "", given: str = "") -> Verdict:
-    """Run ``given``, the stub, the answer in its place and the checker. Without an answer: the blank.
+    """Run the imports, ``given``, the stub, the answer in its place and the checker. Without an answer: the blank.
 
     Code of the project's own notebooks and notes is executed as it stands. A checker accepts if it ends without an
     exception and says *right*.
@@ -91,6 +91,7 @@ def try_answer(exercise: Exercise, answer: str = "", given: str = "") -> Verdict
     space: dict[str, Any] = {"__name__": "answers"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
+        exec(compile(exercise.imports, "<imports>", "exec"), space)
         exec(compile(given, "<given>", "exec"), space)
         exec(compile(exercise.stub, "<stub>", "exec"), space)
         exec(compile(answer, "<answer>", "exec"), space)
@@ -99,15 +100,19 @@ def try_answer(exercise: Exercise, answer: str = "", given: str = "") -> Verdict
         except Exception as error:  # whatever a wrong answer raises is what the student sees
             return Verdict(False, f"{printed.getvalue()}{type(error).__name__}: {error}".strip())
     words = f"{printed.getvalue()}{'' if value is None else value}".strip()
-    return Verdict(bool(re.match(r"right\b", words.split("\n")[-1], re.I)), words)
+    return Verdict(bool(re.match(r"['\"]?right\b", words.split("\n")[-1], re.I)), words)
 
 
 def _run(source: str, space: dict[str, Any]) -> Any:
     """Execute code as a notebook does: the value of a last expression is its answer."""
     tree = ast.parse(source)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, ast.Expr):
+        exec(compile(tree, "<checker>", "exec"), space)
+        return None
+    tree.body.pop()
     exec(compile(tree, "<checker>", "exec"), space)
-    return None if last is None else eval(compile(ast.Expression(last.value), "<checker>", "eval"), space)
+    return eval(compile(ast.Expression(last.value), "<checker>", "eval"), space)
 
 
 # --- a class that is marked by nbgrader -------------------------------------------------------------------

@@ -62,6 +62,8 @@ class Exercise:
     """code that defines ``name``, and what it needs"""
     told: str = ""
     """the whole fold"""
+    imports: str = ""
+    """import statements of the notebook that bind names used in stub, checker or solution"""
 
 
 def pieces_of(notebook: Any) -> list[Piece]:
@@ -241,4 +243,18 @@ def exercises_of(notebook: Any) -> list[Exercise]:
                 code = next((d for b in blocks if old.name and (d := defining(b, old.name))), old.solution)
                 old = replace(old, told=f"{old.told}\n\n{source}".strip(), solution=code)
         found[label] = old
-    return [exercise for exercise in found.values() if exercise.statement]
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return [replace(e, imports=_imports_for(e, sources)) for e in found.values() if e.statement]
+
+
+def _imports_for(exercise: Exercise, sources: Sequence[str]) -> str:
+    code = "\n".join((exercise.stub, exercise.checker, exercise.solution))
+    used = {node.id for node in ast.walk(ast.Module(_body(code), [])) if isinstance(node, ast.Name)}
+    lines = list[str]()
+    for node in (node for source in sources for node in _body(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            wanted = [a for a in node.names if (a.asname or a.name.split(".")[0]) in used]
+            if wanted:
+                node.names = wanted
+                lines.append(ast.unparse(node))
+    return "\n".join(dict.fromkeys(lines))
