@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glassbox_utils import cli_decisions
+from glassbox_utils import cli_decisions, cli_lab
 from glassbox_utils.cli_arguments import minutes, text
 from glassbox_utils.core.errors import GlassboxError
 
@@ -242,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(function=_evaluate_sae)
 
     cli_decisions.add_to(commands)
+    cli_lab.add_to(commands)
 
     p = commands.add_parser("study", help="compute a long run that a notebook draws; resumable, writes data/studies/")
     p.add_argument("name", type=text, nargs="+", help="which, in order; a wrong name lists all")
