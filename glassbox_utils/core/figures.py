@@ -7,10 +7,10 @@ page replaces it by the interactive view. Opening a page makes no request.
 """
 
 import base64
-import contextlib
 import functools
 import gzip
 import html
+import importlib
 import io
 import itertools
 import json
@@ -99,32 +99,47 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
     if shell is None:
         return
     formatters = shell.display_formatter.formatters
-    _describe(formatters["image/png"])
     formatters["text/html"].for_type(RenderedHTML, figure_html)
     formatters["text/plain"].for_type(
         RenderedHTML, lambda fig, printer, cycle: printer.text(f"<circuitsvis {spec(fig)['element']}>")
     )
+    _describe_plots(formatters["image/png"])
     display(HTML(loader_html()))
 
 
-def _describe(formatter: Any) -> None:
-    """Every plot carries its titles as alternative text, for readers who hear a page."""
+def _describe_plots(formatter: Any) -> None:
+    """Every plot of the notebook takes its description along, as the ``alt`` of its output's metadata."""
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
-    plt.close(plt.figure())  # loads the notebook's backend, which registers how a figure becomes a picture
-    with contextlib.suppress(KeyError):
-        draw = formatter.lookup_by_type(Figure)
-        formatter.for_type(Figure, lambda figure: (draw(figure), {"alt": alt_text(figure)}))
+    if "inline" in plt.get_backend():  # the notebook's backend registers its printer when it is first imported
+        importlib.import_module("matplotlib_inline.backend_inline")
+    draw = formatter.for_type(Figure)
+    if draw is None or getattr(draw, "describes", False):
+        return
+
+    def described(figure: Any) -> Any:
+        png = draw(figure)
+        return (png, {"alt": alt_text(figure)}) if isinstance(png, str | bytes) else png
+
+    described.describes = True  # type: ignore[attr-defined]
+    formatter.for_type(Figure, described)
 
 
 def alt_text(figure: Any) -> str:
-    """A plot in words: its title, the titles of its panels, and what the axes show."""
-    title = figure.get_suptitle()
-    panels = [axis.get_title(loc) for axis in figure.axes for loc in ("left", "center") if axis.get_title(loc)]
-    axes = [f"{axis.get_xlabel()} against {axis.get_ylabel()}" for axis in figure.axes if axis.get_ylabel()]
-    parts = dict.fromkeys(" ".join(part.split()) for part in (title, *panels[:12], *axes[:2]) if part.strip())
-    return ". ".join(parts) or "a plot without a title"
+    """A plot in words, for those who do not see it: its titles, what its axes measure, what its lines are called."""
+    axes = [axis for axis in figure.axes if axis.axison]
+    titles = [figure.get_suptitle(), *(axis.get_title(loc) for axis in axes for loc in ("left", "center", "right"))]
+    parts = {
+        "": titles,
+        "across: ": [axis.get_xlabel() for axis in axes],
+        "up: ": [axis.get_ylabel() for axis in axes],
+        "lines: ": [words for axis in axes for words in axis.get_legend_handles_labels()[1]],
+    }
+    said = [
+        name + ", ".join(dict.fromkeys(x for x in words if x.strip())) for name, words in parts.items() if any(words)
+    ]
+    return " ".join("; ".join(said).split()) or "A plot without a title."
 
 
 def titled(figure: Any, title: str) -> Any:
