@@ -20,7 +20,7 @@ def _error(axis: Any, place: float, value: Interval, colour: str, marker: str = 
     axis.errorbar(
         value.value,
         place,
-        xerr=[[value.value - value.low], [value.high - value.value]],
+        xerr=[[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]],
         color=colour,
         marker=marker,
         markersize=5,

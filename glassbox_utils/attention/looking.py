@@ -191,6 +191,20 @@ def comparison(
     return table
 
 
+def ahead(table: Mapping[str, Mapping[str, Mapping[str, Interval]]], opponent: str, kind: str) -> int:
+    """In how many families attention to the decisive word leads this opponent, with the whole interval."""
+    return sum(rows[f"decisive - {opponent}"][kind].low > 0 for name, rows in table.items() if name != "mean")
+
+
+def lines(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
+    """One family of a ``comparison`` as text, a line for each row."""
+    shown = [" " * 38 + "".join(kind.rjust(22) for kind in KINDS)]
+    for row, kinds in rows.items():
+        cells = [f"{x.value:+.2f} [{x.low:+.2f}, {x.high:+.2f}]" if (x := kinds.get(k)) else "" for k in KINDS]
+        shown.append(PREDICTORS.get(row, row).ljust(38) + "".join(cell.rjust(22) for cell in cells).rstrip())
+    return shown
+
+
 def _mean(x: Sequence[Interval]) -> Interval:
     """Of independent families: half widths add up as squares."""
     value = float(np.mean([i.value for i in x]))
@@ -216,6 +230,39 @@ def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, dra
     chosen = top_heads(look, k)
     avoid = [(int(a), int(b)) for a, b in (look > look.median()).nonzero()]
     return Lookers(chosen, [norm_matched(length, chosen, avoid, draw) for draw in range(draws)])
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """What speaks for "who looks, acts" in one family, and the heads that speak against it."""
+
+    place: int
+    """of the first looker among all heads by their effect: 1 helps the right answer most"""
+    helping: list[bool]
+    """do the two strongest lookers help?"""
+    base_rate: float
+    """share of all heads that help"""
+    actors: list[Head]
+    """as many heads as there are lookers, by the size of their effect"""
+    idle: list[Head]
+    """lookers that act less than the typical head"""
+    blind: list[Head]
+    """actors that look less than the typical head"""
+
+
+def both_sides(found: Looking, heads: Sequence[Head]) -> BothSides:
+    """Count for and against, on report prompts, for heads that were chosen on others, strongest first."""
+    look, effect = found.mean("decisive"), found.mean("effect")
+    size = effect.abs()
+    actors = top_heads(size, len(heads))
+    return BothSides(
+        1 + int((effect > effect[heads[0]]).sum()),
+        [bool(effect[h] > 0) for h in heads[:2]],
+        float((effect > 0).float().mean()),
+        actors,
+        [h for h in heads if size[h] < size.median()],
+        [h for h in actors if look[h] < look.median()],
+    )
 
 
 def push(found: Looking, heads: Sequence[Head]) -> Float[Tensor, " word"]:

@@ -53,7 +53,7 @@ def contrasts(table):
 
 
 WRONG = {
-    "pattern": [
+    "causal_pattern": [
         (lambda q, k: (q @ k.T / 4).softmax(-1), "looks at later ones"),
         (lambda q, k: (q @ k.T / 4).softmax(-1).tril(), r"before\* the softmax"),
         (lambda q, k: causal(q @ k.T).softmax(-1), "not scaled"),

@@ -19,7 +19,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 # --- A: the pattern -----------------------------------------------------------------------------------
 
 
-def solve_pattern(q: Float[Tensor, "pos d_head"], k: Float[Tensor, "pos d_head"]) -> Float[Tensor, "pos pos"]:
+def solve_causal_pattern(q: Float[Tensor, "pos d_head"], k: Float[Tensor, "pos d_head"]) -> Float[Tensor, "pos pos"]:
     """Attention of one head: scores, scaled, masked, softmax over what is looked at."""
     scores = q @ k.T / q.shape[-1] ** 0.5
     later = torch.ones_like(scores).triu(1).bool()
@@ -27,10 +27,10 @@ def solve_pattern(q: Float[Tensor, "pos d_head"], k: Float[Tensor, "pos d_head"]
 
 
 @checker
-def check_pattern(function: Function) -> None:
+def check_causal_pattern(function: Function) -> None:
     """Mask before the softmax, scale by the root of the width, softmax over the keys."""
     q, k = 2 * _random(6, 16, seed=1), 2 * _random(6, 16, seed=2)
-    found, wanted = tensor(answer(function, q, k), (6, 6)), solve_pattern(q, k)
+    found, wanted = tensor(answer(function, q, k), (6, 6)), solve_causal_pattern(q, k)
     wrong_if(near(found, wanted.T), "rows and columns are exchanged: rows are queries. Multiply q @ k.T, not k @ q.T.")
     ahead = bool((found.triu(1).abs() > 1e-6).any())
     scores = q @ k.T
