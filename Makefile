@@ -27,8 +27,8 @@ help:  ## this list
 $(DONE): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Glassbox needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --progress-bar on -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 assets: $(DONE)  ## fetch and prepare the embedded model (93 MB, once)
@@ -70,6 +70,9 @@ reproduce: assets  ## compute again what README, cards and results page state (Q
 
 kit: assets  ## one archive for machines without a network, in build/kit (CHECK=1 installs and runs it there)
 	$(BIN)/glassbox kit --site $(SITE) $(if $(CHECK),--check)
+
+compat: assets  ## install and test on other Pythons (PYTHONS="python3.11 python3.13"), lock and newest; hours
+	$(BIN)/glassbox compat --python $(or $(PYTHONS),$(PYTHON))
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
 	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'

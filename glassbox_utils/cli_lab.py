@@ -118,6 +118,28 @@ def _kit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compat(args: argparse.Namespace) -> int:
+    import sys
+
+    from glassbox_utils.lab import compat, notebooks
+
+    notebooks.find(args.notebook)
+    pythons = args.python or [sys.executable]
+    for python in pythons:
+        compat.version_of(python)  # all of them before the first installation
+    bad, where = 0, [] if args.no_suite else args.tests
+    for python in pythons:
+        for versions in args.versions:
+            row = compat.try_one(python, versions, args.notebook, where)
+            compat.write(compat.merged(compat.read(), row))
+            print(
+                f"Python {row.python}, {versions}: installed: {row.installed}; {row.suite}; {row.notebooks}", flush=True
+            )
+            bad += row.installed != "yes" or "failed" in row.suite or any(" s" not in x for x in row.notebooks.values())
+    print(f"Table: {compat.PAGE}")
+    return int(bad > 0)
+
+
 def add_to(commands: Any) -> None:
     """Register the sub-commands of this file."""
     p = commands.add_parser("site", help="the executed notebooks as one static site with search")
@@ -149,3 +171,11 @@ def add_to(commands: Any) -> None:
     p.add_argument("--check-only", action="store_true", help="the same with an archive that is there already")
     p.add_argument("--notebook", type=text, default="01", help="which notebook the check runs")
     p.set_defaults(function=_kit)
+
+    p = commands.add_parser("compat", help="install and test on other Pythons and newest versions; writes a table")
+    p.add_argument("--python", type=text, nargs="+", help="interpreters (python3.13, or a path); without: this one")
+    p.add_argument("--versions", nargs="+", choices=("lock", "newest"), default=["lock", "newest"], help="which sets")
+    p.add_argument("--notebook", type=text, nargs="+", default=["01", "02", "04"], help="which notebooks run")
+    p.add_argument("--tests", type=text, nargs="+", default=["tests"], help="paths of the unit suite")
+    p.add_argument("--no-suite", action="store_true", help="notebooks only")
+    p.set_defaults(function=_compat)

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 
-def tag():
+def tag() -> list[str]:
     """What wheels are made for: version of Python, system, processor."""
     return [f"{sys.version_info[0]}.{sys.version_info[1]}", platform.system(), platform.machine()]
 
 
-def refusal(made_for, mine):
+def refusal(made_for: list[str], mine: list[str]) -> str:
     """In one paragraph, why this Python can't install the kit; empty if it can."""
     if made_for == mine:
         return ""
@@ -30,14 +30,14 @@ def refusal(made_for, mine):
     )
 
 
-def call(*command):
+def call(*command: object) -> None:
     """Run a command; its own words are shown only if it fails."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(str(c) for c in command)} failed:\n{(done.stderr or done.stdout).strip()[-3000:]}")
 
 
-def main():
+def main() -> None:
     """Install, and say how to start."""
     here = Path(__file__).resolve().parent
     card = json.loads((here / "kit.json").read_text(encoding="utf-8"))
