@@ -1,4 +1,4 @@
-"""The commands about decisions: audit, explain, train-loans, train-officer. As in ``cli``, each is a short function."""
+"""The commands about decisions, as in ``cli`` each a short function: new-decision, audit, explain, train-*."""
 
 import argparse
 from pathlib import Path
@@ -114,6 +114,14 @@ def _explain_application(args: argparse.Namespace) -> int:
     return 0
 
 
+def _new_decision(args: argparse.Namespace) -> int:
+    from glassbox_utils.decisions import reading
+
+    place = reading.new_decision(args.folder)
+    print(f"{place / reading.FILE} and {place / 'cases.csv'}: change them line by line, then `glassbox audit`.")
+    return 0
+
+
 def _train_loans(args: argparse.Namespace) -> int:
     from glassbox_utils.core.files import check_output
     from glassbox_utils.decisions import loans, training
@@ -160,6 +168,10 @@ def _train_officer(args: argparse.Namespace) -> int:
 
 def add_to(commands: Any) -> None:
     """The sub-commands, for ``cli.parser``."""
+    p = commands.add_parser("new-decision", help="write a small decision.yaml and cases.csv to change into your own")
+    p.add_argument("folder", type=text, help="a new folder, or one without the two")
+    p.set_defaults(function=_new_decision)
+
     p = commands.add_parser("audit", help="what does a model hold against whom? Searches any decision, by its answers")
     p.add_argument("--decision", type=text, required=True, help="a folder with decision.yaml, or a name of data/")
     p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")

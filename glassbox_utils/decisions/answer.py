@@ -129,15 +129,17 @@ def explain(
     n: int = N,
     seed: int = 0,
     batch_size: int = 32,
+    most: int = counterfactual.LONGEST,
 ) -> Answer:
     """Measure all of it: some 2,500 short forward passes for the loan officer.
 
     ``template``: in which the decision was made; without one the first that the model decides in. ``n``: other cases
-    that usual values and rates come from. Raises DecisionError for a case that ``parse_case`` would refuse, a template
+    that usual values and rates come from. ``most``: values of a number that are tried for the nearest change; fewer
+    are faster and coarser. Raises DecisionError for a case that ``parse_case`` would refuse, a template
     that does not exist, a model that does not decide the case, and numbers that are none.
     """
     whole("batch_size", batch_size, 1, DecisionError)
-    found = measured(asking.scorer(model, decision, batch_size), decision, case, template, n, seed, batch_size)
+    found = measured(asking.scorer(model, decision, batch_size), decision, case, template, n, seed, batch_size, most)
     try:
         looked = attention_to_fields(model, decision, [case], found.template)[0].tolist()
     except ModelError as reason:
@@ -153,6 +155,7 @@ def measured(
     n: int = N,
     seed: int = 0,
     batch_size: int = 32,
+    most: int = counterfactual.LONGEST,
 ) -> Answer:
     """``explain`` for whatever gives scores, without attention. Scores may be NaN where there is no answer."""
     if not isinstance(case, Case):
@@ -160,6 +163,7 @@ def measured(
     case = Case(case.id, parse_case(decision, case.values, case.id).values, case.outcome)
     rng = np.random.default_rng(whole("seed", seed, 0, DecisionError))
     whole("n", n, 0, DecisionError)
+    whole("most", most, 1, DecisionError)
     memory: Memory = {}
     ask = asking.remembered(score, memory)
     scores, silent = asking.answering(ask, decision, case)
@@ -193,7 +197,7 @@ def measured(
         reasons.together(ask, case, values, [t.field for t in named], scores) if named else None,
         reasons.together(ask, case, values, rest, scores) if rest else None,
         None,
-        counterfactual.search(ask, decision, case, name, scores, cases) if may_count else None,
+        counterfactual.search(ask, decision, case, name, scores, cases, most) if may_count else None,
         tuple(influence.swaps(ask, decision, case, name, scores, cases)),
         asking.wording_noise(asking.across(ask, worded, list(scores))) if len(scores) > 1 and worded else None,
         tuple(influence.text_tests(ask, decision, case, name, cases)),

@@ -74,12 +74,13 @@ class _Move:
 
 
 def search(
-    ask: Ask, decision: Decision, case: Case, template: str, base: Mapping[str, float], cases: Sequence[Case]
-) -> Search:
+    ask: Ask, decision: Decision, case: Case, template: str, base: Mapping[str, float], cases: Sequence[Case],
+    most: int = LONGEST,
+) -> Search:  # fmt: skip
     """The smallest changes of one field, and of two, that turn the decision in ``template``.
 
     ``base``: template -> score of the case; each change that is found is asked anew in all of them. ``cases``: whose
-    ranges and spreads count; without any, the whole range of a field does.
+    ranges and spreads count; without any, the whole range of a field does. ``most``: values of a number that are tried.
     """
     favourable = base[template] > 0
     names, tried = merit_fields(decision), 0
@@ -90,11 +91,11 @@ def search(
     singles: dict[str, _Move] = {}
     moves: dict[str, list[_Move]] = {}
     for name in names:
-        values, strides[name] = grid(decision, name, case.values[name], cases)
+        values, strides[name] = grid(decision, name, case.values[name], cases, most)
         rule = decision.fields[name]
         every = [*values, case.values[name]]
         ranges[name] = (min(every), max(every)) if isinstance(rule, Number) else tuple(values)
-        found, asked = first_turn(ask, case, name, values, strides[name], template, favourable, rule)
+        found, asked = first_turn(ask, case, name, values, strides[name], template, favourable, rule, most)
         tried += asked
         if found is not None:
             singles[name] = _move(decision, case, name, *found, scales[name])
@@ -199,6 +200,7 @@ def first_turn(
     template: str,
     favourable: bool,
     rule: Number | Category | Text,
+    most: int = LONGEST,
 ) -> tuple[tuple[Value, float] | None, int]:
     """The first of some values, in their order, with which the decision is the other one, its score, and how many were
     asked. With a stride, the grid between it and the case is asked too, value by value."""
@@ -212,7 +214,7 @@ def first_turn(
             continue
         found = part[hit], float(scores[hit])
         while stride > 1 and isinstance(rule, Number):  # what the stride left out between this value and the case
-            finer = max(1, stride // LONGEST)
+            finer = max(1, stride // most)
             between = _between(rule, case.values[name], found[0], stride, finer)
             row = ask([mended(case, {name: v}) for v in between], template)
             asked += len(between)

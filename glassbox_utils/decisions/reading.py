@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field as Rule
 
-from glassbox_utils.core import schema
+from glassbox_utils.core import files, schema
 from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.assets import DATA
 from glassbox_utils.decisions import fields as rules
@@ -34,6 +34,8 @@ from glassbox_utils.decisions.fields import KINDS, Category, DecisionError, Fiel
 
 DECISIONS = DATA / "decisions"
 """those that ship"""
+TEMPLATE = ("decision.yaml", "cases.csv")
+"""of ``DECISIONS / "template"``: what ``new_decision`` copies"""
 _NAME = re.compile(r"[^\W\d]\w*")
 
 
@@ -87,6 +89,26 @@ def load_decision(folder: str | Path) -> Decision:
     if written.cases is None:
         return decision
     return replace(decision, cases=read_cases(source, place, decision.fields, decision.refused))
+
+
+def new_decision(folder: str | Path) -> Path:
+    """Write a small made-up decision to change into one's own, ``decision.yaml`` and ``cases.csv``; the folder.
+
+    DecisionError if one of the two is there already (nothing is overwritten); AssetError for a place that can't be
+    written.
+    """
+    if not isinstance(folder, str | Path):
+        raise DecisionError(f"The folder is {shown(folder)}. Allowed: the path of a new folder, as text.")
+    place = files.check_output(folder, "the decision's folder", folder=True)
+    if there := [name for name in TEMPLATE if os.path.lexists(place / name)]:
+        raise DecisionError(
+            f"{str(place)[:200]} holds {there[0]} already, and nothing is overwritten. Allowed: a folder without "
+            f"{' and '.join(TEMPLATE)}. Give another name, or remove them."
+        )
+    for name in TEMPLATE:
+        with files.explain_os_errors(place / name), files.atomic_path(place / name) as partial:
+            partial.write_bytes((DECISIONS / "template" / name).read_bytes())
+    return place
 
 
 def folder_of(folder: str | Path) -> Path:

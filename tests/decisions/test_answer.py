@@ -88,6 +88,13 @@ def test_a_field_whose_effect_changes_its_sign_with_the_words_is_no_reason():
     assert not tests["test"].counts and 0 < tests["test"].agree < len(found.scores)
 
 
+def test_a_coarser_search_asks_less_and_says_so(rejected):
+    coarse = answer.measured(clerk, HIRING, case_of(), n=1000, most=8)
+    assert coarse.sizes.prompts < rejected.sizes.prompts - 50 and coarse.search.tried < rejected.search.tried
+    assert coarse.search.strides["test"] > 1 == rejected.search.strides["test"]
+    assert "most is 0" in refused(lambda: answer.measured(clerk, HIRING, case_of(), most=0))
+
+
 def test_trifles_are_no_principal_reasons():
     def one(cases, template):
         return torch.tensor([-2.0 + c["experience"] + 0.001 * c["test"] for c in cases])

@@ -1,0 +1,223 @@
+"""Checkers for the exercises of notebook 07: each calls the reader's function on seeded inputs and says what is wrong.
+
+A checker gives one sentence: ``RIGHT``, ``OPEN`` while the stub is as it was, or what the answer did instead. The
+mistakes that people typically make are recognised by the number that they lead to. No model is needed.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from glassbox_utils.core.devices import array
+from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.decisions import officer, reading
+
+RIGHT, OPEN = "right", "not done yet"
+
+
+def check_decide(function: Callable[..., Any], seed: int = 0) -> str:
+    """A: ``decide(logits [n, vocab], yes, no)`` gives (difference [n] in logits, share [n] of the probability)."""
+    logits, yes, no = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)), 7, 12
+    got = function(logits.clone(), yes, no)
+    if got is None:
+        return OPEN
+    if not isinstance(got, tuple | list) or len(got) != 2:
+        return f"give two things, (difference, share); this is {type(got).__name__}"
+    p = array(logits.softmax(-1))
+    difference, two = array(logits[:, yes] - logits[:, no]), array(logits[:, [yes, no]].softmax(-1))
+    said = _what_it_is(
+        got[0], difference,
+        {
+            "the sign is turned round: favourable minus unfavourable, so that a positive number is the favourable one":
+                -difference,
+            "the difference is one of probabilities; take the logits, before the softmax": p[:, yes] - p[:, no],
+            "the difference is one of the two probabilities alone; take the logits": two[:, 0] - two[:, 1],
+        },
+        "the difference",
+    )  # fmt: skip
+    return said or _what_it_is(
+        got[1], p[:, yes] + p[:, no],
+        {
+            "the share is always 1: the softmax runs over the two answers alone. It has to run over the whole "
+            "vocabulary, or nobody sees that the model would have said something else": np.ones(5),
+            "the share is that of the favourable answer only; add the other one": p[:, yes],
+            "the share adds logits, which are no probabilities: softmax first": array(logits[:, [yes, no]].sum(-1)),
+        },
+        "the share",
+    ) or RIGHT  # fmt: skip
+
+
+def check_two_parts(function: Callable[..., Any], seed: int = 0) -> str:
+    """B: ``two_parts(first, second)`` gives (what the person adds [n], what being named first adds, a number)."""
+    rng = np.random.default_rng(seed)
+    person, order = rng.normal(size=30), 0.8
+    a, b = person + order + 0.1 * rng.normal(size=30), person - order + 0.1 * rng.normal(size=30)
+    got = function(a.copy(), b.copy())
+    if got is None:
+        return OPEN
+    if not isinstance(got, tuple | list) or len(got) != 2:
+        return f"give two things, (person, order); this is {type(got).__name__}"
+    if np.ndim(got[1]) > 0:
+        return "the order's part is one number for all people: take the mean over them"
+    half = float((a - b).mean() / 2)
+    said = _what_it_is(
+        got[1], half,
+        {
+            "the order's part is twice too large: being named first adds it, being named second takes it away, and the "
+            "difference holds both": 2 * half,
+            "the sign of the order's part is turned round: first minus second": -half,
+            "the order's part is that of all scores; only what differs between the two wordings is the order's":
+                float((a + b).mean() / 2),
+        },
+        "the order's part",
+    )  # fmt: skip
+    return said or _what_it_is(
+        got[0], (a + b) / 2,
+        {
+            "the person's part still holds the order: that is the first wording's score alone": a,
+            "the person's part still holds the order: that is the second wording's score alone": b,
+            "the person's part is a sum of two scores; take their mean": a + b,
+            "the person's part is what differs between the wordings, which is the order's": (a - b) / 2,
+        },
+        "the person's part",
+    ) or RIGHT  # fmt: skip
+
+
+def check_auc(function: Callable[..., Any], seed: int = 0) -> str:
+    """C: ``auc(scores [n], right [n] of 0 and 1)``, with ties in half."""
+    rng = np.random.default_rng(seed)
+    right = np.arange(40) % 4 != 0
+    scores = np.round(rng.normal(size=40) + 0.7 * right + 0.5, 0)  # whole numbers: many ties
+    got = function(scores.copy(), right.astype(float))
+    if got is None:
+        return OPEN
+    above = scores[right][:, None] - scores[~right][None]
+    wanted = float(officer.auc(scores, right.astype(float)))
+    return _what_it_is(
+        got, wanted,
+        {
+            "people with the same score count as nothing; they are half a win": float((above > 0).mean()),
+            "people with the same score count as a full win; they are half of one": float((above >= 0).mean()),
+            "it is turned round: one minus the right number. Whoever paid back should stand above": 1 - wanted,
+            "that is the share of right decisions at the threshold 0; this measure knows no threshold: compare every "
+            "person who paid back with every one who did not": float(((scores > 0) == right).mean()),
+            "that is a correlation; count pairs": float(np.corrcoef(scores, right)[0, 1]),
+        },
+        "the number",
+    ) or RIGHT  # fmt: skip
+
+
+def check_impact_ratio(function: Callable[..., Any], seed: int = 0) -> str:
+    """D: ``impact_ratio(scores [n], groups [n])``: the lowest rate of favourable answers over the highest."""
+    rng = np.random.default_rng(seed)
+    groups = np.array(["a"] * 50 + ["b"] * 20 + ["c"] * 30)
+    scores = rng.normal(size=100) + np.where(groups == "a", 0.9, np.where(groups == "b", 0.4, -0.1))
+    got = function(scores.copy(), groups.copy())
+    if got is None:
+        return OPEN
+    names = np.unique(groups)
+    rate, mean, count = ([f(scores[groups == g]) for g in names] for f in (_rate, np.mean, lambda x: (x > 0).sum()))
+    return _what_it_is(
+        got, min(rate) / max(rate),
+        {
+            "it is upside down: the lowest rate over the highest, so that it is at most 1": max(rate) / min(rate),
+            "that is the difference of the rates; the four-fifths mark is about their ratio": max(rate) - min(rate),
+            "that is a ratio of mean scores; count answers (scores above 0) first": min(mean) / max(mean),
+            "that is a ratio of numbers of people; groups differ in size: divide by each group's own":
+                min(count) / max(count),
+            "that is the lowest rate alone; divide it by the highest": min(rate),
+        },
+        "the ratio",
+    ) or RIGHT  # fmt: skip
+
+
+def check_smallest(function: Callable[..., Any], seed: int = 0) -> str:
+    """E: ``smallest(differences [n])``: the mean difference that a two-sided test at 5 % finds in 90 % of samples."""
+    x = 0.3 + 1.7 * np.random.default_rng(seed).normal(size=40)
+    got = function(x.copy())
+    if got is None:
+        return OPEN
+    error = float(x.std(ddof=1) / math.sqrt(len(x)))
+    half, power, one = (float(stats.norm.ppf(q)) for q in (0.975, 0.9, 0.95))
+    return _what_it_is(
+        got, (half + power) * error,
+        {
+            "that would be found in half of the samples only: add the 1.28 standard errors for a power of 90 %":
+                half * error,
+            "the standard error is missing: divide the standard deviation by the root of n":
+                (half + power) * error * math.sqrt(len(x)),
+            "divide by the root of n, not by n": (half + power) * error / math.sqrt(len(x)),
+            "that is the one-sided test; nobody knew beforehand in which direction: 1.96, not 1.64":
+                (one + power) * error,
+            "that is the mean that was seen; what could have been seen depends on the spread and on n": float(x.mean()),
+        },
+        "the effect",
+        tolerance=0.015,  # a standard deviation by n or by n - 1
+    ) or RIGHT  # fmt: skip
+
+
+def check_wording(function: Callable[..., Any]) -> str:
+    """F: ``wording()`` gives a third wording for the template's refunds, as ``chat`` and ``opening`` of a template."""
+    import yaml
+
+    got = function()
+    if got is None:
+        return OPEN
+    if not isinstance(got, Mapping) or "chat" not in got:
+        return "give a dictionary with `chat` and `opening`, as in decision.yaml"
+    source = yaml.safe_load((reading.DECISIONS / "template" / reading.FILE).read_text(encoding="utf-8"))
+    source["templates"]["yours"] = dict(got)
+    with tempfile.TemporaryDirectory() as room:
+        folder = reading.new_decision(Path(room) / "refunds")
+        (folder / reading.FILE).write_text(yaml.safe_dump(source, sort_keys=False), encoding="utf-8")
+        try:
+            form = reading.load_decision(folder).templates["yours"]
+        except GlassboxError as reason:
+            return " ".join(str(reason).replace(f"{folder}/", "").split())
+    words = f"{form.system or ''} {form.words} {form.opening}".lower()
+    named = [answer.strip() for answer in source["answers"] if answer.strip() in words]
+    if len(named) < 2:
+        lead = f"it names {named[0]} alone, which puts the answer into its mouth" if named else "it names no answer"
+        return f"{lead}. Name both, so that the model knows what it may say"
+    if not form.opening:
+        return "without an opening the answer begins a line of its own, and ' accepted' begins none. Say `opening:`"
+    old = [t["chat"] for name, t in source["templates"].items() if name != "yours"]
+    return "that is one of the two that are there; say the same facts in other words" if form.words in old else RIGHT
+
+
+def _rate(x: NDArray) -> float:
+    return float((x > 0).mean())
+
+
+def _what_it_is(
+    got: Any, wanted: ArrayLike, mistakes: Mapping[str, ArrayLike], what: str, tolerance: float = 1e-3
+) -> str | None:
+    """None for the right numbers; else the mistake that leads to these, or the numbers."""
+    try:
+        x = array(got) if isinstance(got, torch.Tensor) else np.asarray(got, dtype=float)
+    except (TypeError, ValueError):
+        return f"{what} is {type(got).__name__}, which is no number"
+    right = np.asarray(wanted, dtype=float)
+    if x.shape != right.shape:
+        return f"{what} has the shape {_shape(x.shape)}, expected {_shape(right.shape)}"
+    if np.allclose(x, right, rtol=tolerance, atol=1e-4):
+        return None
+    for words, value in mistakes.items():
+        if np.allclose(x, np.asarray(value, dtype=float), rtol=tolerance, atol=1e-4):
+            return words
+    return f"{what} is {_few(x)}, expected {_few(right)}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return str(list(shape)) if shape else "of one number"
+
+
+def _few(x: NDArray) -> str:
+    return ", ".join(f"{v:.3f}" for v in np.ravel(x)[:3]) + (", ..." if x.size > 3 else "")
