@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glassbox_utils import cli_decisions, cli_lab
-from glassbox_utils.cli_arguments import minutes, text
+from glassbox_utils.cli_arguments import minutes, seed, text, tokens
 from glassbox_utils.core.errors import GlassboxError
 
 
@@ -71,13 +71,25 @@ def _execute(args: argparse.Namespace) -> int:
 
 
 def _corpus(args: argparse.Namespace) -> int:
-    from glassbox_utils.core import corpora
+    from glassbox_utils.core import contents, corpora
     from glassbox_utils.core.models import EMBEDDED, load_model
 
     if args.model and not args.tokens:
         raise GlassboxError(f"--model is {args.model!r}, but tokens are not counted. Add --tokens, or leave it out.")
     corpora.check_corpus(args.name)  # before a model is loaded
-    corpora.print_corpus(args.name, load_model(args.model or EMBEDDED) if args.tokens else None)
+    contents.print_corpus(args.name, load_model(args.model or EMBEDDED) if args.tokens else None)
+    return 0
+
+
+def _write_text(args: argparse.Namespace) -> int:
+    from glassbox_utils.core import own_writing
+
+    given = {"tokens": args.tokens, "model": args.model, "seed": args.seed}
+    config = own_writing.Writing(args.name, **{k: v for k, v in given.items() if v is not None})
+    folder = own_writing.write(config)
+    counts = own_writing.counted(folder)
+    print(f"{folder}: " + ", ".join(f"{n:,} tokens {kind}" for kind, n in sorted(counts.items())))
+    print(f"as a corpus: own:{args.name}, or a share of one: 50 % mix + 50 % own:{args.name}")
     return 0
 
 
@@ -98,7 +110,7 @@ def _harvest(args: argparse.Namespace) -> int:
 
 
 def _train_sae(args: argparse.Namespace) -> int:
-    from glassbox_utils.core import assets, distributed
+    from glassbox_utils.core import assets, blends, distributed
     from glassbox_utils.core.files import check_output
     from glassbox_utils.core.models import load_model
     from glassbox_utils.saes import detection
@@ -115,7 +127,7 @@ def _train_sae(args: argparse.Namespace) -> int:
         folder = train_from_config(args.config)
         if not distributed.is_main():
             return 0
-        if config.corpus == "mix":  # only the mix holds passages about the bridge and about what is not it
+        if blends.has(config.corpus, "mix"):  # only the mix holds passages about the bridge and about what is not it
             detection.add_golden_gate(load_model(config.model), folder)
         print((folder / "README.md").read_text(encoding="utf-8"))
     return 0
@@ -232,6 +244,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", action="store_true", help="count tokens too")
     p.add_argument("--model", type=text, help="whose tokenizer counts them; without: the embedded model's")
     p.set_defaults(function=_corpus)
+
+    p = commands.add_parser("write-text", help="let the model write a text, as a corpus for SAEs; resumable")
+    p.add_argument("name", type=text, help="what it is to be called: own:NAME is the corpus")
+    p.add_argument("--tokens", type=tokens, help="how many at least; without: 1,950,000")
+    p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")
+    p.add_argument("--seed", type=seed, help="without: 0")
+    p.set_defaults(function=_write_text)
 
     p = commands.add_parser("harvest", help="write the activations that a training configuration asks for (torchrun)")
     p.add_argument("config", type=text, help="a config.yaml in data/saes, or its folder")

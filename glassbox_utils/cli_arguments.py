@@ -41,3 +41,11 @@ def seed(value: str) -> int:
     if not 0 <= found <= LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"{value!r} is no seed; allowed: a whole number from 0 to {LARGEST_SEED}")
     return found
+
+
+def tokens(value: str) -> int:
+    """A number of tokens."""
+    found = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no such number; allowed: a whole number from 1 to 999999999")
+    return found

@@ -110,7 +110,9 @@ COMMANDS = [
         "steering", HUGE, "n" * 5000)),
     # corpora
     *(f"corpus {name}" for name in ("nosuch", "Mix", "a/b", "/nosuch/x", "there.txt", "wiki/", "/", "c" * 5000)),
-    "corpus nosuch --tokens",
+    "corpus nosuch --tokens", "corpus own:nosuch", "corpus '50 % mix + 40 % own:a'", "write-text", "write-text ''",
+    *(f"write-text {rest}" for rest in (
+        "../x", "a --tokens 0", "a --tokens x", "a --model nosuch", f"a --seed {HUGE}")),
     # configurations
     *(f"{command} {name}" for command in ("harvest", "train-sae") for name in (
         "nosuch", "empty", "there.txt", "good.json", "/dev/null", "h" * 5000,

@@ -2,7 +2,8 @@
 
 No text is shipped (except ``data/corpus/landmarks.yaml``, which the project wrote): every machine reads the same
 pinned archives. ``CORPORA`` registers each source and the mix that the shipped SAEs were trained on under one name;
-a name with a slash is a Hugging Face data set and is streamed from the hub.
+a name with a slash is a Hugging Face data set and is streamed from the hub; ``own:NAME`` is text that a model wrote
+(``own_writing``), and ``50 % mix + 50 % own:NAME`` a blend of registered and own text by shares (``blends``).
 
 Splits are decided by a hash of the text, so that they are the same everywhere: ``train``, ``held`` (4 %), and
 ``golden_gate``, every real document that mentions the Golden Gate. Nothing of the last two is ever trained on.
@@ -19,7 +20,6 @@ import random
 import re
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -30,11 +30,10 @@ from typing import Any, Literal
 
 import yaml
 
-from glassbox_utils.core import assets, own_text, packing
+from glassbox_utils.core import assets, blends, own_text, packing
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, hub_answers
 from glassbox_utils.core.packing import START, Place, Rows, joined
-from glassbox_utils.core.session import progress
 
 Split = Literal["train", "held", "golden_gate"]
 SPLITS: tuple[Split, ...] = ("train", "held", "golden_gate")
@@ -284,7 +283,7 @@ def _key(text: str, n: int) -> str:
 
 
 def _split(text: str, source: str, digest: bytes) -> Split:
-    if source != "landmarks" and re.search(r"golden gate", text, re.IGNORECASE):
+    if source not in ("landmarks", "own") and re.search(r"golden gate", text, re.IGNORECASE):
         return "golden_gate"
     return "held" if digest[0] * 100 < HELD_PERCENT * 256 else "train"
 
@@ -298,8 +297,12 @@ def load_corpus(name: str = "mix", split: Split = "train", limit: int | None = N
     """
     check_corpus(name, split)
     _check_count("limit", limit)
+    if len(parts := blends.parts_of(name)) > 1:
+        return blends.blended([(load_corpus(part.name, split), part.share) for part in parts])[:limit]
     if "/" in name:
         return list(itertools.islice((d for s, d in _streamed(name) if s == split), limit))
+    if name.startswith(own_text.OWN):
+        return [d for s, d in _written(name.removeprefix(own_text.OWN)) if s == split][:limit]
     return list(_collect(CORPORA[name])[split][:limit])
 
 
@@ -307,12 +310,23 @@ def check_corpus(name: str, split: str = "train") -> None:
     """CorpusError for a corpus or split that does not exist; it lists near matches and all names."""
     if split not in SPLITS:
         raise CorpusError(f"There is no split {split!r}. Allowed: {', '.join(SPLITS)}.")
+    if isinstance(name, str) and "%" in name and "/" not in name:
+        for part in (parts := blends.parts_of(name)):
+            check_corpus(part.name)
+        if not parts:
+            raise CorpusError(
+                f"The corpus {name!r} is no blend. Allowed: registered corpora and own text, each once, with shares "
+                "that make 100 %, such as '50 % mix + 50 % own:long'."
+            )
+        return
+    if isinstance(name, str) and re.fullmatch(own_text.OWN + r"\w[\w.+-]{0,99}", name):
+        return
     if not isinstance(name, str) or (name not in CORPORA and not re.fullmatch(r"[^\s/][^\s]*/[^\s]+|/[^\s]+", name)):
         near = get_close_matches(str(name), CORPORA, n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise CorpusError(
-            f"There is no corpus {name!r}.{hint} Allowed: {', '.join(CORPORA)}, or the name of a data set on the "
-            "Hugging Face hub with a slash, such as 'HuggingFaceFW/fineweb'."
+            f"There is no corpus {name!r}.{hint} Allowed: {', '.join(CORPORA)}, own:NAME for what a model wrote, or "
+            "the name of a data set on the Hugging Face hub with a slash, such as 'HuggingFaceFW/fineweb'."
         )
 
 
@@ -358,8 +372,20 @@ def _collect(sources: tuple[str, ...]) -> dict[Split, tuple[Document, ...]]:
 
 
 def _digest(document: Document) -> bytes:
-    # Landmark passages share their openings by design, so all their text counts.
-    return hashlib.md5(_key(document.text, 300 if document.source != "landmarks" else 10**6).encode()).digest()
+    # Landmark passages share their openings by design, and answers theirs by habit, so all their text counts.
+    length = 10**6 if document.source in ("landmarks", "own") else 300
+    return hashlib.md5(_key(document.text, length).encode()).digest()
+
+
+def _written(name: str) -> list[tuple[Split, Document]]:
+    """What a model wrote under a name (``own_writing``), in the order of its hashes."""
+    found = {}
+    for text, question, kind, licence in own_text.written(name):
+        document = Document(text.strip(), "own", licence, question, kind, bool(question))
+        if len(document.text) >= MIN_CHARACTERS:
+            digest = _digest(document)
+            found[digest] = _split(document.text, "own", digest), document
+    return [found[digest] for digest in sorted(found, key=lambda d: d[2:])]
 
 
 def _streamed(name: str) -> Iterator[tuple[Split, Document]]:
@@ -470,29 +496,3 @@ def token_rows(model: Model, documents: Iterable[Document], n_rows: int | None =
         )
     whole = joined(parts)
     return Rows(whole.tokens[:n_rows], whole.documents[:n_rows])
-
-
-def print_corpus(name: str = "mix", model: Model | None = None) -> None:
-    """What is in a corpus: documents, words, licence by source; tokens too if a model is given."""
-    print(f"{'source':12s} {'train':>7s} {'held':>6s} {'gg':>4s} {'words':>10s} {'chat':>5s}  licence; what")
-    total: Counter[str] = Counter()
-    parts = (
-        {split: load_corpus(name, split) for split in SPLITS}
-        if "/" not in name
-        else {"train": load_corpus(name, "train", 1000)}
-    )
-    for source in dict.fromkeys(d.source for d in itertools.chain(*parts.values())):
-        rows = {split: [d for d in documents if d.source == source] for split, documents in parts.items()}
-        train = rows["train"]
-        words = sum(len(d.text.split()) for d in train)
-        chat = sum(d.chat for d in train) / max(len(train), 1)
-        held, gate = len(rows.get("held", [])), len(rows.get("golden_gate", []))
-        registered = SOURCES.get(source)
-        what = f"{registered.licence}; {registered.note}" if registered else (train[0].licence if train else "")
-        print(f"{source:12s} {len(train):7,d} {held:6,d} {gate:4d} {words:10,d} {chat:5.0%}  {what}")
-        total.update(train=len(train), held=held, gg=gate, words=words)
-    print(f"{'total':12s} {total['train']:7,d} {total['held']:6,d} {total['gg']:4d} {total['words']:10,d}")
-    print(f"hash of the training documents: {corpus_hash(parts['train'])}")
-    if model is not None:
-        n = sum(r.tokens.numel() for r in progress(packed(model, parts["train"]), "tokenise"))
-        print(f"{n:,d} tokens of {model.name} in rows of 256")

@@ -1,25 +1,21 @@
-"""Text of one's own as a corpus: files on this machine, or what the model itself writes.
-
-Text that a model wrote is free of licences and on its distribution; what it would not write by itself (code, rare
-words, another language, a user's questions) is missing, and an SAE trained on it does not see that either.
-"""
+"""Text of one's own as a corpus: files on this machine, or what a model itself wrote (``own_writing``)."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from glassbox_utils.core import decoding, files
+from glassbox_utils.core import assets, schema
 from glassbox_utils.core.arguments import shown
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.core.models import Model
-from glassbox_utils.core.session import progress
-from glassbox_utils.core.text import first_token, padded
 
 KINDS = (".txt", ".md", ".jsonl")
 CHARACTERS = 4_000
 """longest document: a book becomes many, so that both splits get some of it"""
+
+
+OWN = "own:"
+"""how a corpus is called that a model wrote: ``own:NAME``"""
 
 
 class OwnTextError(GlassboxError, ValueError):
@@ -94,21 +90,33 @@ def _line(path: Path, number: int, line: str) -> str:
     return row["text"]
 
 
-def sample(model: Model, path: Path, documents: int, tokens: int = 200, batch: int = 32, seed: int = 0) -> Path:
-    """Let the model write a corpus: ``documents`` texts from its beginning of text on, sampled at temperature 1.
+# --- what a model wrote -------------------------------------------------------------------------------
 
-    Written to ``path`` as lines of JSON, batch by batch, so that a killed run goes on where it was.
+MANIFEST = "manifest.json"
+
+
+def folder_of(name: str) -> Path:
+    """Where the text lies that ``glassbox write-text NAME`` writes."""
+    return assets.cache_dir() / "own-text" / name
+
+
+def parts_in(folder: Path) -> list[list[dict[str, Any]]]:
+    """The finished parts of a text in their order, each a list of documents; an unfinished one is no part."""
+    return [
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted(folder.glob("part-*.jsonl"))
+    ]
+
+
+def written(name: str) -> Iterator[tuple[str, str, str, str]]:
+    """(text, question or "", kind, licence) of all that a model wrote under this name; OwnTextError if there is none.
+
+    The licence says who wrote it, since no terms but the model's bind it.
     """
-    there = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    first = first_token(model)
-    start = padded(model, [[0 if first is None else first]] * batch)
-    length = max(1, min(tokens, model.n_context - 1))
-    for part in progress(range(len(there) // batch, -(-documents // batch)), "sampling text"):
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.inference_mode():
-            torch.manual_seed(seed + part)
-            new = decoding.write(model, *start, length, 1.0)
-        texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
-        there += [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-        with files.atomic_path(path) as partial:
-            partial.write_text("\n".join(there) + "\n", encoding="utf-8")
-    return path
+    folder = folder_of(name)
+    if not (folder / MANIFEST).exists() or not any(folder.glob("part-*.jsonl")):
+        raise OwnTextError(f"There is no text own:{name} on this machine. `glassbox write-text {name}` writes it.")
+    manifest = schema.read_mapping(folder / MANIFEST, OwnTextError, "what `glassbox write-text` wrote")
+    for part in parts_in(folder):
+        for row in part:
+            yield row["text"], row["question"], row["kind"], f"written by {manifest.get('model')}"

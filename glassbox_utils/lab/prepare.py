@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from glassbox_utils.core import assets, corpora, files, own_text, packaged, prepared, schema
+from glassbox_utils.core import assets, corpora, files, own_text, own_writing, packaged, prepared, schema
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model, load_model
 from glassbox_utils.core.prepared import Card, PreparedError
@@ -334,7 +334,7 @@ def _refuse(folder: Path, name: str, reason: str) -> None:
 
 
 def _sample(folder: Path) -> None:
-    own_text.sample(prepared.load_subject(), folder / "corpus.jsonl", prepared.sized(SAMPLED, 200))
+    own_writing.sample(prepared.load_subject(), folder / "corpus.jsonl", prepared.sized(SAMPLED, 200))
 
 
 def _gather(folder: Path, corpus: Sequence[str]) -> None:

@@ -231,6 +231,15 @@ class TrainConfig:
     unit_rows: bool = False
     """TopK only: decoder rows of unit length and gradients as they are, as the shipped ones were trained, instead of
     learning the rows' norms as gains and clipping gradients, which learns faster in the first hundreds of steps"""
+    auxiliary: Share = 0.0
+    """TopK only: weight of the loss by which dead features learn what the others leave over (1/32 in Gao et al., arXiv
+    2406.04093), instead of being re-seeded"""
+    frozen_decoder: bool = False
+    """decoder rows stay the random unit vectors that they began as, and only what reads is learnt: the opponent that a
+    dictionary of concepts has to beat (arXiv 2602.14111)"""
+    normalize: Literal["mean_norm", "constant_norm_rescale"] = "mean_norm"
+    """what brings activations to the norm sqrt(d_model): one number for all, massive positions left out; or each
+    position's own norm, which sae_lens divides out too, massive positions among the rest"""
     shuffle_weights: bool = False
     """train on the same architecture with its weights permuted: a baseline (``shuffled_model``)"""
     stream: bool = False
@@ -256,7 +265,7 @@ class TrainConfig:
     def harvest(self) -> HarvestConfig:
         weights = "-shuffled" if self.shuffle_weights else ""
         name = f"{self.model}{weights}-{self.corpus}-{self.hook}-{self.context}x{self.rows_per_shard}"
-        name = name.replace("/", "--")
+        name = re.sub(r"[^\w.+-]+", "-", name.replace("/", "--"))  # of a blend only what every disk takes
         if len(name) > LONGEST:  # the model is a folder far down
             name = f"{hashlib.sha256(name.encode()).hexdigest()[:16]}{name[-LONGEST + 16 :]}"
         folder = Path(self.shards) if self.shards else assets.cache_dir() / "activations" / name
@@ -279,8 +288,12 @@ def _check_options(config: TrainConfig) -> None:
             f"matryoshka_widths is {list(widths)} in options. Allowed: whole numbers, each larger than the one before, "
             f"the last one d_sae, such as {[max(1, config.d_sae // 4), config.d_sae]}."
         )
-    if config.unit_rows and config.architecture != "topk":
-        raise SaeError(f"unit_rows is true for the architecture {config.architecture!r}. Allowed with topk only.")
+    for name in ("unit_rows", "auxiliary"):
+        if (value := getattr(config, name)) and config.architecture != "topk":
+            raise SaeError(
+                f"{name} is {value!r} for the architecture {config.architecture!r}. Allowed with topk only."
+                + (" Others have aux_loss_coefficient among their options." if name == "auxiliary" else "")
+            )
 
 
 def _check_sizes(config: TrainConfig) -> None:

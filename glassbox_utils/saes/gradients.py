@@ -26,17 +26,60 @@ class StepResult(NamedTuple):
     """mean squared error summed over dimensions, in scaled units"""
     fired: Float[Tensor, " d_sae"]
     """how often each feature was active in the batch"""
+    left: Float[Tensor, "batch d_model"] | None = None
+    """activations less what was decoded, for the auxiliary loss"""
 
 
-def topk_gradients(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.dtype = torch.bfloat16) -> StepResult:
+class Auxiliary(NamedTuple):
+    """The loss by which dead features learn what the others leave over (Gao et al., arXiv 2406.04093, A.2)."""
+
+    dead: Int[Tensor, " n_dead"]
+    """which features those are"""
+    coefficient: float
+
+
+def topk_gradients(
+    sae: Any,
+    x: Float[Tensor, "batch d_model"],
+    compute: torch.dtype = torch.bfloat16,
+    auxiliary: Auxiliary | None = None,
+) -> StepResult:
     """Loss and gradients of sae_lens's TopK SAE, written into ``.grad``.
 
     The same mathematics as sae_lens's TopK loss (mean over the batch of the squared error; decoder rows of any length,
     which scale what the encoder sees and not what is decoded). The dense product runs in ``compute``; if that is not
     float32 it only nominates half as many features again, whose values are then computed in float32 before the k are
-    chosen. Everything stays on the device of ``x`` and nothing waits for it.
+    chosen. Everything stays on the device of ``x`` and nothing waits for it. ``auxiliary``: adds the gradients of that
+    loss; what is reported stays the squared error of all that is decoded.
     """
-    return _on_cpu(sae, x, compute) if x.device.type == "cpu" else on_device(sae, x, compute)
+    found = _on_cpu(sae, x, compute) if x.device.type == "cpu" else on_device(sae, x, compute)
+    if auxiliary is not None and len(auxiliary.dead):
+        _add_auxiliary(sae, x - sae.b_dec, found.left, auxiliary)
+    return found
+
+
+def _add_auxiliary(
+    sae: Any, centred: Float[Tensor, "batch d_model"], left: Float[Tensor, "batch d_model"], auxiliary: Auxiliary
+) -> None:
+    """Gradients of the squared error with which half of d_model dead features, the most active ones of each row,
+    rebuild what is left over. What is left over is a target, and b_dec is part of it: neither gets a gradient.
+
+    As in sae_lens, fewer dead features than that give a smaller loss, and their values may be negative (the paper's
+    ReLU would leave a dead feature without a gradient).
+    """
+    dead, k = auxiliary.dead, centred.shape[1] // 2
+    scale = auxiliary.coefficient * min(len(dead) / k, 1.0)
+    with torch.enable_grad():
+        rows, bias, written = (p.detach().requires_grad_() for p in (sae.W_enc.t()[dead], sae.b_enc[dead],
+                                                                     sae.W_dec[dead]))  # fmt: skip
+        norm = written.norm(dim=-1)
+        hidden = F.linear(centred, rows, bias) * norm
+        top = hidden.topk(min(k, len(dead)), dim=-1, sorted=False)
+        code = torch.zeros_like(hidden).scatter(-1, top.indices, top.values)
+        loss = scale * ((code / norm) @ written - left).square().sum(-1).mean()
+        gradients = torch.autograd.grad(loss, (rows, bias, written))
+    for whole, part in zip((sae.W_enc.grad.t(), sae.b_enc.grad, sae.W_dec.grad), gradients, strict=True):
+        whole.index_add_(0, dead, part)
 
 
 def _on_cpu(sae: Any, x: Tensor, compute: torch.dtype) -> StepResult:
@@ -74,7 +117,7 @@ def _on_cpu(sae: Any, x: Tensor, compute: torch.dtype) -> StepResult:
     sae.W_enc.grad = gather(centred, to_hidden).t()
     sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, flat, to_hidden)
     sae.b_dec.grad = error.sum(0) - sae.W_enc @ sae.b_enc.grad
-    return StepResult(loss, _fired(sae, flat, values))
+    return StepResult(loss, _fired(sae, flat, values), error * (-batch / 2))
 
 
 def on_device(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.dtype = torch.bfloat16) -> StepResult:
@@ -109,7 +152,7 @@ def on_device(sae: Any, x: Float[Tensor, "batch d_model"], compute: torch.dtype 
     sae.W_enc.grad = grouped_sum(groups, centred, owner, to_hidden).t()
     sae.b_enc.grad = bias.contiguous()
     sae.b_dec.grad = error.sum(0) - sae.W_enc @ bias
-    return StepResult(loss, _fired(sae, flat, values))
+    return StepResult(loss, _fired(sae, flat, values), error * (-batch / 2))
 
 
 def _choose(

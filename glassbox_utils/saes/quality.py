@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from glassbox_utils.attention.attribution import resume
-from glassbox_utils.core import assets, coding, corpora, files, prepared, schema
+from glassbox_utils.core import assets, blends, coding, corpora, files, prepared, schema
 from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
@@ -30,7 +30,7 @@ from glassbox_utils.saes.harvest import (
     ordinary,
     stream_activations,
 )
-from glassbox_utils.saes.store import folder_of, load_sae, read_checkpoint
+from glassbox_utils.saes.store import excluded, folder_of, load_sae, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,17 @@ class SaeReport:
         return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce)
 
     @property
+    def recovered_all(self) -> float:
+        """``recovered_mean`` with first tokens and outliers replaced by their reconstruction too; the mean that it is
+        compared with stands at ordinary positions only, as there."""
+        return (self.ce_mean - self.ce_spliced_all) / (self.ce_mean - self.ce)
+
+    @property
     def numbers(self) -> dict[str, float]:
         """All scalar metrics, for cards and tables."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "density"}
-        return plain | {"recovered_mean": self.recovered_mean, "recovered_zero": self.recovered_zero}
+        shares = ("recovered_mean", "recovered_zero", "recovered_all")
+        return plain | {name: getattr(self, name) for name in shares}
 
 
 @torch.inference_mode()
@@ -230,8 +237,9 @@ HELD_ROWS = 64
 
 
 def held_out(model: Model, config: TrainConfig, n_rows: int = HELD_ROWS) -> Int[Tensor, "row pos"]:
-    """Rows of text that no SAE was trained on."""
-    return corpora.token_rows(model, corpora.load_corpus(config.corpus, "held"), n_rows, config.context).tokens
+    """Rows of text that no SAE was trained on; of a blend the part that no model wrote, like for like with others."""
+    documents = corpora.load_corpus(blends.real_part(config.corpus), "held")
+    return corpora.token_rows(model, documents, n_rows, config.context).tokens
 
 
 def _reports(
@@ -264,7 +272,10 @@ def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[s
     packed = corpora.pack(model, corpora.load_corpus(config.corpus), config.context)
     x = torch.cat([a[site] for _, a in stream_activations(model, itertools.islice(packed, rows), [site])])
     reports, _ = _reports(model, sae, config, x)
-    return {kind: {k: (card["metrics"][kind][k], v) for k, v in r.numbers.items()} for kind, r in reports.items()}
+    known = card["metrics"]  # an older card lacks what came later
+    return {
+        kind: {k: (known[kind][k], v) for k, v in r.numbers.items() if k in known[kind]} for kind, r in reports.items()
+    }
 
 
 def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> dict[str, Any]:
@@ -293,6 +304,7 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
         "hours": round(state["seconds"] / 3600, 3),
         "command": f"glassbox train-sae {_shown(folder)}/config.yaml",
         "excluded": f"first token of a row, and residual norms above {OUTLIER} times the median",
+        "not_trained_on": excluded(config),
         "licence": prepared.licence_of(model.hash),
         "metrics": {name: {k: round(v, 5) for k, v in r.numbers.items()} for name, r in reports.items()},
         "wiki_held_out": {k: round(v, 5) for k, v in check.numbers.items()},
@@ -315,7 +327,11 @@ def _readme(card: dict[str, Any]) -> str:
         ("features active per token (L0)", "l0", "{:.1f}"),
         ("explained variance, ordinary positions", "explained_variance", "{:.3f}"),
         ("explained variance, all positions", "explained_variance_all", "{:.3f}"),
+        ("cross-entropy of the model as it is (nats)", "ce", "{:.2f}"),
+        ("with reconstructions at ordinary positions", "ce_spliced", "{:.2f}"),
+        ("with reconstructions at all positions, as sae_lens measures", "ce_spliced_all", "{:.2f}"),
         ("cross-entropy recovered, against mean ablation", "recovered_mean", "{:.3f}"),
+        ("the same with reconstructions at all positions", "recovered_all", "{:.3f}"),
         ("cross-entropy recovered, against zero ablation", "recovered_zero", "{:.3f}"),
         ("KL divergence when spliced in (nats)", "kl", "{:.3f}"),
         ("norm of the reconstruction (1 = no shrinkage)", "relative_norm", "{:.3f}"),
@@ -331,7 +347,8 @@ A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{ca
 Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
 `{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]},
 {card["hours"]:.2f} hours of wall time.
-Excluded in training and in the metrics: {card["excluded"]}. `{card["command"]}` makes it again.
+Left out in training: {card["not_trained_on"]}. Ordinary positions of the metrics are all but these: {card["excluded"]}.
+`{card["command"]}` makes it again.
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
 for the baselines on {metrics["pca"]["n_ce_tokens"]:,}), beside PCA

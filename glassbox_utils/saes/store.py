@@ -45,6 +45,8 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     """
     final = copy.deepcopy(sae)
     final.fold_activation_norm_scaling_factor(scaling.scale)
+    if config.normalize == "constant_norm_rescale":
+        final.cfg.normalize_activations = config.normalize  # sae_lens divides by the norm itself, wherever it is opened
     final.W_enc.data = final.W_enc.data.contiguous()  # the file format knows no other layout
     final.cfg.metadata.model_name = Path(config.model).name
     final.cfg.metadata.model_hash = model.hash
@@ -52,7 +54,7 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
     final.cfg.metadata.context_size = config.context
     final.cfg.metadata.prepend_bos = first_token(model) is not None
     final.cfg.metadata.median_norm = scaling.median_norm
-    final.cfg.metadata.excluded = f"first token; residual norm above {OUTLIER} times the median"
+    final.cfg.metadata.excluded = excluded(config)
     final.cfg.metadata.corpus = config.corpus
     folder, here = Path(folder).resolve(), Path.cwd()
     with files.explain_os_errors(folder), files.atomic_path(folder) as new:
@@ -73,6 +75,13 @@ def save_sae(config: TrainConfig, sae: Any, scaling: Scaling, folder: Path, mode
         settings.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if here.is_relative_to(folder):  # a process in the folder would be left in the old one
         os.chdir(here)
+
+
+def excluded(config: TrainConfig) -> str:
+    """The positions that an SAE did not learn from, in words."""
+    if config.normalize == "constant_norm_rescale":
+        return "nothing: each position is divided by its own norm"
+    return f"first token; residual norm above {OUTLIER} times the median"
 
 
 def shipped() -> list[str]:

@@ -29,7 +29,7 @@ from glassbox_utils.core.packing import START, Place, Rows, place_after
 from glassbox_utils.core.pipeline import ahead, download, memory, upload
 from glassbox_utils.core.session import progress
 from glassbox_utils.saes.config import SaeError, TrainConfig, check_training, read_config, site_of, width_of
-from glassbox_utils.saes.gradients import StepResult, library_gradients, topk_gradients
+from glassbox_utils.saes.gradients import Auxiliary, StepResult, library_gradients, topk_gradients
 from glassbox_utils.saes.harvest import (
     Scaling,
     compute_type,
@@ -90,7 +90,7 @@ def training_batches(
         for index in range(offset, last):
             rows = shuffled[index * config.batch : (index + 1) * config.batch]
             after = (number, index + 1) if index + 1 < last else (number + 1, 0)
-            yield x[rows].float() * scaling.scale, *after
+            yield scaled(x[rows].float(), config, scaling), *after
         del x  # before the next block is made
         offset = 0
 
@@ -103,11 +103,25 @@ def _blocks(
     chosen = iter(lambda: [next(order) for _ in range(config.shards_mixed)], None)
     for number, shards in enumerate(itertools.islice(chosen, block, None), start=block):
         parts = [upload(part, device) for part in read(shards)]
-        x = torch.cat([part[ordinary(part, scaling.median_norm)] for part in parts])
+        x = torch.cat([part[used(part, config, scaling.median_norm)] for part in parts])
         del parts
         generator = torch.Generator().manual_seed(config.seed * 10_007 + number)
         yield number, x, upload(torch.randperm(len(x), generator=generator), device)
         del x
+
+
+def used(x: Float[Tensor, "row pos d_model"], config: TrainConfig, median_norm: float) -> Tensor:
+    """Boolean [row, pos]: the positions that a run learns from; all where each is divided by its own norm."""
+    if config.normalize == "constant_norm_rescale":
+        return x.float().norm(dim=-1) > 0
+    return ordinary(x, median_norm)
+
+
+def scaled(x: Float[Tensor, "*batch d_model"], config: TrainConfig, scaling: Scaling) -> Float[Tensor, "*batch d_model"]:
+    """Activations in the units that a run learns in: of the mean norm sqrt(d_model), or each of that norm."""
+    if config.normalize == "constant_norm_rescale":
+        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+    return x * scaling.scale
 
 
 def read_shards(config: TrainConfig) -> Read:
@@ -204,6 +218,7 @@ def build_sae(config: TrainConfig, scaling: Scaling) -> Any:
 
     sae = get_sae_training_class(config.architecture)[0](cfg)
     sae.b_dec.data = scaling.mean * scaling.scale
+    sae.W_dec.requires_grad_(not config.frozen_decoder)
     # One feature's encoder weights side by side, as the sparse gradients arrive; the shape stays sae_lens's.
     sae.W_enc.data = sae.W_enc.data.t().contiguous().t()
     return sae
@@ -257,7 +272,7 @@ def _train(
     if scaling is None:
         first = list(range(config.shards_mixed if config.stream else 1))
         shards = read(first)
-        scaling, state["variance"] = _measure(download(shards[0])())
+        scaling, state["variance"] = _measure(download(shards[0])(), config)
         if config.stream:  # what was computed is used: the first block is handed out again
             read = _with_first(shards, read)
         del shards
@@ -280,23 +295,28 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         mine = _my_part(config, x)
-        result = (
-            topk_gradients(sae, mine, compute) if fast else library_gradients(sae, mine, step, silent > SILENT, compute)
-        )
+        if fast:  # with an auxiliary loss the device is asked once a step which features are dead
+            dead = Auxiliary((silent > SILENT).nonzero()[:, 0], config.auxiliary) if config.auxiliary else None
+            result = topk_gradients(sae, mine, compute, dead)
+        else:
+            result = library_gradients(sae, mine, step, silent > SILENT, compute)
+        if config.frozen_decoder:
+            sae.W_dec.grad = None
         if len(mine) < len(x):
             distributed.all_reduce_mean(p.grad for p in sae.parameters() if p.grad is not None)
             distributed.all_reduce_sum([result.fired])
-        if fast and config.unit_rows:
+        if fast and config.unit_rows and not config.frozen_decoder:
             sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
         else:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if fast and config.unit_rows:
+        if fast and config.unit_rows and not config.frozen_decoder:
             sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         silent += config.batch
         silent.masked_fill_(result.fired > 0, 0)
-        if fast and (step + 1) % config.reseed_every == 0 and step < 0.6 * config.steps:
+        reseeded = fast and not config.auxiliary and not config.frozen_decoder
+        if reseeded and (step + 1) % config.reseed_every == 0 and step < 0.6 * config.steps:
             _reseed(sae, optimizer, x, silent, seed=config.seed + step)
         window.append(StepResult(result.error, result.fired.sum()))
         state["step"], state["seconds"] = step + 1, done + time.perf_counter() - started
@@ -334,10 +354,14 @@ def _check_finite(config: TrainConfig, sae: Any, step: int, error: float) -> Non
     )
 
 
-def _measure(first: Float[Tensor, "row pos d_model"]) -> tuple[Scaling, float]:
-    """Scaling of a run, and the variance of its scaled ordinary activations."""
+def _measure(first: Float[Tensor, "row pos d_model"], config: TrainConfig) -> tuple[Scaling, float]:
+    """Scaling of a run, and the variance of the scaled activations that it learns from."""
     scaling = measure_scaling(first)
-    variance = float((first[ordinary(first, scaling.median_norm)].float() - scaling.mean).square().sum(-1).mean())
+    x = first[used(first, config, scaling.median_norm)].float()
+    if config.normalize == "constant_norm_rescale":
+        x = scaled(x, config, scaling)
+        scaling = Scaling(scaling.median_norm, 1.0, x.mean(0))
+    variance = float((x - scaling.mean).square().sum(-1).mean())
     if not 0 < variance < math.inf:
         raise SaeError(f"The variance of the activations is {variance}: there is nothing to learn. Use another hook.")
     return scaling, variance * scaling.scale**2
@@ -368,7 +392,7 @@ def _my_part(config: TrainConfig, x: Float[Tensor, "batch d_model"]) -> Float[Te
 
 def _read_window(config: TrainConfig, window: list[StepResult]) -> tuple[float, float]:
     """Mean error and number of active features of the last steps: the only moment at which the device is waited for."""
-    errors, fired = (torch.stack(list(parts)) for parts in zip(*window, strict=True))
+    errors, fired = (torch.stack(list(parts)) for parts in zip(*[(r.error, r.fired) for r in window], strict=True))
     distributed.all_reduce_mean([errors])
     counts = [count / config.batch for count in fired.tolist()]
     return sum(errors.tolist()) / len(window), sum(counts) / len(window)

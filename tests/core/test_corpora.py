@@ -5,7 +5,7 @@ import re
 import pytest
 from small import small_model
 
-from glassbox_utils.core import corpora
+from glassbox_utils.core import contents, corpora
 from glassbox_utils.core.corpora import CorpusError, Document
 
 
@@ -90,6 +90,6 @@ def test_chat_form_needs_a_template(model):
 
 
 def test_contents_are_printed(capsys):
-    corpora.print_corpus("landmarks")
+    contents.print_corpus("landmarks")
     out = capsys.readouterr().out
     assert "Apache-2.0" in out and "hash of the training documents" in out

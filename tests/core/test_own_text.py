@@ -45,14 +45,3 @@ def test_a_long_paragraph_is_cut_and_nothing_is_lost(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 9_001 + "\n\nend")
     pieces = list(own_text.passages(tmp_path / "a.txt"))
     assert "".join(pieces).replace("\n\n", "") == "x" * 9_001 + "end" and max(map(len, pieces)) <= own_text.CHARACTERS
-
-
-def test_sampled_text_goes_on_where_it_was_and_is_the_same(model, tmp_path, monkeypatch):
-    whole = own_text.sample(model, tmp_path / "whole.jsonl", 12, tokens=6, batch=4)
-    own_text.sample(model, tmp_path / "parts.jsonl", 4, tokens=6, batch=4)
-    wrote = []
-    write = own_text.decoding.write
-    monkeypatch.setattr(own_text.decoding, "write", lambda *a: wrote.append(1) or write(*a))
-    parts = own_text.sample(model, tmp_path / "parts.jsonl", 12, tokens=6, batch=4)
-    assert len(wrote) == 2 and parts.read_text() == whole.read_text()
-    assert len(whole.read_text().splitlines()) == 12 and len(set(whole.read_text().splitlines())) > 6

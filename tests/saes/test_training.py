@@ -432,3 +432,85 @@ def test_a_batch_that_ranks_cannot_divide_is_refused(shards, saved, tmp_path):
     path = written(train_config(shards, saved, batch=63), tmp_path / "config")
     run = two_ranks("-m", "glassbox_utils.cli", "train-sae", path)
     assert run.returncode != 0 and "Allowed with 2 ranks: a multiple of 2" in run.stderr
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_dead", [5, 40])
+def test_the_auxiliary_loss_is_that_of_sae_lens(shards, compute, n_dead):
+    from sae_lens.saes.sae import TrainStepInput
+
+    config = train_config(shards)
+    scaling = measure_scaling(read_shard(shard_path(shards, 0), HOOK).x)
+    x, _, _ = next(training_batches(config, scaling))
+    sae = build_sae(config, scaling)
+    sae.cfg.aux_loss_coefficient = 0.25
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[torch.randperm(64, generator=torch.Generator().manual_seed(0))[:n_dead]] = True
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.5, 2, 64)[:, None]
+        plain = topk_gradients(sae, x, compute)
+        without = {name: p.grad.clone() for name, p in sae.named_parameters()}
+        found = topk_gradients(sae, x, compute, gradients.Auxiliary(dead.nonzero()[:, 0], 0.25))
+    assert torch.equal(found.error, plain.error)
+    ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    sae.training_forward_pass(TrainStepInput(x, {}, dead, 0, False)).loss.backward()
+    for name, parameter in sae.named_parameters():
+        if name == "b_dec":  # sae_lens lets the encoder's centring learn from it too
+            assert torch.equal(ours[name], without[name])
+        else:
+            assert not torch.equal(ours[name], without[name])
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=2e-3, atol=1e-3 * float(parameter.grad.std()))
+
+
+def test_dead_features_come_back_by_the_auxiliary_loss(shards, tmp_path, monkeypatch):
+    """Features that a bias keeps silent for good: with the loss they fire again, without it (or re-seeding) none does."""
+    monkeypatch.setattr(training, "SILENT", 128)
+    real = training.build_sae
+
+    def silenced(*given):
+        sae = real(*given)
+        sae.b_enc.data[:20] = -6
+        return sae
+
+    monkeypatch.setattr(training, "build_sae", silenced)
+    dead = {}
+    for name, changes in {"without": {"reseed_every": 10**6}, "with": {"auxiliary": 1.0}}.items():
+        config = train_config(shards, lr=0.1, decay=0.0, samples=64 * 160, **changes)
+        train(config, tmp_path / name)
+        dead[name] = float(history(tmp_path / name)[-1]["dead"])
+    assert dead["without"] >= 20 > 16 > dead["with"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
+def test_a_frozen_decoder_stays_what_it_was(model, shards, tmp_path, architecture):
+    config = train_config(shards, architecture=architecture, options=OPTIONS[architecture], frozen_decoder=True)
+    scaling = measure_scaling(read_shard(shard_path(shards, 0), HOOK).x)
+    before = build_sae(config, scaling)
+    train(config, tmp_path, stop_after=25)
+    sae = train(config, tmp_path)
+    assert torch.equal(sae.W_dec, before.W_dec) and not torch.equal(sae.W_enc, before.W_enc)
+    torch.testing.assert_close(before.W_dec.norm(dim=-1), torch.ones(64))
+    explained = [float(row["explained_variance"]) for row in history(tmp_path)]
+    assert explained[-1] > explained[0]
+    export(config, tmp_path, tmp_path / "out", model)
+    written = torch.nn.functional.normalize(result(load_sae(tmp_path / "out", model).W_dec), dim=-1)
+    torch.testing.assert_close(written, result(before.W_dec), rtol=0, atol=1e-3)  # float16 on disk
+
+
+def test_a_run_with_all_that_is_new_goes_on_to_the_same_bits(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SILENT", 256)
+    changes = {"auxiliary": 0.1, "normalize": "constant_norm_rescale", "unit_rows": True}
+    config = train_config(shards, options={"k": 4}, **changes)
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", stop_after=27)
+    train(config, tmp_path / "parts")
+    whole, parts = (read_checkpoint(tmp_path / name).tensors for name in ("whole", "parts"))
+    assert all(torch.equal(t, parts[n]) for n, t in whole.items())
+    torch.testing.assert_close(parts["sae.W_dec"].norm(dim=-1), torch.ones(64))
+
+
+@pytest.mark.parametrize("changes", [{"auxiliary": 0.1}, {"unit_rows": True}])
+def test_what_only_topk_has_is_refused_for_others(changes):
+    with pytest.raises(SaeError, match="Allowed with topk only"):
+        train_config("x", architecture="standard", options={}, **changes)
