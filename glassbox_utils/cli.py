@@ -181,7 +181,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
-    from glassbox_utils.attention.outcomes_study import STUDIES_OF_HEADS  # here: no other command should wait for torch
+    # here: no other command should wait for torch
+    from glassbox_utils.attention.looking_study import STUDIES_OF_LOOKING
+    from glassbox_utils.attention.outcomes_study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
@@ -189,7 +191,8 @@ def studies() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.saes.study import STUDIES_OF_SAES
     from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
-    first = {**STUDIES_OF_HEADS, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
+    heads = {**STUDIES_OF_LOOKING, **STUDIES_OF_HEADS}
+    first = {**heads, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
     return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
 
 

@@ -3,8 +3,10 @@ from . import attribution as attribution
 from . import bias as bias
 from . import heads as heads
 from . import induction as induction
+from . import looking as looking
 from . import patterns as patterns
 from . import prompts as prompts
+from . import pronouns as pronouns
 from . import semantic as semantic
 from . import study as study
 from .ablation import HeadMeans as HeadMeans

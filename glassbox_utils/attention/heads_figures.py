@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from glassbox_utils.attention.forming import FORMED, History, scores
 from glassbox_utils.attention.patterns import head_name
-from glassbox_utils.core.figures import BLUE, GREY, RED, SKY
+from glassbox_utils.core.figures import BLUE, GREY, RED, SKY, titled
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.statistics import bootstrap_ci, mean_ci
 
@@ -52,11 +52,11 @@ def ablations(curve: Mapping[str, Any], seed: int = 0) -> Any:
     right.set_xlim(-0.5, 2.5)
     right.set_title(f"k = {k}, {len(drawn[0])} draws of each kind", fontsize=9)
     every = np.concatenate(drawn)
-    figure.suptitle(
+    return titled(
+        figure,
         f"Without its {k} induction heads the model pays {main:+.1f} nats a repeated token, without random ones "
-        f"{every.min():+.1f} to {every.max():+.1f}", fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
-    return figure
+        f"{every.min():+.1f} to {every.max():+.1f}",
+    )
 
 
 def name_of_key_head(report: Mapping[str, Any]) -> str:
@@ -72,6 +72,8 @@ def senders(paths: Mapping[str, Any], seed: int = 0) -> Any:
     import matplotlib.pyplot as plt
 
     reports = paths["reports"]
+    lost = [max(1 - np.mean(p["patched"]) / np.mean(r["base"]) for p in r["pairs"] if p["found"]) for r in reports]
+    strong = sum(share > 0.5 for share in lost)
     figure, axes = plt.subplots(1, len(reports), figsize=(2.4 * len(reports) + 1.2, 3), squeeze=False, sharey=True)
     for axis, report in zip(axes.flat, reports, strict=True):
         base = np.array(report["base"])
@@ -88,8 +90,9 @@ def senders(paths: Mapping[str, Any], seed: int = 0) -> Any:
         axis.set_title(name_of_key_head(report).replace(", ", ",\n", 1), fontsize=8)
         axis.set_xlabel("earlier head cut off")
     axes[0, 0].set_ylabel("share of the induction score lost")
-    figure.suptitle("Whom the keys of the induction heads come from, by key head", fontsize=10, x=0.01, ha="left")
-    return figure
+    return titled(
+        figure, f"Of {len(reports)} key heads {strong} lose more than half of the score without one earlier head"
+    )
 
 
 def forming(live: Mapping[str, History], table: Mapping[str, Any], tokens: Any) -> Any:
@@ -120,10 +123,7 @@ def forming(live: Mapping[str, History], table: Mapping[str, Any], tokens: Any) 
         axis.set_ylabel("from (place)")
     counts = {arm: sum(run["formed"] for run in table["arms"][arm]["runs"]) for arm in live}
     said = ", ".join(f"{arm} {counts[arm]} of {len(table['arms'][arm]['runs'])}" for arm in live)
-    figure.suptitle(
-        f"Seeds in which induction forms: {said} (thin lines; thick: trained here)", fontsize=10, x=0.01, ha="left"
-    )
-    return figure
+    return titled(figure, f"Seeds in which induction forms: {said} (thin lines; thick: trained here)")
 
 
 def gaps(found: Sequence[Head], values: NDArray, stored: Any = None) -> Any:
@@ -169,8 +169,7 @@ def looks_and_acts(looks: NDArray, acts: Mapping[str, tuple[NDArray, float]]) ->
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("attention gap")
     axes[0, 0].set_ylabel("share of the behaviour lost (a) or carried (b)")
-    figure.suptitle("Looking at the stereotype against acting on it, every head", fontsize=10, x=0.01, ha="left")
-    return figure
+    return titled(figure, "Looking at the stereotype against acting on it, every head")
 
 
 def outcomes(table: Mapping[str, Any], seed: int = 0) -> Any:
@@ -198,7 +197,7 @@ def outcomes(table: Mapping[str, Any], seed: int = 0) -> Any:
         axis.set_title(title, fontsize=8)
         axis.set_xticks(range(len(shown)), shown, rotation=30)
     title = f"Without the acting heads the gap is below every random set in {len(fewer)} of {len(OUTCOMES)} outcomes"
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return titled(figure, title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("heads ablated (small dots: random sets of the same layers)", fontsize=8)
     return figure
 
@@ -239,6 +238,5 @@ def leaning(table: Mapping[str, Any], seed: int = 0) -> Any:
     before, after = (values[row].mean() for row in rows)
     figure.suptitle(
         f"The whole model leans from {before:+.2f} to {after:+.2f} (he positive), and the two pronouns together from "
-        f"{together[rows[0]].mean():.2f} to {together[rows[1]].mean():.2f}", fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
-    return figure
+        f"{together[rows[0]].mean():.2f} to {together[rows[1]].mean():.2f}"
+    )

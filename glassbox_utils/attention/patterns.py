@@ -140,6 +140,16 @@ def head_scores(model: Model, batch: Batch) -> HeadScores:
     return HeadScores(**dict(zip(SCORES, scores[:, :, :-1].unbind(-1), strict=True)), chance=chance)
 
 
+def shuffled_order(batch: Batch, seed: int = 0) -> Batch:
+    """The same tokens in random order, the first one of each row in its place: what follows positions alone is left."""
+    rows, generator = [], torch.Generator().manual_seed(seed)
+    for ids, start in zip(batch.input_ids, batch.attention_mask.int().argmax(-1).tolist(), strict=True):
+        order = torch.arange(len(ids))
+        order[start + 1 :] = start + 1 + torch.randperm(len(ids) - start - 1, generator=generator)
+        rows.append(ids[beside(order, ids)])
+    return Batch(torch.stack(rows), batch.attention_mask)
+
+
 def _even(pattern: Pattern, batch: Batch) -> Float[Tensor, "batch 1 dst src"]:
     """The pattern of a head that looks at all tokens alike that this layer lets it see.
 
@@ -225,10 +235,11 @@ def rollout(pattern: Float[Tensor, "layer head dst src"]) -> Float[Tensor, "dst 
 
 
 @torch.no_grad()
-def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src"]:
-    """Attention times the length of what it moves: ``A[dst, src] * ||v[src] W_O||``, rows scaled to sum to 1.
+def value_weighted(model: Model, text: str, whole: bool = True) -> Float[Tensor, "layer head dst src"]:
+    """Attention times the length of what it moves: ``A[dst, src] * ||v[src] W_O||``.
 
-    A head that parks its attention on the first token usually moves almost nothing from there.
+    With ``whole``, rows are scaled to sum to 1, which hides that an idle head moves little; without it they are lengths
+    in the residual stream. A head that parks its attention on the first token usually moves almost nothing from there.
     Kobayashi et al., arXiv 2004.10102.
     """
     batch = tokenize(model, text)
@@ -243,7 +254,7 @@ def value_weighted(model: Model, text: str) -> Float[Tensor, "layer head dst src
         value = value.repeat_interleave(model.n_heads // value.shape[1], dim=1)  # grouped queries share a value
         moved = torch.einsum("phd,hdm->hpm", value, output_weights(model, layer)).norm(dim=-1)
         pattern = cache[hook_name(model, "attn.hook_pattern", layer)][0] * moved[:, None, :]
-        weighted.append(result(pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-9)))
+        weighted.append(result(pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-9) if whole else pattern))
     return torch.stack(weighted)
 
 

@@ -1,7 +1,8 @@
-"""Prompts with a known decisive token, written for this project, in two disjoint halves.
+"""Prompts with a known decisive token, written for this project, in two disjoint sets.
 
-Selection prompts choose something (a head, a reference, a threshold), report prompts measure it; no name,
-country or noun stands in both.
+Selection prompts choose something (a head, a reference, a threshold), report prompts measure it; no name, country, noun
+or template stands in both. Report prompts are those of ``decisive_report.json``: the other half of
+``decisive_tokens.json`` was for reporting until results on it had been looked at.
 """
 
 import itertools
@@ -44,8 +45,9 @@ class DecisiveBatch(NamedTuple):
     texts: list[str]
 
 
-def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[Decisive]:
-    """n different prompts of a family (``indirect_object``, ``capital``, ``agreement``), shuffled by ``seed``.
+def decisive_prompts(family: str, split: Split, n: int | None, seed: int = 0) -> list[Decisive]:
+    """n different prompts (None: all) of a family (``indirect_object``, ``capital``, ``agreement``), shuffled by
+    ``seed``.
 
     Raises ModelError for an unknown family, split, or more prompts than there are.
     """
@@ -53,11 +55,14 @@ def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[D
         raise ModelError(f"There is no family of prompts {family!r}. Allowed: {', '.join(FAMILIES)}.")
     if split not in ("select", "report"):
         raise ModelError(f"There is no split {split!r}. Allowed: select, report.")
-    content = json.loads((PROMPTS / "decisive_tokens.json").read_text(encoding="utf-8"))[family]
+    file = "decisive_tokens.json" if split == "select" else "decisive_report.json"
+    content = json.loads((PROMPTS / file).read_text(encoding="utf-8"))[family]
+    if split == "select":
+        content = {key: part if key == "templates" else part[::2] for key, part in content.items()}
     rng = random.Random(f"{family}{split}{seed}")
-    half = 0 if split == "select" else 1
-    found = {"indirect_object": _indirect_object, "capital": _capital, "agreement": _agreement}[family](content, half)
+    found = {"indirect_object": _indirect_object, "capital": _capital, "agreement": _agreement}[family](content)
     unique = sorted(set(found))
+    n = len(unique) if n is None else n
     if not is_whole(n) or not 1 <= n <= len(unique):
         raise ModelError(
             f"{family} has {len(unique)} {split} prompts, {n!r} were asked for. Choose 1 to {len(unique)}."
@@ -65,30 +70,26 @@ def decisive_prompts(family: str, split: Split, n: int, seed: int = 0) -> list[D
     return rng.sample(unique, n)
 
 
-def _indirect_object(content: dict, half: int) -> list[Decisive]:
-    names, rng = content["names"][half::2], random.Random(half)
-    made = []
-    for a, b in itertools.permutations(names, 2):
-        place, thing = rng.choice(content["places"][half::2]), rng.choice(content["objects"][half::2])
+def _indirect_object(content: dict) -> list[Decisive]:
+    rng, made = random.Random(0), []
+    for a, b in itertools.permutations(content["names"], 2):
+        place, thing = rng.choice(content["places"]), rng.choice(content["objects"])
         text = rng.choice(content["templates"]).format(A=a, B=b, place=place, object=thing)
         made.append(Decisive(text, a, " " + a, " " + b))
     return made
 
 
-def _capital(content: dict, half: int) -> list[Decisive]:
-    pairs, rng = content["pairs"][half::2], random.Random(half)
-    made = []
+def _capital(content: dict) -> list[Decisive]:
+    pairs, rng, made = content["pairs"], random.Random(0), []
     for (country, city), template in itertools.product(pairs, content["templates"]):
         wrong = rng.choice([c for _, c in pairs if c != city])
         made.append(Decisive(template.format(country=country), country, " " + city, " " + wrong))
     return made
 
 
-def _agreement(content: dict, half: int) -> list[Decisive]:
+def _agreement(content: dict) -> list[Decisive]:
     made = []
-    for nouns, others, template in itertools.product(
-        content["nouns"][half::2], content["others"][half::2], content["templates"]
-    ):
+    for nouns, others, template in itertools.product(content["nouns"], content["others"], content["templates"]):
         for number, verbs in enumerate(((" is", " are"), (" are", " is"))):
             text = template.format(noun=nouns[number], other=others[1 - number])  # the nearer noun misleads
             made.append(Decisive(text, nouns[number], *verbs))

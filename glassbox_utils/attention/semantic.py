@@ -80,6 +80,24 @@ def semantic_scores(model: Model, lists: WordLists) -> Float[Tensor, "pair layer
     return parts[0] - parts[1]
 
 
+def frame_looks(
+    model: Model, frames: Sequence[str], whats: Sequence[str], whos: Sequence[str]
+) -> Float[Tensor, "frame what who layer head"]:
+    """Attention from the last word of a sentence to a noun before it, for all pairs of two lists.
+
+    ``frames`` hold ``{who}`` and end in ``{what}``; every word of one list meets every word of the other in each frame,
+    so what comes of the frame, of the place, or of either word alone can be told from what comes of the pair.
+    """
+    cells = [(f, what, who) for f in frames for what in whats for who in whos]
+    batch = tokenize(model, [f.format(who=who, what=what) for f, what, who in cells])
+    where = [
+        (find_token(model, ids, what, -1), find_token(model, ids, who))
+        for ids, (_, what, who) in zip(batch.input_ids, cells, strict=True)
+    ]
+    dst, src = torch.tensor(where).unbind(-1)
+    return attend(model, batch, dst, src[:, None])[..., 0].unflatten(0, (len(frames), len(whats), len(whos)))
+
+
 @torch.no_grad()
 def category_preference(
     model: Model, split: Split, sets: Sequence[Sequence[Head]], n: int = 64, seed: int = 1

@@ -7,6 +7,7 @@ page replaces it by the interactive view. Opening a page makes no request.
 """
 
 import base64
+import contextlib
 import functools
 import gzip
 import html
@@ -14,6 +15,7 @@ import io
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -27,6 +29,8 @@ from glassbox_utils.core.arguments import number
 from glassbox_utils.core.errors import GlassboxError
 
 NDIGITS = 3
+LABELLED = 12
+"""up to so many heads, the static picture of each has its tokens at the axes"""
 LOADER_MARK = "__glassboxLoading"
 
 # Okabe & Ito: distinguishable with every common colour blindness, and in print.
@@ -95,11 +99,38 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
     if shell is None:
         return
     formatters = shell.display_formatter.formatters
+    _describe(formatters["image/png"])
     formatters["text/html"].for_type(RenderedHTML, figure_html)
     formatters["text/plain"].for_type(
         RenderedHTML, lambda fig, printer, cycle: printer.text(f"<circuitsvis {spec(fig)['element']}>")
     )
     display(HTML(loader_html()))
+
+
+def _describe(formatter: Any) -> None:
+    """Every plot carries its titles as alternative text, for readers who hear a page."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    plt.close(plt.figure())  # loads the notebook's backend, which registers how a figure becomes a picture
+    with contextlib.suppress(KeyError):
+        draw = formatter.lookup_by_type(Figure)
+        formatter.for_type(Figure, lambda figure: (draw(figure), {"alt": alt_text(figure)}))
+
+
+def alt_text(figure: Any) -> str:
+    """A plot in words: its title, the titles of its panels, and what the axes show."""
+    title = figure.get_suptitle()
+    panels = [axis.get_title(loc) for axis in figure.axes for loc in ("left", "center") if axis.get_title(loc)]
+    axes = [f"{axis.get_xlabel()} against {axis.get_ylabel()}" for axis in figure.axes if axis.get_ylabel()]
+    parts = dict.fromkeys(" ".join(part.split()) for part in (title, *panels[:12], *axes[:2]) if part.strip())
+    return ". ".join(parts) or "a plot without a title"
+
+
+def titled(figure: Any, title: str) -> Any:
+    """Put the message above a plot, wrapped to its width; returns the plot."""
+    figure.suptitle("\n".join(textwrap.wrap(title, round(15 * figure.get_figwidth()))), fontsize=10, x=0.01, ha="left")
+    return figure
 
 
 def spec(figure: Any) -> dict[str, Any]:
@@ -170,10 +201,15 @@ def _picture(element: str, props: Mapping[str, Any]) -> str:
         )
     if element == "AttentionHeads":
         names = props.get("attentionHeadNames") or [f"Head {i}" for i in range(len(props["attention"]))]
-        return "".join(
+        labelled = len(names) <= LABELLED
+        tokens = props["tokens"]
+        pictures = [_labelled_png(tokens, x) if labelled else _heat_png(x) for x in props["attention"]]
+        said = "" if labelled else f"<br>Rows and columns: {html.escape(' '.join(_label(t) for t in tokens))}"
+        return said.removeprefix("<br>") + "".join(
             '<div style="display:inline-block;margin:2px;text-align:center;font-size:10px">'
-            f'<img alt="{html.escape(name)}" src="{_heat_png(head)}"><br>{html.escape(name)}</div>'
-            for name, head in zip(names, props["attention"], strict=True)
+            f'<img alt="attention of {html.escape(name)}, rows look at columns" src="{picture}">'
+            f"<br>{html.escape(name)}</div>"
+            for name, picture in zip(names, pictures, strict=True)
         )
     return f"<em>{element}: an interactive circuitsvis figure; run or trust this notebook to see it.</em>"
 
@@ -189,6 +225,27 @@ def _colours(values: Sequence[float | None], props: Mapping[str, Any]) -> list[t
     low = props.get("minValue") or min(*seen, -1e-9)
     fade = [0.0 if v is None else max(-1.0, min(1.0, v / high if v >= 0 else -v / low)) for v in values]
     return [(round(255 * (1 - max(f, 0))), round(255 * (1 - abs(f))), round(255 * (1 + min(f, 0)))) for f in fade]
+
+
+def _label(token: str) -> str:
+    """A token as an axis shows it."""
+    return token.strip() or repr(token)[1:-1]
+
+
+def _labelled_png(tokens: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = 1.2 + 0.11 * len(tokens)
+    figure = Figure(figsize=(size, size), dpi=96, layout="constrained")  # not pyplot's: nothing else shall show it
+    axis = figure.add_subplot()
+    axis.imshow(np.array([[0.0 if v is None else v for v in row] for row in rows]), cmap="Blues", vmin=0, vmax=1)
+    labels = [_label(t).replace("$", r"\$") for t in tokens]
+    axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(tokens)), labels, fontsize=6)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _heat_png(rows: Sequence[Sequence[float | None]]) -> str:
@@ -307,7 +364,7 @@ def pattern_grid(
     rows = -(-len(pattern) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.0 * rows), squeeze=False)
     ticks = range(len(tokens))
-    labels = [t.strip() or repr(t)[1:-1] for t in tokens]
+    labels = [_label(t).replace("$", r"\$") for t in tokens]
     for axis in axes.flat[len(pattern) :]:
         axis.axis("off")
     for axis, head, name in zip(axes.flat, pattern.detach().float().cpu(), names, strict=False):  # axes are left over
@@ -315,8 +372,7 @@ def pattern_grid(
         axis.set_xticks(ticks, labels, rotation=90, fontsize=6)
         axis.set_yticks(ticks, labels, fontsize=6)
         axis.set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)
 
 
 def thumbnails(pattern: Float[Tensor, "layer head dst src"], title: str) -> Any:
@@ -365,5 +421,4 @@ def mosaic(values: Mapping[str, Float[Tensor, "layer head"]], title: str, label:
         bar.ax.tick_params(labelsize=6)
         bar.set_label(label, fontsize=7)
     axes[0, 0].set_ylabel("layer")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)

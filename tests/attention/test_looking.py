@@ -1,0 +1,244 @@
+"""Looking and doing: prompts that were never looked at, predictors that are what they are called, a comparison that
+finds what was planted, and the study on a model that nobody has seen."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from glassbox_utils.attention import figures, heads, looking_study, patterns, pronouns, semantic
+from glassbox_utils.attention.ablation import head_means
+from glassbox_utils.attention.looking import (
+    KINDS,
+    OPPONENTS,
+    PREDICTORS,
+    Looking,
+    agreement,
+    by_word,
+    comparison,
+    lookers,
+    looking,
+    looks,
+    pooled,
+    push,
+)
+from glassbox_utils.attention.prompts import FAMILIES, PROMPTS, decisive_prompts, to_batch
+from glassbox_utils.core import prepared, studies
+from glassbox_utils.core.devices import result
+from glassbox_utils.core.figures import alt_text
+from glassbox_utils.core.models import ModelError, load_model
+from glassbox_utils.core.statistics import Interval
+from glassbox_utils.core.studies import read_table
+from glassbox_utils.core.text import tokenize
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A random GPT-2 with the embedded model's tokenizer."""
+    return load_model(tiny.save_gpt2_shaped(tmp_path_factory.mktemp("looking"), 128, 6.0))
+
+
+# --- prompts ------------------------------------------------------------------------------------------
+
+
+def flat(x):
+    return {x} if isinstance(x, str) else set().union(*map(flat, x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_report_prompts_share_no_word_and_no_template_with_what_was_looked_at(family):
+    old, new = (
+        json.loads((PROMPTS / f"decisive_{name}.json").read_text(encoding="utf-8"))[family]
+        for name in ("tokens", "report")
+    )
+    for part, items in new.items():
+        assert not flat(items) & flat(old[part]), part
+    report, select = (decisive_prompts(family, split, None) for split in ("report", "select"))
+    assert len(report) >= looking_study.PROMPTS and len({p.text for p in report}) == len(report)
+    assert not {p.decisive for p in report} & {p.decisive for p in select}
+    assert all(p.answer != p.foil and p.text.count(p.decisive) == 1 for p in report)
+
+
+def test_the_other_prompts_of_notebook_01_are_parted_too():
+    content = heads.read_prompts("looking")
+    meaning, said = content["meaning"], content["pronouns"]
+    assert not set(meaning["selection"]) & set(meaning["report"])
+    jobs = {split: flat(said[split]["pairs"]) for split in said}
+    frames = {split: {f[0] for f in said[split]["frames"]} for split in said}
+    assert not jobs["selection"] & jobs["report"] and not frames["selection"] & frames["report"]
+    old = json.loads((PROMPTS / "sentences.json").read_text(encoding="utf-8"))["sentences"]
+    assert not set(old) & set(content["sentences"])
+    gendered = "man woman wife husband girl boy king queen mother father lady"
+    assert not [job for job in flat(list(jobs.values())) if any(job.endswith(word) for word in gendered.split())]
+
+
+# --- predictors ---------------------------------------------------------------------------------------
+
+
+def test_predictors_are_what_they_are_called(words):
+    prompts = decisive_prompts("capital", "report", 4)
+    batch = to_batch(words, prompts)
+    found = looks(words, batch, rows=3)
+    assert set(found) == set(PREDICTORS) and all(x.shape == (4, 6, 8) for x in found.values())
+    for row, prompt in enumerate(prompts):
+        _, pattern = patterns.attention(words, prompt.text)
+        moved = patterns.value_weighted(words, prompt.text, whole=False)
+        start = batch.batch.input_ids.shape[1] - pattern.shape[-1]
+        place = int(batch.decisive[row]) - start
+        assert torch.allclose(found["decisive"][row], pattern[:, :, -1, place], atol=1e-4)
+        assert torch.allclose(found["awake"][row], 1 - pattern[:, :, -1, 0], atol=1e-4)
+        assert torch.allclose(found["weighted"][row], moved[:, :, -1, place], atol=1e-3, rtol=1e-3)
+    alone = heads.output_norms(words, tokenize(words, prompts[0].text))
+    assert found["length"][0].shape == alone.shape and (found["length"] > 0).all()
+
+
+def test_whole_rows_are_the_lengths_scaled(words):
+    lengths, shares = (patterns.value_weighted(words, "The cat sat.", whole=whole) for whole in (False, True))
+    assert torch.allclose(lengths / lengths.sum(-1, keepdim=True), shares, atol=1e-5)
+    assert lengths.sum(-1).std() > 0
+
+
+def test_a_shuffled_text_has_the_same_tokens_and_begins_the_same(words):
+    batch = tokenize(words, ["one two three four five six seven", "eight nine"])
+    other, again = (patterns.shuffled_order(batch, seed) for seed in (1, 1))
+    assert torch.equal(other.input_ids, again.input_ids) and not torch.equal(other.input_ids, batch.input_ids)
+    assert torch.equal(result(other.input_ids).sort(1).values, result(batch.input_ids).sort(1).values)
+    for mask, ids, old in zip(
+        *(result(x) for x in (batch.attention_mask, other.input_ids, batch.input_ids)), strict=True
+    ):
+        start = int(mask.argmax())
+        assert torch.equal(ids[: start + 1], old[: start + 1])
+
+
+# --- the comparison -----------------------------------------------------------------------------------
+
+
+def planted(n=40, shape=(5, 6), sign=1.0, noise=0.3, seed=0):
+    """Effects that follow the attention to the decisive word, with a sign of each head's own or with one sign."""
+    draw = torch.Generator().manual_seed(seed)
+    look = torch.rand(shape, generator=draw)
+    signs = sign if sign else torch.where(torch.rand(shape, generator=draw) > 0.5, 1.0, -1.0)
+    rest = {name: torch.rand(n, *shape, generator=draw) for name in PREDICTORS}
+    effect = look * signs + noise * torch.randn(n, *shape, generator=draw)
+    return Looking(
+        [f"w{i % 10}" for i in range(n)], torch.ones(n), effect, {**rest, "decisive": look.expand(n, *shape)}
+    )
+
+
+def test_what_was_planted_is_found_and_its_sign_only_where_there_is_one():
+    table = comparison({"one": planted(), "two": planted(seed=1)}, 200)
+    for name in ("one", "two", "mean"):
+        assert table[name]["decisive"]["size, ranks"].value > 0.8
+        assert table[name]["decisive"]["sign, values"].value > 0.8
+        assert all(table[name][f"decisive - {p}"]["size, ranks"].low > 0 for p in OPPONENTS)
+        assert table[name]["decisive"]["size, ranks"].n == (20 if name == "mean" else 10)
+        assert 0.8 < table[name]["half"]["sign, ranks"].value < table[name]["ceiling"]["sign, ranks"].value <= 1
+    mixed = comparison({"one": planted(sign=0.0)}, 200)["one"]["decisive"]
+    assert mixed["size, ranks"].value > 0.6 and abs(mixed["sign, ranks"].value) < 0.5
+    none = planted()
+    flat_one = Looking(none.words, none.base, none.effect, {**none.predictors, "decisive": torch.ones(40, 5, 6)})
+    assert agreement(flat_one, 20)["decisive"]["size, ranks"][0] == 0
+    with pytest.raises(ModelError, match=r"1 decisive words.*at least 3"):
+        agreement(Looking(["a"] * 40, none.base, none.effect, none.predictors), 20)
+
+
+def test_words_count_alike_however_many_prompts_they_have():
+    values = torch.tensor([1.0, 1.0, 1.0, 4.0])
+    assert by_word(values, ["b", "b", "b", "a"]).tolist() == [4.0, 1.0]
+    assert pooled([torch.tensor([0.0, 2.0]), torch.tensor([3.0, 3.0, 3.0])]).value == 2.0
+
+
+def test_heads_of_like_activity_look_no_more_than_the_typical_head():
+    found = planted()
+    chosen = lookers(found.predictors, 4, draws=3)
+    look = found.mean("decisive")
+    assert [look[h].item() for h in chosen.heads] == sorted(look.flatten().tolist())[-1:-5:-1]
+    for draw in chosen.alike:
+        assert len(set(draw)) == 4 and not set(draw) & set(chosen.heads)
+        assert all(look[h] <= look.median() for h in draw)
+    assert torch.allclose(
+        push(found, chosen.heads).mean(), torch.stack([found.mean("effect")[h] for h in chosen.heads]).mean()
+    )
+
+
+# --- pronouns and meaning -----------------------------------------------------------------------------
+
+
+def test_exchanged_nouns_are_the_other_order(words):
+    frame = "The {a} asked the {b} to help {p}"
+    one = pronouns.two_orders(words, frame, ("doctor", "nurse"), "him")
+    two = pronouns.two_orders(words, frame, ("nurse", "doctor"), "him")
+    assert one.shape == (2, 2, 6, 8) and torch.allclose(one.flip(0).flip(1), two, atol=1e-6)
+    text = frame.format(a="doctor", b="nurse", p="him")
+    assert torch.allclose(one[0, 0], patterns.from_word_to_word(words, [text], "him", "doctor")[0], atol=1e-6)
+    found = pronouns.pronoun_looks(words, "report", 2)
+    assert found.looks.shape[:4] == (12, 2, 2, 2) and len(set(found.pairs)) == 2
+
+
+def test_recency_identity_and_stereotype_are_told_apart():
+    """Head 0 looks at the later noun, head 1 at the man's job, head 2 at the job of the pronoun's stereotype."""
+    looks_ = torch.zeros(1, 2, 2, 2, 1, 3)
+    for pronoun in (0, 1):
+        for order in (0, 1):
+            looks_[0, pronoun, order, 1 - order, 0, 0] = 1
+            looks_[0, pronoun, order, 0, 0, 1] = 1
+            looks_[0, pronoun, order, pronoun, 0, 2] = 1
+    found = pronouns.PronounLooks(looks_, ["a and b"])
+    assert found.recency.flatten().tolist() == [1, 0, 0]
+    assert found.identity.flatten().tolist() == [0, 1, 0]
+    assert found.stereotype.flatten().tolist() == [0, 0, 1]
+
+
+def test_frames_cross_both_lists(words):
+    found = semantic.frame_looks(
+        words, ["The {who} saw the {what}.", "A {who} met the {what}."], ["cat", "dog"], ["man"]
+    )
+    assert found.shape == (2, 2, 1, 6, 8)
+    alone = patterns.from_word_to_word(words, ["A man met the dog."], "dog", "man")[0]
+    assert torch.allclose(found[1, 1, 0], alone, atol=1e-5)
+
+
+# --- study and pictures -------------------------------------------------------------------------------
+
+
+def test_the_study_writes_what_was_measured_and_goes_on_where_it_was(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies.assets, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(looking_study, "SELECT", 12)
+    monkeypatch.setattr(looking_study, "load_subject", lambda: words)
+    monkeypatch.setattr(looking_study, "LEAST", 12)
+    prepared.write_card(prepared.Card("words", words.hash, size=0.02), tmp_path)
+    with prepared.using(tmp_path):
+        (work,) = looking_study.STUDIES_OF_LOOKING.values()
+        assert work().exists()
+        table = read_table("heads_looking")
+        assert list(table["families"]) == list(FAMILIES) and not table["refused"]
+        assert np.shape(table["families"]["capital"]["effect"]["mean"]) == (6, 8)
+        assert set(table["correlations"]["mean"]["decisive"]) == set(KINDS)
+        assert len(table["families"]["capital"]["chosen"]["heads"]) == looking_study.STRONGEST
+        monkeypatch.setattr(looking_study, "measure", None)  # finished parts are read, not measured
+        assert work() and read_table("heads_looking")["correlations"] == table["correlations"]
+
+
+def test_the_live_measure_and_its_pictures(words):
+    matplotlib.use("agg")
+    found, chosen = looking_study.measure(words, "agreement", 12)
+    means = head_means(words, [to_batch(words, looking_study.some_prompts(words, "agreement", "select", 60)).batch])
+    again = looking(words, looking_study.some_prompts(words, "agreement", "report", 12), means)
+    assert torch.allclose(found.effect, again.effect, atol=1e-5)
+    table, here = comparison({"agreement": found}, 50), {"agreement": found}
+    x = Interval(0.5, 0.4, 0.6, 9)
+    drawn = [
+        figures.looking_and_doing(here, {"agreement": chosen}, "a title " * 30),
+        figures.opponents(table, ("size, ranks", "sign, ranks"), "t"),
+        figures.against_alike({"agreement": (x, [0.1, 0.2])}, "t"),
+        figures.shares({"raw": x}, "t"),
+        figures.against_others({"a baker": (x, x)}, ("patient", "parcel"), "t"),
+        figures.before_and_after({"previous": (x, x)}, ("in order", "shuffled"), "t"),
+        figures.both_orders(torch.rand(2, 2), ("doctor", "nurse"), "him", torch.randn(2, 6, 8), "t"),
+    ]
+    assert "a title a title" in alt_text(drawn[0]) and "\n" not in alt_text(drawn[0])
+    assert "\n" in drawn[0].get_suptitle() and all(alt_text(figure) for figure in drawn)
+    matplotlib.pyplot.close("all")
