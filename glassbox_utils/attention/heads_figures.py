@@ -158,18 +158,23 @@ def looks_and_acts(looks: NDArray, acts: Mapping[str, tuple[NDArray, float]]) ->
     """
     import matplotlib.pyplot as plt
 
+    def most(values: NDArray) -> list[int]:
+        return np.abs(values).ravel().argsort()[-10:].tolist()
+
     figure, axes = plt.subplots(1, len(acts), figsize=(4.5 * len(acts), 3.5), sharex=True, squeeze=False)
     for axis, (name, (effect, whole)) in zip(axes.flat, acts.items(), strict=True):
         x, y = looks.ravel(), effect.ravel() / (whole or float("nan"))
         axis.axhline(0, color=GREY, lw=0.6)
         axis.axvline(0, color=GREY, lw=0.6)
         axis.plot(x, y, ".", ms=4, color=BLUE)
-        for i in {*np.abs(x).argsort()[-5:].tolist(), *np.abs(y).argsort()[-5:].tolist()}:
+        for i in {*most(x)[-5:], *most(y)[-5:]}:
             axis.annotate(head_name(divmod(i, looks.shape[1])), (x[i], y[i]), fontsize=7)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("attention gap")
     axes[0, 0].set_ylabel("share of the behaviour lost (a) or carried (b)")
-    return titled(figure, "Looking at the stereotype against acting on it, every head")
+    shared = [len({*most(looks)} & {*most(effect)}) for effect, _ in acts.values()]
+    said = " and ".join(map(str, shared))
+    return titled(figure, f"Of the ten heads with the largest gaps {said} are among the ten that act most")
 
 
 def outcomes(table: Mapping[str, Any], seed: int = 0) -> Any:
@@ -197,9 +202,8 @@ def outcomes(table: Mapping[str, Any], seed: int = 0) -> Any:
         axis.set_title(title, fontsize=8)
         axis.set_xticks(range(len(shown)), shown, rotation=30)
     title = f"Without the acting heads the gap is below every random set in {len(fewer)} of {len(OUTCOMES)} outcomes"
-    return titled(figure, title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel("heads ablated (small dots: random sets of the same layers)", fontsize=8)
-    return figure
+    return titled(figure, title)
 
 
 def leaning(table: Mapping[str, Any], seed: int = 0) -> Any:
@@ -236,7 +240,9 @@ def leaning(table: Mapping[str, Any], seed: int = 0) -> Any:
     for axis in (left, right):
         axis.set_xticks(range(3), ["all heads", "without the\nacting ones", "without\nrandom ones"])
     before, after = (values[row].mean() for row in rows)
-    figure.suptitle(
-        f"The whole model leans from {before:+.2f} to {after:+.2f} (he positive), and the two pronouns together from "
-        f"{together[rows[0]].mean():.2f} to {together[rows[1]].mean():.2f}"
+    both = [together[row].mean() for row in rows]
+    return titled(
+        figure,
+        f"Without the acting heads the leaning goes from {before:+.2f} to {after:+.2f} (he positive), the probability of "
+        f"the two pronouns from {both[0]:.2f} to {both[1]:.2f}",
     )
