@@ -243,6 +243,6 @@ def leaning(table: Mapping[str, Any], seed: int = 0) -> Any:
     both = [together[row].mean() for row in rows]
     return titled(
         figure,
-        f"Without the acting heads the leaning goes from {before:+.2f} to {after:+.2f} (he positive), the probability of "
-        f"the two pronouns from {both[0]:.2f} to {both[1]:.2f}",
+        f"Without the acting heads the leaning goes from {before:+.2f} to {after:+.2f} (he positive), the probability "
+        f"of the two pronouns from {both[0]:.2f} to {both[1]:.2f}",
     )
