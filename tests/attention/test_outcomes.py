@@ -23,7 +23,7 @@ def reference(words):
 
 def test_winogender_is_cut_before_its_pronoun():
     schemas = outcomes.winogender()
-    assert len({s.occupation for s in schemas}) == 60 and len({s.text for s in schemas}) == len(schemas) > 150
+    assert len({s.occupation for s in schemas}) == 60 and len(set(schemas)) == len(schemas) > 150
     assert 2 * sum("someone" in s.text.lower() for s in schemas) == len(schemas)
     for s in schemas:
         assert "$" not in s.text and s.occupation in s.text and s.text[0].isupper() and not s.text.endswith(" ")

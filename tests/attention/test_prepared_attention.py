@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from glassbox_utils.attention import attribution, heads, heads_figures, outcomes_study, study
+from glassbox_utils.attention.ablation import head_means
 from glassbox_utils.core import prepared, studies
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import load_model, wrap_model
@@ -104,7 +105,7 @@ def test_a_few_logits_are_those_of_all(kind):
     model = wrap_model(tiny.build(kind), tiny.tokenizer(), kind)
     batch = padded(model, torch.randint(5, 300, (3, 9)).tolist())
     metric = attribution.logit_difference(torch.tensor([7, 8, 7]), torch.tensor([9, 7, 11]))
-    means = study.head_means(model, [batch])
+    means = head_means(model, [batch])
     for work in (attribution.replace_each_head, attribution.replace_each_head_at_the_end):
         few = work(model, batch, means, metric)
         every = work(model, batch, means, lambda logits: metric(logits))
