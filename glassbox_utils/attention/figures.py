@@ -71,7 +71,7 @@ def before_and_after(rows: Mapping[str, tuple[Interval, Interval]], names: tuple
     axis.set_yticks(range(len(rows)), list(reversed(rows)))
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("score, mean and 95 % interval over sentences")
-    axis.legend(loc="best")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return titled(figure, title)
 
 
@@ -86,7 +86,7 @@ def against_others(gaps: Mapping[str, tuple[Interval, Interval]], what: tuple[st
     axis.axvline(0, color=GREY, lw=0.6)
     axis.set_yticks(range(len(gaps)), [f"than at {name}" for name in reversed(gaps)])
     axis.set_xlabel("attention more, mean and 95 % interval over sentences")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return titled(figure, title)
 
 
@@ -114,7 +114,7 @@ def looking_and_doing(families: Mapping[str, Looking], chosen: Mapping[str, Look
     import matplotlib.pyplot as plt
 
     n = max(1, len(families))
-    figure, axes = plt.subplots(1, n, figsize=(3.4 * n, 3.7), squeeze=False)
+    figure, axes = plt.subplots(1, n, figsize=(max(3.4 * n, 5), 4.0), squeeze=False)
     for axis, (family, found) in zip(axes.flat, families.items(), strict=False):
         x, y = found.mean("decisive"), found.mean("effect")
         axis.scatter(x.flatten(), y.flatten(), s=12, alpha=0.6, color=BLUE, linewidths=0, label="all heads")
@@ -127,7 +127,7 @@ def looking_and_doing(families: Mapping[str, Looking], chosen: Mapping[str, Look
         axis.set_title(family.replace("_", " "))
         axis.set_xlabel("looking: attention to the decisive word")
     axes[0, 0].set_ylabel("effect: fall of logit(right) − logit(wrong)\nwhen the head is ablated")
-    axes[0, 0].legend(loc="upper right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return titled(figure, title)
 
 
@@ -148,7 +148,7 @@ def opponents(table: Mapping[str, Mapping[str, Mapping[str, Interval]]], kinds: 
         axis.axvline(0, color=GREY, lw=0.6)
         axis.set_title(family.replace("_", " "))
     axes[0, 0].set_yticks(range(len(PREDICTORS)), list(reversed(PREDICTORS.values())))
-    axes[0, n // 2].set_xlabel(f"correlation over heads; blue: {kinds[0]}, orange: {kinds[1]}; dotted: ceiling")
+    figure.supxlabel(f"correlation over heads; blue: {kinds[0]}, orange: {kinds[1]}; dotted: ceiling", fontsize=9)
     return titled(figure, title)
 
 
@@ -162,8 +162,9 @@ def against_alike(rows: Mapping[str, tuple[Interval, Sequence[float]]], title: s
         _error(axis, place + 0.1, value, ORANGE, label=None if place else "look most")
     axis.axvline(0, color=GREY, lw=0.6)
     axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlabel("fall of the logit difference when one head is ablated, mean of the heads")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return titled(figure, title)
 
 

@@ -224,7 +224,7 @@ class Lookers:
     """draws of as many heads that write about as much, none of which looks at the word more than the typical head"""
 
 
-def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, draws: int = 5) -> Lookers:
+def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, draws: int = 10) -> Lookers:
     """The k heads that look most at the decisive word on these (selection) prompts, and their controls."""
     look, length = found["decisive"].mean(0), found["length"].mean(0)
     chosen = top_heads(look, k)
@@ -243,7 +243,9 @@ class BothSides:
     base_rate: float
     """share of all heads that help"""
     actors: list[Head]
-    """as many heads as there are lookers, by the size of their effect"""
+    """as many heads as there are lookers, by the size of their effect on one half of the words"""
+    effect: Float[Tensor, "layer head"]
+    """on the other half: what may be said about the actors"""
     idle: list[Head]
     """lookers that act less than the typical head"""
     blind: list[Head]
@@ -252,14 +254,14 @@ class BothSides:
 
 def both_sides(found: Looking, heads: Sequence[Head]) -> BothSides:
     """Count for and against, on report prompts, for heads that were chosen on others, strongest first."""
-    look, effect = found.mean("decisive"), found.mean("effect")
-    size = effect.abs()
-    actors = top_heads(size, len(heads))
+    look, effect, by = found.mean("decisive"), found.mean("effect"), by_word(found.effect, found.words)
+    size, actors = effect.abs(), top_heads(by[::2].mean(0).abs(), len(heads))
     return BothSides(
         1 + int((effect > effect[heads[0]]).sum()),
         [bool(effect[h] > 0) for h in heads[:2]],
         float((effect > 0).float().mean()),
         actors,
+        by[1::2].mean(0),
         [h for h in heads if size[h] < size.median()],
         [h for h in actors if look[h] < look.median()],
     )

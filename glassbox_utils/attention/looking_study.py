@@ -6,6 +6,7 @@ selection prompts, which have other words and other templates, and mean ablation
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def some_prompts(model: Model, family: str, split: Split, n: int, seed: int = SE
             f"The tokenizer of {model.name} begins answer and foil of {family} with the same token in all but "
             f"{len(found)} of {len(every)} prompts. Take a model with larger tokens."
         )
+    return found
+
+
+def usable(model: Model) -> list[str]:
+    """The families that this tokenizer can be asked about."""
+    found = []
+    for family in FAMILIES:
+        with suppress(ModelError):
+            some_prompts(model, family, "report", 10)
+            found.append(family)
     return found
 
 

@@ -144,7 +144,9 @@ def alt_text(figure: Any) -> str:
 
 def titled(figure: Any, title: str) -> Any:
     """Put the message above a plot, wrapped to its width; returns the plot."""
-    figure.suptitle("\n".join(textwrap.wrap(title, round(15 * figure.get_figwidth()))), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        "\n".join(textwrap.wrap(title, round(13.5 * figure.get_figwidth()))), fontsize=10, x=0.01, ha="left"
+    )
     return figure
 
 

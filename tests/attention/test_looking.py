@@ -17,8 +17,11 @@ from glassbox_utils.attention.looking import (
     PREDICTORS,
     Looking,
     agreement,
+    ahead,
+    both_sides,
     by_word,
     comparison,
+    lines,
     lookers,
     looking,
     looks,
@@ -162,6 +165,23 @@ def test_heads_of_like_activity_look_no_more_than_the_typical_head():
     assert torch.allclose(
         push(found, chosen.heads).mean(), torch.stack([found.mean("effect")[h] for h in chosen.heads]).mean()
     )
+
+
+def test_both_sides_are_counted_and_who_acts_is_told_on_other_words():
+    found = planted(sign=-1.0, noise=0.05)
+    look = found.mean("decisive")
+    heads_ = lookers(found.predictors, 4).heads
+    side = both_sides(found, heads_)
+    assert side.place == 30 and side.helping == [False, False] and side.base_rate < 0.2
+    assert set(side.actors) == set(heads_) and not side.idle and not side.blind
+    assert torch.allclose(side.effect, by_word(found.effect, found.words)[1::2].mean(0))
+    turned = Looking(found.words, found.base, -found.effect * 0 + (1 - look) + 0.01 * found.effect, found.predictors)
+    side = both_sides(turned, heads_)
+    assert side.idle == heads_ and len(side.blind) == 4 and side.base_rate == 1
+    table = comparison({"one": planted(), "two": found}, 50)
+    assert ahead(table, "another", "size, ranks") == 2 and ahead(table, "another", "sign, values") == 1
+    shown = lines(table["mean"])
+    assert len(shown) == 1 + len(PREDICTORS) + len(OPPONENTS) + 2 and len(set(map(len, shown[:6]))) == 1
 
 
 # --- pronouns and meaning -----------------------------------------------------------------------------
