@@ -11,7 +11,7 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 4
 html_math_renderer = "mathml"  # no MathJax: it would come from another host
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.header"]  # terms of the glossary are H3 for GitHub's sake
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
@@ -20,6 +20,7 @@ python_use_unqualified_type_names = True
 viewcode_line_numbers = True
 
 html_theme = "pydata_sphinx_theme"
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system says; a button changes it
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]

@@ -343,9 +343,9 @@ def build_site(
     failed = []
     for path in chosen:
         stamp = _stamp(path, wanted, subject)
-        page = target / f"{path.stem}.html"
+        page, kept = target / f"{path.stem}.html", executed_path(target, path.stem)
         before = runs.get(path.stem, {})
-        if page.exists() and before.get("stamp") == stamp and "stopped" not in before:
+        if page.exists() and kept.exists() and before.get("stamp") == stamp and "stopped" not in before:
             print(f"{path.stem}: unchanged, {page}")
             continue
         stopped = {}
@@ -357,7 +357,6 @@ def build_site(
             failed.append(str(error))
         with files.atomic_path(page) as partial:
             partial.write_text(to_html(notebook), encoding="utf-8")
-        kept = executed_path(target, path.stem)
         kept.parent.mkdir(exist_ok=True)
         with files.atomic_path(kept) as partial:
             nbformat.write(normalise(notebook), partial)

@@ -125,7 +125,7 @@ def build(
         (made / MARK).write_text("made by `glassbox site`; replaced by the next\n", encoding="utf-8")
         if runs:
             shutil.copy(runs / notebooks.RUNS, made / notebooks.RUNS)
-        for litter in (".buildinfo", ".doctrees", "objects.inv"):
+        for litter in (".buildinfo", ".doctrees", "objects.inv", "_static/webpack-macros.html"):
             path = made / litter
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if out.exists():
@@ -160,12 +160,16 @@ def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], 
         texts |= {f"api/{name}": text for name, text in site_pages.module_indexes(modules).items()}
         texts |= {f"api/{name.replace('.', '/')}.md": site_pages.module_page(name) for name in modules}
     for path in sorted(DOCS.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
+        text = site_notebooks.relinked(path.read_text(encoding="utf-8"), DOCS, "", modules)
         texts[path.name] = site_pages.glossary(text, lessons) if path.stem == "glossary" else text
     texts["reference.md"] = _listed("Reference", _references(texts), "What the pages above rest on.")
     top = ["notebooks/index", "results", "gallery", "features/index", "glossary", "reference"]
-    texts["index.md"] = (source / "index.md").read_text(encoding="utf-8") + _tree(
-        [page for page in top if f"{page}.md" in texts], hidden=True
+    titles = [f"- [{lesson.title}](notebooks/{lesson.name}.ipynb)" for lesson in lessons]
+    listed = "\n".join(["", "## The notebooks", "", *titles, ""])
+    texts["index.md"] = (
+        (source / "index.md").read_text(encoding="utf-8")
+        + listed
+        + _tree([page for page in top if f"{page}.md" in texts], hidden=True)
     )
     for name, text in texts.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)

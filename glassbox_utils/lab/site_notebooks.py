@@ -104,10 +104,10 @@ def alt_of(output: Any, section: str) -> str:
 def page(lesson: Lesson, modules: Iterable[str]) -> Any:
     """A copy of the notebook for the site. ``modules``: which have a page of their own (``core.text``)."""
     notebook = nbformat.from_dict(lesson.notebook)
-    known, interactive = set(modules), False
+    interactive = False
     for cell, section in zip(notebook.cells, sections(notebook), strict=True):
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(lambda found: relinked(found, known), cell.source)
+            cell.source = relinked(cell.source, ROOT / "notebooks", "../", modules)
             continue
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -121,7 +121,7 @@ def page(lesson: Lesson, modules: Iterable[str]) -> Any:
     first = next((c for c in notebook.cells if c.cell_type == "markdown"), None)
     if first is not None:
         link = f"{{download}}`The notebook <{lesson.name}.ipynb>` opens in Jupyter."
-        note = f"\n\n:::{{note}}\n{lesson.origin} {link}\n:::\n"
+        note = f"\n\n:::{{admonition}} Where the outputs come from\n{lesson.origin} {link}\n:::\n"
         head, _, rest = first.source.partition("\n")
         first.source = head + note + rest
     if interactive:
@@ -129,18 +129,26 @@ def page(lesson: Lesson, modules: Iterable[str]) -> Any:
     return notebook
 
 
-def relinked(found: re.Match[str], modules: set[str]) -> str:
-    """A link to a file of the repository as one to its page; as plain text if the site has none."""
-    to, _, anchor = found["to"].partition("#")
-    path = (ROOT / "notebooks" / to).resolve()
-    place = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
-    end = f"#{anchor}" if anchor else ""
-    if place.startswith("notebooks/") or (place.startswith("docs/") and place.endswith(".md")):
-        return f"[{found['text']}]({'' if place.startswith('notebooks/') else '../'}{path.name}{end})"
-    module = place.removeprefix("glassbox_utils/").removesuffix(".py").replace("/", ".")
-    if place.startswith("glassbox_utils/") and module in modules:
-        return f"[{found['text']}](../api/{module.replace('.', '/')}.md)"
-    return f"{found['text']} (`{place or found['to']}`)"
+def relinked(text: str, base: Path, up: str, modules: Iterable[str]) -> str:
+    """Markdown whose links to files of the repository lead to their pages; plain text where the site has none.
+
+    ``base``: folder that the links start from; ``up``: from the page to the top of the site, such as ``../``.
+    """
+    known = set(modules)
+
+    def page_of(found: re.Match[str]) -> str:
+        to, _, anchor = found["to"].partition("#")
+        path = (base / to).resolve()
+        place = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
+        end = f"#{anchor}" if anchor else ""
+        if re.fullmatch(r"docs/[^/]+\.md|notebooks/[^/]+\.ipynb", place):
+            return f"[{found['text']}]({up}{place.removeprefix('docs/')}{end})"
+        module = place.removeprefix("glassbox_utils/").removesuffix(".py").replace("/", ".")
+        if place.startswith("glassbox_utils/") and module in known:
+            return f"[{found['text']}]({up}api/{module.replace('.', '/')}.md)"
+        return f"{found['text']} (`{place or found['to']}`)"
+
+    return LINK.sub(page_of, text)
 
 
 def accessible(markup: str, section: str, is_ladder: bool = False) -> str:

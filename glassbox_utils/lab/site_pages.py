@@ -43,26 +43,24 @@ def results(lessons: Sequence[Lesson]) -> str:
     for lesson in lessons:
         if rows := lesson.findings:
             link = f"notebooks/{lesson.name}.html#findings"
-            lines += [f"## {lesson.title}", "", _findings(rows, link, lesson.title), ""]
+            source = f"Measured in [{lesson.name}](notebooks/{lesson.name}.ipynb); each claim leads to its ladder."
+            lines += [f"## {lesson.title}", "", source, "", _findings(rows, link, lesson.title), ""]
     return "\n".join(lines)
 
 
 def _findings(rows: Iterable[Mapping[str, Any]], link: str, title: str) -> str:
-    columns = ("verdict", "rung", "claim", "effect", "95 % interval", "resampled", "control", "p", "notebook")
-    number = re.match(r"\d+", title)
-    short = number[0] if number else title
+    columns = ("verdict", "rung", "claim", "effect", "95 % interval", "resampled", "control", "p")
     body = []
     for f in rows:
         cells = [
             f'<span class="verdict {f["verdict"].replace(" ", "-")}">{html.escape(f["verdict"])}</span>',
             f"{f['rung']} {RUNGS[f['rung']]}",
-            html.escape(f["claim"]),
+            f'<a href="{link}">{html.escape(f["claim"])}</a>',
             f"{f['effect']:.2f}",
             f"{f['ci'][0]:.2f} to {f['ci'][1]:.2f}",
             html.escape(f"{f['n']} {f['unit']}"),
             html.escape(_control(f["control"])),
             html.escape(f.get("p") or ""),
-            f'<a href="{link}">{html.escape(short)}</a>',
         ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     return _table(f"Findings of {title}", columns, body, "findings")
@@ -229,7 +227,7 @@ def _mentions(lessons: Sequence[Lesson]) -> list[tuple[Lesson, str, str]]:
 
 def _back_links(term: str, used: Sequence[tuple[Lesson, str, str]]) -> str:
     plain = re.sub(r"[`*_]", "", term)
-    names = [n for n in (x.strip() for x in re.split(r"[,/()]", plain)) if len(n) > 1]
+    names = [n for n in (x.strip() for x in re.split(r"[/()]", plain)) if len(n) > 1]
     anchor = slug(plain)
     linked = [(lesson, section) for lesson, section, source in used if f"glossary.md#{anchor})" in source]
     if not linked and names:
