@@ -36,7 +36,7 @@ run: assets  ## run the notebooks on the model and write web pages to build/site
 	$(BIN)/glassbox run $(NOTEBOOK) --model "$(MODEL)" --site $(SITE)
 
 lab: assets  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks --KernelManager.transport_encryption=auto
 
 lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/ruff check .
