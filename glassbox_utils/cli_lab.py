@@ -1,9 +1,32 @@
-"""The commands for a room of readers: workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
+"""The commands for readers: site, workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from glassbox_utils.cli_arguments import seed, text
+from glassbox_utils.cli_arguments import seed, steps, text
+
+
+def _site(args: argparse.Namespace) -> int:
+    import sys
+
+    from glassbox_utils.core import models
+    from glassbox_utils.lab import site, site_features
+
+    site.check_tools()
+    site.check_modules(args.module)
+    site.check_target(Path(args.out))
+    runs = Path(args.runs) if args.runs else None
+    lessons = site.lessons_of(runs)
+    pages = {}
+    if args.features and site.of_embedded(lessons):
+        pages = site_features.pages(models.load_model(), args.features)
+    first, warnings = site.build(Path(args.out), runs, args.module, pages)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    about = site.summary(first.parent)
+    print(f"{about['pages']} pages, {about['megabytes']} MB. Open {first}")
+    return 0
 
 
 def _workshop(args: argparse.Namespace) -> int:
@@ -39,17 +62,14 @@ def _officer() -> Any:
         for kind in found:
             texts, history = study.held_out(kind)
             scores = loans.decide_texts(model, texts)
-            now[f"agreement, {kind}"] = sum((s > 0) == h for s, h in zip(scores.tolist(), history, strict=True)) / len(
-                texts
-            )
+            agree = sum((s > 0) == h for s, h in zip(scores.tolist(), history, strict=True))
+            now[f"agreement, {kind}"] = agree / len(texts)
         return now
 
     return Source("officer", numbers, compute)
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from glassbox_utils.core.files import check_output
     from glassbox_utils.lab import reproduce
 
@@ -63,9 +83,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     rows = []
     for source in chosen:
         done = reproduce.kept(out / "rows.json", source) if args.go_on else None
-        print(
-            f"{source.name}: {len(source.numbers)} numbers" + (", kept from an earlier run" if done else ""), flush=True
-        )
+        print(f"{source.name}: {len(source.numbers)} numbers{', kept from an earlier run' if done else ''}", flush=True)
         done = done or reproduce.compute(source)
         reproduce.keep(out / "rows.json", source, done)
         rows += done
@@ -79,11 +97,11 @@ def _reproduce(args: argparse.Namespace) -> int:
 def _kit(args: argparse.Namespace) -> int:
     import tempfile
     import time
-    from pathlib import Path
 
     from glassbox_utils.core.files import check_output
-    from glassbox_utils.lab import kit
+    from glassbox_utils.lab import kit, notebooks
 
+    notebooks.find([args.notebook])
     target, start = Path(check_output(args.out, "--out")), time.perf_counter()
     if not (args.check_only and target.exists()):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +130,7 @@ def _compat(args: argparse.Namespace) -> int:
         for versions in args.versions:
             row = compat.try_one(python, versions, args.notebook, where)
             compat.write(compat.merged(compat.read(), row))
-            print(
-                f"Python {row.python}, {versions}: installed: {row.installed}; {row.suite}; {row.notebooks}", flush=True
-            )
+            print(f"Python {row.python}, {versions}: {row.installed}; {row.suite}; {row.notebooks}", flush=True)
             bad += row.installed != "yes" or "failed" in row.suite or any(" s" not in x for x in row.notebooks.values())
     print(f"Table: {compat.PAGE}")
     return int(bad > 0)
@@ -122,6 +138,13 @@ def _compat(args: argparse.Namespace) -> int:
 
 def add_to(commands: Any) -> None:
     """Register the sub-commands of this file."""
+    p = commands.add_parser("site", help="the executed notebooks as one static site with search")
+    p.add_argument("--runs", type=text, help="the --site of a `glassbox run`; without: the committed outputs")
+    p.add_argument("--out", type=text, default="build/site", help="the folder to write, replaced as a whole")
+    p.add_argument("--features", type=steps, metavar="N", help="pages of N features of each shipped SAE (minutes)")
+    p.add_argument("--module", type=text, nargs="+", default=(), help="API pages of these only, such as core.text")
+    p.set_defaults(function=_site)
+
     p = commands.add_parser("workshop", help="student copies, an instructor's course folder and slides")
     p.add_argument("notebook", type=text, nargs="*", help="numbers or names; all without")
     p.add_argument("--out", type=text, default="build/workshop", help="the folder to write")

@@ -91,6 +91,12 @@ COMMANDS = [
     *(f"run 05 --site {site}" for site in ("there.txt", "there.txt/site", "/proc/site", "z" * 300)),
     *(f"run 05 --site sites/{site}" for site in ("empty", "list", "entry", "half", "deep", "binary", "folder")),
     *(f"train-loans x --bias age --folder {folder}" for folder in ("there.txt", "/proc/x", "w" * 300)),
+    *(f"site --out {out}" for out in ("there.txt", "empty", "/proc/site", "''", "v" * 300)),
+    *(f"site --out s --runs {runs}" for runs in ("nosuch", "there.txt", "empty", "sites/empty", "sites/half", "''")),
+    *(f"site --out s {more}" for more in ("--features 0", "--features many", "--module nosuch", "--module ''")),
+    "workshop 99", "workshop nosuch", "workshop --out there.txt", "workshop --out ''", "reproduce nosuch",
+    "reproduce --quick --seed -1", "reproduce readme --out there.txt", "kit --out empty", "kit --notebook 99",
+    "kit --out there.txt/kit.zip", "compat --python nosuch", "compat --notebook 99", "compat --versions oldest",
     # applicants
     *(f"explain --applicant {name}.json" for name in (
         "nosuch", "empty", "list", "null", "cut", "binary", "utf16", "deep", "number", "fields", "nul")),

@@ -15,11 +15,14 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCK = {
-    canonicalize_name(line.split("==")[0]): line.split("==")[1]
-    for line in (ROOT / "requirements.lock").read_text().splitlines()
-    if line and not line.startswith("#")
-}
+LOCK, MORE = (
+    {
+        canonicalize_name(line.split("==")[0]): line.split("==")[1]
+        for line in (ROOT / name).read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    for name in ("requirements.lock", "requirements-more.lock")
+)
 
 
 @pytest.mark.parametrize("wanted", PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"])
@@ -28,6 +31,12 @@ def test_the_lock_satisfies_pyproject(wanted):
     name = canonicalize_name(requirement.name)
     assert name in LOCK, f"{name} is missing from requirements.lock"
     assert requirement.specifier.contains(LOCK[name], prereleases=True)
+
+
+def test_the_second_lock_satisfies_the_extra_and_contradicts_nothing():
+    for wanted in map(Requirement, PROJECT["project"]["optional-dependencies"]["more"]):
+        assert wanted.specifier.contains(MORE[canonicalize_name(wanted.name)], prereleases=True)
+    assert not MORE.keys() & LOCK.keys()
 
 
 def test_the_lock_is_what_is_installed():

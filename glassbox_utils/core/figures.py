@@ -10,6 +10,7 @@ import base64
 import functools
 import gzip
 import html
+import importlib
 import io
 import itertools
 import json
@@ -99,7 +100,43 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
     formatters["text/plain"].for_type(
         RenderedHTML, lambda fig, printer, cycle: printer.text(f"<circuitsvis {spec(fig)['element']}>")
     )
+    _describe_plots(formatters["image/png"])
     display(HTML(loader_html()))
+
+
+def _describe_plots(formatter: Any) -> None:
+    """Every plot of the notebook takes its description along, as the ``alt`` of its output's metadata."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    if "inline" in plt.get_backend():  # the notebook's backend registers its printer when it is first imported
+        importlib.import_module("matplotlib_inline.backend_inline")
+    draw = formatter.for_type(Figure)
+    if draw is None or getattr(draw, "describes", False):
+        return
+
+    def described(figure: Any) -> Any:
+        png = draw(figure)
+        return (png, {"alt": alt_text(figure)}) if isinstance(png, str | bytes) else png
+
+    described.describes = True  # type: ignore[attr-defined]
+    formatter.for_type(Figure, described)
+
+
+def alt_text(figure: Any) -> str:
+    """A plot in words, for those who do not see it: its titles, what its axes measure, what its lines are called."""
+    axes = [axis for axis in figure.axes if axis.axison]
+    titles = [figure.get_suptitle(), *(axis.get_title(loc) for axis in axes for loc in ("left", "center", "right"))]
+    parts = {
+        "": titles,
+        "across: ": [axis.get_xlabel() for axis in axes],
+        "up: ": [axis.get_ylabel() for axis in axes],
+        "lines: ": [words for axis in axes for words in axis.get_legend_handles_labels()[1]],
+    }
+    said = [
+        name + ", ".join(dict.fromkeys(x for x in words if x.strip())) for name, words in parts.items() if any(words)
+    ]
+    return " ".join("; ".join(said).split()) or "A plot without a title."
 
 
 def spec(figure: Any) -> dict[str, Any]:

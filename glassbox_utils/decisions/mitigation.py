@@ -363,7 +363,7 @@ def setting(model: Model, edits: Edit | Sequence[Edit]) -> Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting does to decisions. Points are percentage points of the approval rate, gaps are |better - worse|
+    """What a setting does to decisions. Points are percentage points of the approval rate, gaps are better minus worse
     within identical applicants."""
 
     gap: Interval

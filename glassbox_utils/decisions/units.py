@@ -131,7 +131,7 @@ def check_units(space: Space, units: Sequence[Unit]) -> dict[int, list[int]]:
 
 
 def read(space: Space, x: Float[Tensor, "*place d"], index: Sequence[int] | None = None) -> Tensor:
-    """Values [*place, unit, width] of all units (or some) at a site, in what they write to it."""
+    """Values ``[*place, unit, width]`` of all units (or some) at a site, in what they write to it."""
     if space.sae is not None:
         values = (coding.encode(space.sae, x) * coding.gain(space.sae, x))[..., None]
     else:

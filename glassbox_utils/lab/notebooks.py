@@ -301,6 +301,11 @@ def to_html(notebook: Any) -> str:
     return body.replace("</body>", figures.loader_html() + "</body>")
 
 
+def executed_path(target: Path, name: str) -> Path:
+    """Where ``build_site`` keeps the executed notebook of a page, for ``glassbox site``."""
+    return target / "executed" / f"{name}.ipynb"
+
+
 def runs_of(target: Path) -> dict[str, dict[str, Any]]:
     """What a folder of pages says about its runs, by notebook; empty if it has none. NotebookError if it is broken."""
     path = target / RUNS
@@ -338,9 +343,9 @@ def build_site(
     failed = []
     for path in chosen:
         stamp = _stamp(path, wanted, subject)
-        page = target / f"{path.stem}.html"
+        page, kept = target / f"{path.stem}.html", executed_path(target, path.stem)
         before = runs.get(path.stem, {})
-        if page.exists() and before.get("stamp") == stamp and "stopped" not in before:
+        if page.exists() and kept.exists() and before.get("stamp") == stamp and "stopped" not in before:
             print(f"{path.stem}: unchanged, {page}")
             continue
         stopped = {}
@@ -352,6 +357,9 @@ def build_site(
             failed.append(str(error))
         with files.atomic_path(page) as partial:
             partial.write_text(to_html(notebook), encoding="utf-8")
+        kept.parent.mkdir(exist_ok=True)
+        with files.atomic_path(kept) as partial:
+            nbformat.write(normalise(notebook), partial)
         runs[path.stem] = {
             "stamp": stamp,
             "seconds": round(seconds, 1),

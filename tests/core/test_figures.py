@@ -101,3 +101,15 @@ def test_every_plot_draws():
     ):
         figure.canvas.draw()
         assert np.asarray(figure.canvas.buffer_rgba()).std() > 0
+
+
+def test_a_plot_says_what_it_shows_to_those_who_do_not_see_it():
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    assert figures.alt_text(figure) == "A plot without a title."
+    axis.plot([1, 2], label="a line")
+    axis.set_title("One goes\nup", loc="left")
+    axis.set(xlabel="time (s)", ylabel="nats")
+    assert figures.alt_text(figure) == "One goes up; across: time (s); up: nats; lines: a line"
+    plt.close(figure)

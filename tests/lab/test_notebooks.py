@@ -145,6 +145,7 @@ def test_the_site_is_built_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
     (first,) = notebooks.build_site(tmp_path / "site")
     assert "2.33" in (tmp_path / "site" / first.page).read_text()
+    assert "2.33" in notebooks.executed_path(tmp_path / "site", "07_small").read_text()
     capsys.readouterr()
     notebooks.build_site(tmp_path / "site")
     assert "unchanged" in capsys.readouterr().out
