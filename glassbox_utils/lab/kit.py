@@ -68,7 +68,7 @@ LOCKS = ("requirements.lock", "requirements-more.lock")
 
 
 def wheels(folder: Path, locks: Sequence[Path]) -> list[Path]:
-    """All of the locks as wheels in ``folder``, for this machine; what is there is kept. KitError gives pip's reason."""
+    """The locks as wheels in ``folder``, for this machine; what is there is kept. KitError gives pip's reason."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--find-links", str(folder), "--wheel-dir", str(folder)]
     command += [part for lock in locks for part in ("--requirement", str(lock))]
