@@ -36,7 +36,7 @@ assets: $(DONE)  ## fetch and prepare the embedded model (93 MB, once)
 
 # what the site is built with; nothing else needs it
 $(MORE): requirements-more.lock $(DONE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --progress-bar on -r requirements-more.lock
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --progress-bar on -r requirements-more.lock
 	@touch $@
 
 run: assets $(MORE)  ## run the notebooks on the model and write the site of what they found to build/site
@@ -47,7 +47,7 @@ site: assets $(MORE)  ## the same site of the outputs that the repository ships,
 	$(BIN)/glassbox site --out $(SITE) --features 24
 
 lab: assets  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks --KernelManager.transport_encryption=auto
 
 lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/ruff check .

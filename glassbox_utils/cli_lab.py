@@ -1,4 +1,4 @@
-"""The commands for a room of readers: site, workshop, reproduce, kit. As in ``cli``, each is a short function."""
+"""The commands for readers: site, workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
 
 import argparse
 from pathlib import Path
@@ -62,9 +62,8 @@ def _officer() -> Any:
         for kind in found:
             texts, history = study.held_out(kind)
             scores = loans.decide_texts(model, texts)
-            now[f"agreement, {kind}"] = sum((s > 0) == h for s, h in zip(scores.tolist(), history, strict=True)) / len(
-                texts
-            )
+            agree = sum((s > 0) == h for s, h in zip(scores.tolist(), history, strict=True))
+            now[f"agreement, {kind}"] = agree / len(texts)
         return now
 
     return Source("officer", numbers, compute)
@@ -84,9 +83,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     rows = []
     for source in chosen:
         done = reproduce.kept(out / "rows.json", source) if args.go_on else None
-        print(
-            f"{source.name}: {len(source.numbers)} numbers" + (", kept from an earlier run" if done else ""), flush=True
-        )
+        print(f"{source.name}: {len(source.numbers)} numbers{', kept from an earlier run' if done else ''}", flush=True)
         done = done or reproduce.compute(source)
         reproduce.keep(out / "rows.json", source, done)
         rows += done
@@ -102,8 +99,9 @@ def _kit(args: argparse.Namespace) -> int:
     import time
 
     from glassbox_utils.core.files import check_output
-    from glassbox_utils.lab import kit
+    from glassbox_utils.lab import kit, notebooks
 
+    notebooks.find([args.notebook])
     target, start = Path(check_output(args.out, "--out")), time.perf_counter()
     if not (args.check_only and target.exists()):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +130,7 @@ def _compat(args: argparse.Namespace) -> int:
         for versions in args.versions:
             row = compat.try_one(python, versions, args.notebook, where)
             compat.write(compat.merged(compat.read(), row))
-            print(
-                f"Python {row.python}, {versions}: installed: {row.installed}; {row.suite}; {row.notebooks}", flush=True
-            )
+            print(f"Python {row.python}, {versions}: {row.installed}; {row.suite}; {row.notebooks}", flush=True)
             bad += row.installed != "yes" or "failed" in row.suite or any(" s" not in x for x in row.notebooks.values())
     print(f"Table: {compat.PAGE}")
     return int(bad > 0)

@@ -94,6 +94,9 @@ COMMANDS = [
     *(f"site --out {out}" for out in ("there.txt", "empty", "/proc/site", "''", "v" * 300)),
     *(f"site --out s --runs {runs}" for runs in ("nosuch", "there.txt", "empty", "sites/empty", "sites/half", "''")),
     *(f"site --out s {more}" for more in ("--features 0", "--features many", "--module nosuch", "--module ''")),
+    "workshop 99", "workshop nosuch", "workshop --out there.txt", "workshop --out ''", "reproduce nosuch",
+    "reproduce --quick --seed -1", "reproduce readme --out there.txt", "kit --out empty", "kit --notebook 99",
+    "kit --out there.txt/kit.zip", "compat --python nosuch", "compat --notebook 99", "compat --versions oldest",
     # applicants
     *(f"explain --applicant {name}.json" for name in (
         "nosuch", "empty", "list", "null", "cut", "binary", "utf16", "deep", "number", "fields", "nul")),

@@ -1,7 +1,7 @@
 """One archive from which a machine without any network installs and runs: wheels, model, texts, notebooks, site.
 
 It fits machines like the one it was made on (Python, system, processor), which ``install.py`` checks. The wheels are
-those of ``requirements.lock``, as pip finds or builds them here.
+those of ``requirements.lock`` and ``requirements-more.lock``, as pip finds or builds them here.
 """
 
 import json
@@ -64,15 +64,20 @@ def tracked(root: Path = ROOT) -> list[Path]:
     return sorted(p for p in every if not skip & set(p.parts) and not any(x.endswith(".egg-info") for x in p.parts))
 
 
-def wheels(folder: Path, lock: Path = ROOT / "requirements.lock") -> list[Path]:
-    """All of the lock as wheels in ``folder``, for this machine; what is there is kept. KitError says what pip says."""
+LOCKS = ("requirements.lock", "requirements-more.lock")
+
+
+def wheels(folder: Path, locks: Sequence[Path]) -> list[Path]:
+    """The locks as wheels in ``folder``, for this machine; what is there is kept. KitError gives pip's reason."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--find-links", str(folder), "--wheel-dir", str(folder), "--requirement", str(lock)]
+    command += ["--find-links", str(folder), "--wheel-dir", str(folder)]
+    command += [part for lock in locks for part in ("--requirement", str(lock))]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         words = [line for line in (done.stderr or done.stdout).splitlines() if not line.startswith("WARNING")]
+        names, reason = " and ".join(lock.name for lock in locks), words[-1].strip() if words else "pip gave none"
         raise KitError(
-            f"The wheels of {lock.name} can't be collected: {words[-1].strip() if words else 'pip gave no reason'}. "
+            f"The wheels of {names} can't be collected: {reason}. "
             "A network that reaches PyPI is needed once; run the command again, finished wheels are kept."
         )
     return sorted(folder.glob("*.whl"))
@@ -86,17 +91,15 @@ def downloads(left_out: Sequence[str] = LEFT_OUT) -> list[Path]:
 def build(target: Path, site: Path | None = None, work: Path | None = None, **parts: Any) -> Path:
     """Write the archive (.zip); ``site`` goes in if it is a built one. Wheels are collected in ``work``.
 
-    ``parts`` replaces what is collected, for tests: ``lock`` (a file), ``packages`` (archives of the cache),
-    ``root`` (the project).
+    ``parts`` replaces what is collected, for tests: ``packages`` (archives of the cache), ``root`` (the project).
     """
-    root, lock = parts.get("root", ROOT), parts.get("lock", ROOT / "requirements.lock")
+    root = parts.get("root", ROOT)
+    locks = [root / name for name in LOCKS if (root / name).exists()]
     packages = parts["packages"] if "packages" in parts else downloads()
     with tempfile.TemporaryDirectory() as scratch:
-        found = wheels(work or Path(scratch), lock)
-        names = _wanted(found, lock)
+        names = _wanted(wheels(work or Path(scratch), locks), locks)
         inside: list[tuple[Path, str]] = [(root / p, f"glassbox/{p.as_posix()}") for p in tracked(root)]
-        inside = [pair for pair in inside if pair[1] != "glassbox/requirements.lock"]
-        inside += [(lock, "glassbox/requirements.lock"), (Path(kit_install.__file__), "install.py")]
+        inside.append((Path(kit_install.__file__), "install.py"))
         inside += [(p, f"wheels/{p.name}") for p in names] + [(p, f"cache/packages/{p.name}") for p in packages]
         if site is not None and (site / "index.html").exists():
             inside += [(p, f"site/{p.relative_to(site).as_posix()}") for p in sorted(site.rglob("*")) if p.is_file()]
@@ -114,10 +117,11 @@ def build(target: Path, site: Path | None = None, work: Path | None = None, **pa
     return target
 
 
-def _wanted(found: Sequence[Path], lock: Path) -> list[Path]:
-    """Wheels of the lock's versions, and of packages that the lock does not name (a system's own, such as CUDA's):
+def _wanted(found: Sequence[Path], locks: Sequence[Path]) -> list[Path]:
+    """Wheels of the locks' versions, and of packages that they do not name (a system's own, such as CUDA's):
     a folder that is used again may hold those of an earlier lock too."""
-    pairs = [line.split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line]
+    lines = [line for lock in locks for line in lock.read_text(encoding="utf-8").splitlines()]
+    pairs = [line.split("==") for line in lines if "==" in line]
     pinned = {_plain(name): version.split(";")[0].strip() for name, version in pairs}
     kept = []
     for path in found:

@@ -51,7 +51,8 @@ def main() -> None:
         call(sys.executable, "-m", "venv", venv)
     print("2 of 3: packages, from the wheels of the kit (minutes)", flush=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--no-index"]
-    call(*pip, "--find-links", here / "wheels", "-r", home / "requirements.lock")
+    locks = [home / name for name in ("requirements.lock", "requirements-more.lock") if (home / name).exists()]
+    call(*pip, "--find-links", here / "wheels", *(part for lock in locks for part in ("-r", lock)))
     call(*pip, "--no-deps", "--no-build-isolation", "--editable", home)
     where = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True

@@ -211,8 +211,13 @@ def _notes_text(exercise: Exercise, notes: Notes) -> str:
 
 # --- slides ----------------------------------------------------------------------------------------------------
 
-SCROLL = "<style>.reveal .slides section section { max-height: 95vh; overflow-y: auto; }</style>"
-"""nbconvert's own way would need jQuery"""
+LOOKS = """<style>
+.reveal .slides section section { max-height: 700px; overflow-y: auto; }
+.reveal h1, .reveal h2, .reveal h3 { text-transform: none; font-size: 1.5em; }
+.reveal .jp-OutputArea img { max-height: 560px; max-width: 100%; width: auto; height: auto; object-fit: contain; }
+.reveal pre { white-space: pre-wrap; }
+</style>"""
+"""a slide scrolls where it is too long (nbconvert's own way would need jQuery), and a picture fits on it"""
 LONGEST = 90
 """words that a slide shows of one text; the whole text is in its notes (press S)"""
 
@@ -233,7 +238,7 @@ def slides_of(notebook: Any, name: str) -> str:
     body = re.sub(
         r"<script[^>]*>(?:(?!</script>)[\s\S])*?(?:import mermaid|MathJax\.Hub\.Config)[\s\S]*?</script>", "", body
     )
-    return body.replace("</body>", f"{SCROLL}{figures.loader_html()}</body>")
+    return body.replace("</body>", f"{LOOKS}{figures.loader_html()}</body>")
 
 
 def _slides(pieces: Sequence[Piece]) -> Iterable[Any]:
@@ -247,11 +252,11 @@ def _slides(pieces: Sequence[Piece]) -> Iterable[Any]:
             continue
         if cell.cell_type == "code":
             picture = any("image/png" in o.get("data", {}) for o in cell.outputs)
-            short = cell.source.count("\n") < 10
-            if not picture and not short:
+            lines, preparing = cell.source.count("\n") + 1, "gb.setup(" in cell.source
+            if preparing or "parameters" in cell.metadata.get("tags", []) or (not picture and lines > 10):
                 continue
             kind = "subslide" if picture else "-"
-            if picture and not short:
+            if picture and lines > 4:  # the picture is what is shown
                 cell.source = ""
                 cell.outputs = [o for o in cell.outputs if "image/png" in o.get("data", {})][:1]
             cell.metadata = nbformat.from_dict({"slideshow": {"slide_type": kind}})

@@ -54,14 +54,14 @@ def test_another_machine_is_refused_in_words():
 def test_wheels_of_an_earlier_lock_stay_out(tmp_path):
     found = [a_wheel(tmp_path, "tiny_thing", v) for v in ("1.0", "0.9")] + [a_wheel(tmp_path, "cuda_thing", "3.0")]
     (tmp_path / "lock").write_text("# words\ntiny-thing==1.0\n")
-    assert {p.name.split("-")[0:2][1] for p in kit._wanted(found, tmp_path / "lock")} == {"1.0", "3.0"}
+    assert {p.name.split("-")[0:2][1] for p in kit._wanted(found, [tmp_path / "lock"])} == {"1.0", "3.0"}
 
 
 def test_a_lock_that_nobody_has_is_said_in_one_paragraph(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "lock").write_text("no-such-thing-anywhere==1.0\n")
     with pytest.raises(KitError, match=r"No matching distribution.*finished wheels are kept"):
-        kit.wheels(tmp_path / "w", tmp_path / "lock")
+        kit.wheels(tmp_path / "w", [tmp_path / "lock"])
 
 
 def small_kit(tmp_path, monkeypatch):
@@ -73,8 +73,8 @@ def small_kit(tmp_path, monkeypatch):
     a_wheel(work)
     (root / "pyproject.toml").write_text("[project]\nname = 'nothing'\nversion = '1'\n")
     (site / "index.html").write_text("a site")
-    (tmp_path / "lock").write_text("tiny-thing==1.0\n")
-    archive = kit.build(tmp_path / "kit.zip", site, work, lock=tmp_path / "lock", root=root, packages=[])
+    (root / "requirements.lock").write_text("tiny-thing==1.0\n")
+    archive = kit.build(tmp_path / "kit.zip", site, work, root=root, packages=[])
     return archive, work
 
 

@@ -56,6 +56,12 @@ def test_the_readmes_times_are_read():
     assert reproduce.uncovered("In 2024, 3 of 7 `9`\n```\n11\n```", []) == 3
 
 
+def test_the_readmes_facts_hold(tmp_path, capsys):
+    """The command on what it can compute in seconds: the reduced size that every test run does."""
+    assert cli.main(["reproduce", "readme", "--out", str(tmp_path)]) == 0
+    assert "| heads of the embedded model | 270 | 270 | ± 0 |" in capsys.readouterr().out
+
+
 def fakes(n=12):
     return [Source(f"s{i}", (Number("w", f"x{i}", float(i), 0.1),), lambda i=i: {f"x{i}": float(i)}) for i in range(n)]
 
