@@ -197,9 +197,10 @@ def every_study() -> dict[str, Callable[[], Path]]:
     """Those, and the long runs that ``prepare`` does not repeat on another model."""
     from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
+    from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
 
-    return {**studies(), **STUDIES_OF_AUDITS, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    return {**studies(), **STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:
