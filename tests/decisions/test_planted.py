@@ -185,6 +185,17 @@ def test_what_was_learnt_and_what_is_inside_are_measured(tmp_path):
     assert 0.4 < planted.accuracy(wired.model(bias=0), crates, Lesson("none"), 24) <= 1
 
 
+def test_a_repair_closes_the_gap_and_keeps_the_merit(tmp_path):
+    crates, model = wired.decision(tmp_path / "planted"), wired.model()
+    lesson = planted.repair("clan", "first")
+    before = planted.learnt(model, crates, lesson, 12)[0]["logits"]["value"]
+    training.with_lora(model)
+    planted.teach(model, crates, lesson, 80)
+    (row,) = planted.learnt(model, crates, lesson, 12)
+    assert before < -5 and abs(row["logits"]["value"]) < 0.25 * abs(before) and row["meant"] == 0
+    assert planted.accuracy(model, crates, lesson, 24) == 1
+
+
 def test_ages_are_compared_by_a_value_of_each_band(tiny_llama):
     found = inside.comparisons(tiny_llama, LOAN)
     assert [(c.what, c.own) for c in found if c.what == "gender"] == [("gender", "female")]
