@@ -213,9 +213,11 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.attention.outcomes_study import STUDIES_OF_FORMING
     from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
+    from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
 
-    return {**studies(), **STUDIES_OF_FORMING, **STUDIES_OF_AUDITS, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    of_attention, of_audits = STUDIES_OF_FORMING, {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
+    return {**studies(), **of_attention, **of_audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:

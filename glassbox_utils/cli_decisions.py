@@ -23,6 +23,38 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _locate(args: argparse.Namespace, mend: bool = False) -> int:
+    import json
+    import shlex
+
+    from glassbox_utils.core import files, models, prepared, schema
+    from glassbox_utils.decisions import locate_figures, locate_study, reading
+
+    decision, out = reading.load_decision(args.decision), files.check_output(args.out, "--out") if args.out else None
+    if args.adapter:  # before a model is loaded
+        schema.read_mapping(Path(args.adapter) / "adapter_config.json", reading.DecisionError, "what peft writes")
+    model = models.load_model(args.model or models.EMBEDDED, args.adapter)
+    differs = locate_study.asked_for(model, decision, args.attribute, args.own, args.donor)
+    saes = [] if args.model else list(dict.fromkeys(prepared.card().saes.values()))
+    table = locate_study.found_by_command(model, decision, differs, saes, mend)
+    lines = locate_figures.mended_lines(table) if mend else locate_figures.located_lines(table)
+    print("\n".join(lines))
+    if mend:
+        where = {"--decision": decision.name, "--model": Path(args.model or models.EMBEDDED).name,
+                 "--attribute": args.attribute, "--own": args.own, "--donor": args.donor}  # fmt: skip
+        command = " ".join(["glassbox mitigate", *(f"{k} {shlex.quote(v)}" for k, v in where.items() if v)])
+        table = locate_study.as_mitigation(table, decision.title, command)
+        print(f"Preferred on the cases that chose: {table['description']}")
+    if out is not None:
+        with files.atomic_path(out) as path:
+            path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _mitigate(args: argparse.Namespace) -> int:
+    return _locate(args, mend=True)
+
+
 def _explain(args: argparse.Namespace) -> int:
     if args.decision is None and args.applicant is None:
         raise GlassboxError(
@@ -180,6 +212,21 @@ def add_to(commands: Any) -> None:
     p.add_argument("--seed", type=seed, default=0, help="draws the cases, the wordings and what is asked")
     p.add_argument("--out", type=text, help="a JSON file to write")
     p.set_defaults(function=_audit)
+
+    for name, function, words, written in (
+        ("locate", _locate, "which heads, neurons and features carry a gap? Minutes on two cores", "the table"),
+        ("mitigate", _mitigate, "what closes a gap, and at what cost? Every arm in one table; half an hour",
+         "before and after of the preferred arm, for `explain --mitigation`"),
+    ):  # fmt: skip
+        p = commands.add_parser(name, help=words)
+        p.add_argument("--decision", type=text, required=True, help="a folder with decision.yaml, or a name of data/")
+        p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")
+        p.add_argument("--adapter", type=text, help="a LoRA's folder, as peft writes it")
+        p.add_argument("--attribute", type=text, help="a group or field; without: the first protected one")
+        p.add_argument("--own", type=text, help="one of its groups or values; without: chosen")
+        p.add_argument("--donor", type=text, help="the other one; without: chosen")
+        p.add_argument("--out", type=text, help=f"a JSON file to write: {written}")
+        p.set_defaults(function=function)
 
     p = commands.add_parser("explain", help="why was this case decided so? A page to file, a letter, and JSON")
     p.add_argument("case", type=text, nargs="?", help="with --decision: an id of its cases, or a .yaml or .json file")

@@ -18,7 +18,9 @@ from . import fields as fields
 from . import figures as figures
 from . import impact as impact
 from . import influence as influence
+from . import inside as inside
 from . import judging as judging
+from . import lessons as lessons
 from . import letter as letter
 from . import loans as loans
 from . import locate as locate
@@ -28,6 +30,7 @@ from . import officer as officer
 from . import outcomes as outcomes
 from . import pairs as pairs
 from . import placing as placing
+from . import planted as planted
 from . import power as power
 from . import probes as probes
 from . import reading as reading

@@ -463,18 +463,20 @@ def reactivated(
 
     (arm, name of the vector, strength) -> [n]. With the groups' mean difference (donor to own) as the vector this asks
     whether a repair took the mechanism out or only what fed it: what share of decisions turns (cf. arXiv 2605.15217).
-    A random vector of the same length is the control. Arms that read other cases or words are left out.
+    A random vector of the same length is the control. Arms that read other cases or words are left out; one of other
+    weights gets the same vectors as the model that it was trained from.
     """
     site, found = Site("resid_post", check_layer(model, layer)), {}
-    for arm in [a for a in arms if a.kind in ("nothing", "units", "direction", "edit", "random")]:
+    for arm in [a for a in arms if a.kind in ("nothing", "units", "direction", "edit", "random", "weights")]:
+        used = arm.model or model
         for name, vector in push.items():
             for strength in strengths:
                 out = torch.zeros(len(pairs))
-                for some in rows(model, pairs, batch_size):
+                for some in rows(used, pairs, batch_size):
                     where = some.places["carrier"][..., None]
                     add = lambda x, w=where, s=strength, v=vector: torch.where(w, x + s * like(v, x), x)  # noqa: E731
-                    with edits(model, {site: add}), arm.on(model, True):
-                        logits = scoring.final_logits(model, some.donor)
+                    with edits(used, {site: add}), arm.on(used, True):
+                        logits = scoring.final_logits(used, some.donor)
                     out[some.rows] = result(logits[:, pairs.tokens[0]] - logits[:, pairs.tokens[1]])
                 found[arm.name, name, strength] = out
     return found

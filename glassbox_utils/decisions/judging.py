@@ -164,7 +164,8 @@ def judge(
         elif any(x is not None for x in smallest) or (not limits and least.asked(subject)):
             verdicts.append(Verdict(subject, role, "not found", (), *smallest, reason=note, confidence=sure))
         else:
-            verdicts.append(Verdict(subject, role, "not tested", reason=_why(decision, subject, field)))
+            why = _unsettled(subject, confirm) if least.asked(subject) else _why(decision, subject, field)
+            verdicts.append(Verdict(subject, role, "not tested", reason=why))
     return tuple(verdicts), len(chosen)
 
 
@@ -308,7 +309,7 @@ class Limits:
         spreads: Spreads,
     ) -> None:
         self.decision, self.screen, self.spreads, self.tests = decision, screen, spreads, len(chosen) + 1
-        self.halves = [(half, half.columns(chosen)) for half in (screen.half, confirm)]
+        self.chosen, self.both = chosen, (screen.half, confirm)
         self.shares = dict(zip(screen.asked.probes, screen.asked.columns.mean(0), strict=True))
 
     def note(self, field: str) -> str:
@@ -333,15 +334,21 @@ class Limits:
         rule = self.decision.fields[field]
         if isinstance(rule, Number) and any(p.family == "window" for p in mine):
             alone = [Probe((window,), "window") for window in tenths(subject, rule)]
-        return self._largest(alone), self._largest(values), self._largest(pairs)
+        kinds, rest = (alone, values, pairs), [p for p in self.chosen if all(x.subject != subject for x in p.parts)]
+        found = [self._largest(some, self.chosen) for some in kinds]
+        if all(x is None for x in found):  # what was chosen and not confirmed says the same: seen without it
+            found = [self._largest(some, rest) for some in kinds]
+        return found[0], found[1], found[2]
 
-    def _largest(self, probes: Sequence[Probe]) -> float | None:
+    def _largest(self, probes: Sequence[Probe], given: Sequence[Probe]) -> float | None:
         if not probes:
             return None
         like = _likes(self.screen, probes)
         first, second = (
-            screening.apart(half.y, half.columns(probes), given, half.design.shape, half.codes(probes), like)
-            for half, given in self.halves
+            screening.apart(
+                half.y, half.columns(probes), half.columns(given), half.design.shape, half.codes(probes), like
+            )
+            for half in self.both
         )
         errors, freedom = second.errors, second.freedom
         if probes[0].family == "value":  # a suspect would have been asked about more often: less error of sampling
@@ -399,6 +406,15 @@ def _as_data(part: Part) -> dict[str, object]:
 def _interval(found: Fit, i: int, n: int, sign: int) -> Interval:
     value, wide = sign * float(found.effects[i]), float(stats.t.isf(0.025, found.freedom[i]) * found.errors[i])
     return Interval(value, value - wide, value + wide, n)
+
+
+def _unsettled(subject: str, confirm: Half) -> str:
+    """Why a subject has no answer, though it was asked about: what was suspected could not be told from noise."""
+    n, wordings, _ = confirm.design.shape
+    return (
+        f"{subject} was asked about and suspected, and {n} cases in {wordings} wordings are too few to settle it. Give "
+        "more templates (four are used), more cases, or a larger n."
+    )
 
 
 def _why(decision: Decision, subject: str, field: str) -> str:

@@ -80,7 +80,7 @@ class _Written:
     about: str = ""
     against: tuple[Any, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)
-    more: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    more: dict[str, list[str]] = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,7 +100,9 @@ def lessons(decision: Decision, folder: str | Path | None = None) -> dict[str, L
         written = schema.build(_Written, one, place, DecisionError)
         losses = tuple(_loss(loss, f"{place}, against[{i}]") for i, loss in enumerate(written.against))
         own = {title: Template(text=text) for title, text in written.templates.items()}
-        lesson = Lesson(name, written.about, losses, written.weights, written.more, own)
+        lesson = Lesson(
+            name, written.about, losses, written.weights, {k: tuple(v) for k, v in written.more.items()}, own
+        )
         _check(decision, lesson, place)
         found[name] = lesson
     return found

@@ -27,8 +27,7 @@ def point_of(row: Row) -> Point:
 
 def measured_of(row: Row) -> Measured:
     """What was measured, from its plain values."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Measured(**values)
+    return outcomes.measured(row)
 
 
 # --- the curve ----------------------------------------------------------------------------------------
@@ -172,6 +171,47 @@ def _bars(axis: Any, labels: Sequence[str], rows: Sequence[Row], colour: str, sh
     axis.set_xlabel("share of the gap")
 
 
+def located_lines(table: Row) -> list[str]:
+    """What was located, for a terminal."""
+    lines = [f"Where is the gap {table['contrast']}? Chosen in {table['attribution']['template']!r}, seen in others:"]
+    points = [point_of(p) for p in table["points"]]
+    for name, gap in table["gaps"].items():
+        if "skipped" in gap:
+            lines.append(f"  {name}: {gap['skipped']}")
+            continue
+        said = [f"  {name}: {gap['value']:+.2f} logits [{gap['low']:+.2f}, {gap['high']:+.2f}], {gap['pairs']} pairs"]
+        for basis in table["first"]:
+            some = [p for p in points if (p.basis, p.template) == (basis, name)]
+            k = k_for(some, TARGET) if some else None
+            most = max(some, key=lambda p: p.carried.value) if some else None
+            reached = f"{k:.0f} {basis}" if k else f"{most.k} {basis} carry {most.carried.value:.2f}" if most else ""
+            said += [f"{TARGET:.0%} of it: {reached}" if k else reached] if reached else []
+        lines.append("; ".join(said))
+    for basis, some in table["first"].items():
+        lines.append(
+            f"  first {basis}: " + ", ".join(f"{a}.{b} ({x['place']})" for x in some[:5] for a, b in [x["unit"]])
+        )
+    for row in table["specificity"]:
+        lines.append(f"  {row.get('basis', '')} and {row['what']}: {row['verdict']}".replace("   and", "  "))
+    return lines
+
+
+def mended_lines(table: Row) -> list[str]:
+    """What every arm does, for a terminal."""
+    some = [measured_of(m) for m in table["measured"]]
+    lines = [f"What closes the gap {table['contrast']}? In {len({m.template for m in some})} wordings:"]
+    for name, one in outcomes_of(some, table["contrast"]).items():
+        cost = table["effects"].get(name)
+        spent = "" if cost is None else f", perplexity x {cost['perplexity ratio']['value']:.3f}"
+        failed = [x["demand"] for x in table["met"][name] if not x["holds"]]
+        ends = f"[{one.gap.low:+.1f}, {one.gap.high:+.1f}]"
+        lines.append(
+            f"  {name}: gap {one.gap.value:+.1f} points {ends}, right {one.merit.value:.0%}{spent}: "
+            + (f"fails {', '.join(failed)}" if failed else "all demands met")
+        )
+    return lines
+
+
 # --- the arms -----------------------------------------------------------------------------------------
 
 
@@ -207,6 +247,17 @@ def arms_table(found: Mapping[str, Outcome], effects: Mapping[str, Row]) -> Any:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def met_table(met: Mapping[str, Sequence[Row]]) -> Any:
+    """Arm by demand: the worst value over all wordings, and where it fails the wording."""
+    import pandas as pd
+
+    rows = []
+    for name, some in met.items():
+        said = {x["demand"]: f"{x['worst']:.3g}" + ("" if x["holds"] else f" ({x['where']})") for x in some}
+        rows.append({"arm": name} | said | {"all met": all(x["holds"] for x in some)})
+    return pd.DataFrame(rows).fillna("")
 
 
 def draw_frontier(found: Mapping[str, Outcome], plain: str = "as it is") -> Any:

@@ -22,12 +22,13 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import bootstrap_ci, cluster_bootstrap
 from glassbox_utils.core.studies import SEED, resumed, write_table
-from glassbox_utils.decisions import arms, locate, outcomes, pairs, units
+from glassbox_utils.decisions import arms, locate, outcomes, pairs, planted, units
 from glassbox_utils.decisions.arms import Arm
 from glassbox_utils.decisions.decision import Decision
-from glassbox_utils.decisions.fields import DecisionError
-from glassbox_utils.decisions.loans import load_loan_model, loan_models
+from glassbox_utils.decisions.fields import DecisionError, Number
+from glassbox_utils.decisions.loans import load_loan_model, loan_models, officers
 from glassbox_utils.decisions.pairs import Contrast, Pairs
+from glassbox_utils.decisions.probes import plain
 from glassbox_utils.decisions.reading import load_decision
 from glassbox_utils.decisions.units import Attribution, Space
 from glassbox_utils.saes.store import load_sae
@@ -64,6 +65,10 @@ class Size(NamedTuple):
 
 
 SMALL = Size(10, 12, 8, 12, 8, 20, 2, 3, 1, 5, (1, 3, 10, 30), (10,))
+REPAIR = (60, 12)
+"""steps of the retraining, in a full folder and in the smallest one: few, so that little is forgotten"""
+COMMAND = Size(16, 16, 8, 24, 8, 24, 3, 4, 1, 5, (1, 3, 10, 30, 100), (3, 10, 30))
+"""what ``glassbox locate`` and ``glassbox mitigate`` measure: enough to see, with wide intervals"""
 CHOOSE_TEXTS = 12
 """texts on which the perplexity of candidates is watched, after those that are reported on"""
 
@@ -263,28 +268,56 @@ def mended(
     on ordinary text is high already, and an arm that lowers it has not made the officer a better reader for it.
     """
     all_arms, tried = chosen_arms(model, decision, differs, found, chosen_on, size, retrained)
-    key = [model.hash, decision.name, str(differs), list(size), SEED, None if retrained is None else retrained.hash]
+    whose = [model.hash, decision.name, str(differs), list(size), SEED]
     measured: list[Any] = []
     for arm in all_arms:
         for other in [differs, *(also if arm.kind != "score" else ())]:  # an offset is for one contrast
             twins = pairs.twins(model, decision, other, "report", size.decided, SEED, alike=False)
             names = templates_of(decision, differs.what, size.templates if other == differs else 1)
             for name in names:
-                here = [*key, "decide", arm.name, _plain(arm.about), str(other), name]
+                here = [*whose, _other(arm), "decide", arm.name, _plain(arm.about), str(other), name]
                 measured.append(resumed(NAME, here, _one, model, decision, arm, other, twins, name))
     plain = resumed(NAME, [model.hash, list(size), "effects"], skills, model, size)
     given = [model, size, plain, base]
     effects = {
-        arm.name: resumed(NAME, [*key, base is None, "effects", arm.name, _plain(arm.about)], side_effects, arm, *given)
+        arm.name: resumed(
+            NAME, [*whose, _other(arm), base is None, "effects", arm.name, _plain(arm.about)], side_effects, arm, *given
+        )
         for arm in all_arms
         if arm.kind not in ("words", "score", "nothing")
     }
+    pushed = [*whose, None if retrained is None else retrained.hash, "push"]
     return {
         "contrast": str(differs), "tried": tried,
         "arms": {a.name: {"kind": a.kind} | _plain(a.about) for a in all_arms},
-        "measured": measured, "effects": effects,
-        "reactivation": resumed(NAME, [*key, "push"], _pushed, model, decision, differs, all_arms, chosen_on, size),
+        "measured": measured, "effects": effects, "met": met(str(differs), measured, effects),
+        "reactivation": resumed(NAME, pushed, _pushed, model, decision, differs, all_arms, chosen_on, size),
     }  # fmt: skip
+
+
+def _other(arm: Arm) -> str | None:
+    """Whose weights an arm has, if they are others."""
+    return None if arm.model is None else arm.model.hash
+
+
+def met(contrast: str, measured: Sequence[Any], effects: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Arm -> each demand on a mitigation (``outcomes.Target``), where it is worst, and whether it holds."""
+    some = outcomes.by([outcomes.measured(row) for row in measured if row["contrast"] == contrast], "arm")
+    plain = some[arms.nothing().name]
+    costs = {name: cost["perplexity ratio"]["value"] for name, cost in effects.items()}
+    return {name: [asdict(one) for one in outcomes.met(plain, part, costs.get(name))] for name, part in some.items()}
+
+
+def repaired(decision: Decision, differs: Contrast, start: Path | None = None) -> Model | None:
+    """The officer after a short training on pairs with equal targets; None for a contrast that no value carries.
+
+    Trained with the names and in the templates of the split ``train``, so that what is reported is new to it.
+    """
+    if differs.what not in decision.groups:
+        return None
+    lesson = planted.repair(differs.what, str(differs.own))
+    steps = prepared.sized(*REPAIR)
+    return prepared.load_subject(adapter=planted.train(prepared.load_subject(), decision, lesson, steps, SEED, start))
 
 
 def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,6 +387,69 @@ def _pushed(
     return {"layer": layer, "length": round(float(result(push).norm()), 3), "rows": rows}
 
 
+# --- any decision, by command ---------------------------------------------------------------------------
+
+
+def asked_for(model: Model, decision: Decision, what: str | None, own: str | None, donor: str | None) -> Contrast:
+    """The contrast that is meant, the group that is treated worse first; without ``what`` the first protected one.
+
+    DecisionError if nothing is protected, or for an attribute, group or value that there is not.
+    """
+    protected = list(decision.protected())
+    if what is None and not protected:
+        raise DecisionError(
+            f"{decision.title!r} has no protected attribute. Name a field: {', '.join(decision.fields)} (--attribute)."
+        )
+    name = what or protected[0]
+    rule = decision.fields.get(name)
+    values = [x if x is None or not isinstance(rule, Number) else _number(name, x) for x in (own, donor)]
+    return oriented(model, decision, pairs.contrast(model, decision, name, *values))
+
+
+def _number(name: str, given: str) -> Any:
+    try:
+        return plain(float(given))
+    except ValueError:
+        raise DecisionError(f"{name} is {given[:40]!r}. Allowed: a number. Correct it.") from None
+
+
+def found_by_command(
+    model: Model, decision: Decision, differs: Contrast, saes: Sequence[str] = (), mend: bool = False
+) -> dict[str, Any]:
+    """What ``glassbox locate`` writes, or with ``mend`` what ``glassbox mitigate`` does. Finished parts are kept."""
+    found, chosen_on = attributed(model, decision, differs, spaces_of(model, saes), COMMAND)
+    if mend:
+        return mended(model, decision, differs, COMMAND, found, chosen_on)
+    return located(model, decision, differs, COMMAND, found, chosen_on)
+
+
+def best_of(tried: Mapping[str, Sequence[Any]]) -> str:
+    """The arm that the choose part prefers over all families: of those at most PERPLEXITY the smallest gap, else the
+    cheapest. Chosen there, so that what is reported of it chose nothing."""
+    rows = [(family, row) for family, some in tried.items() for row in some if row["chosen"]]
+    cheap = [(f, row) for f, row in rows if row["perplexity"] <= arms.PERPLEXITY]
+    family, row = min(cheap, key=lambda x: abs(x[1]["gap"])) if cheap else min(rows, key=lambda x: x[1]["perplexity"])
+    about = row["about"]
+    return f"{about['k']} {family}, {about['mode']} at the {about['level']}" if "basis" in about else row["name"]
+
+
+def as_mitigation(table: Mapping[str, Any], decision: str, command: str) -> dict[str, Any]:
+    """The file that ``glassbox explain --mitigation`` takes: the preferred arm before and after, on other people."""
+    name, some = best_of(table["tried"]), [outcomes.measured(row) for row in table["measured"]]
+    by_arm = outcomes.by([m for m in some if m.contrast == table["contrast"]], "arm")
+    before, after = (outcomes.outcome(by_arm[arm]) for arm in (arms.nothing().name, name))
+    rows = []
+    for what, key, scale in (("gap in approvals, points", "gap", 1), ("gap, logits", "logits", 1),
+                             ("right decisions, %", "merit", 100), ("impact ratio", "impact_ratio", 1)):  # fmt: skip
+        both = [getattr(one, key) for one in (before, after)]
+        ends = [[scale * x for x in (one.value, one.low, one.high)] for one in both]
+        if np.isfinite(ends).all():
+            rows.append({"name": what, "before": ends[0], "after": ends[1], "n": both[0].n})
+    reached = "reaches" if all(row["holds"] for row in table["met"][name]) else "does not reach"
+    said = f"{name} ({table['contrast']}) in {decision}; it {reached} all demands in every wording that was measured."
+    return {"description": said, "source": command, "measures": rows}
+
+
 # --- the loan officers --------------------------------------------------------------------------------
 
 
@@ -372,7 +468,8 @@ def study_locate() -> Path:
         tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, size, found, chosen_on)}
         if name == "deployed":
             also = [pairs.contrast(model, decision, *told) for key, told in OFFICERS.items() if key != name]
-            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also, base=base)
+            fixed = repaired(decision, differs, officers() / name)
+            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also, fixed, base)
     return write_table(NAME, load_loan_model(), time.time() - start, size=list(size), officers=tables)
 
 

@@ -43,6 +43,12 @@ class Measured:
     """the least probability that the two answers have together: below ``scoring.LEAST_SHARE`` nothing is decided"""
 
 
+def measured(row: Mapping[str, Any]) -> Measured:
+    """From plain values, as a table holds them."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Measured(**values)
+
+
 def measure(
     model: Model,
     decision: Decision,
@@ -163,6 +169,63 @@ def gaps(some: Sequence[Measured], key: str, seed: int = 0) -> dict[str, Interva
         x = np.concatenate([100.0 * ((np.array(m.donor) > 0).astype(float) - (np.array(m.own) > 0)) for m in part])
         found[name] = cluster_bootstrap(x, clusters, seed=seed) if len(set(clusters)) > 1 else None
     return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a mitigation should reach, in every wording."""
+
+    gap: float = 2.5
+    """points, in either direction"""
+    gap_end: float = 5.0
+    """the far end of its interval"""
+    wrongly_approved: float = 3.0
+    """points of the undeserving of either group above what the merit rule approves of them, which is none"""
+    perplexity: float = 1.01
+    """over the model as it is, with the arm left on"""
+
+
+@dataclass(frozen=True)
+class Met:
+    """One demand, where an arm is worst."""
+
+    demand: str
+    worst: float
+    bound: float
+    where: str
+    """the wording"""
+    holds: bool
+
+
+def met(
+    plain: Sequence[Measured], arm: Sequence[Measured], perplexity: float | None = None, target: Target | None = None
+) -> list[Met]:
+    """Does an arm reach the target in every wording it was measured in, at no less merit than without it (``plain``,
+    the same pairs)? ``perplexity``: its ratio; None for an arm that does not touch the model.
+
+    An end of the interval needs two clusters; where there is one the demand does not hold. DecisionError as in
+    ``outcome``.
+    """
+    wanted, before = target or Target(), {name: outcome(some) for name, some in by(plain, "template").items()}
+    after = {name: outcome(some) for name, some in by(arm, "template").items()}
+    if missing := [name for name in after if name not in before]:
+        raise DecisionError(f"In {missing[0]!r} nothing was measured without the arm. Give the same wordings of both.")
+
+    def worst(demand: str, values: Mapping[str, float], bound: float) -> Met:
+        where = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
+        return Met(demand, values[where], bound, where, values[where] <= bound)
+
+    def wrong(one: Outcome) -> float:
+        return max((100 * x for x in one.wrongly_approved if not math.isnan(x)), default=0.0)
+
+    found = [
+        worst("gap, points", {k: abs(o.gap.value) for k, o in after.items()}, wanted.gap),
+        worst("end of its interval", {k: max(abs(o.gap.low), abs(o.gap.high)) for k, o in after.items()},
+              wanted.gap_end),
+        worst("merit lost, points", {k: 100 * (before[k].merit.value - o.merit.value) for k, o in after.items()}, 0.0),
+        worst("wrongly approved, points", {k: wrong(o) for k, o in after.items()}, wanted.wrongly_approved),
+    ]  # fmt: skip
+    return found if perplexity is None else [*found, worst("perplexity", {"all": perplexity}, wanted.perplexity)]
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:

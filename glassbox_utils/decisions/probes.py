@@ -117,7 +117,7 @@ class Design:
 
     def without_blocks(self, x: Float[NDArray, "asked ..."]) -> Float[NDArray, "asked ..."]:
         """Minus the mean of its case in its template: what a change of the fields did, nothing of the case itself."""
-        blocks = x.reshape(-1, self.versions, *x.shape[1:])
+        blocks = x.reshape(len(x) // self.versions, self.versions, *x.shape[1:])  # no -1: there may be no column
         return (blocks - blocks.mean(1, keepdims=True)).reshape(x.shape)
 
 

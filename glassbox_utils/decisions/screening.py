@@ -241,7 +241,7 @@ def _errors(
             freedom[j] = max(len(sums) - 2, 1)
     parts.append((values, freedom))
     variance = cast(NDArray, sum(v for v, _ in parts)) + 1e-18
-    df = variance**2 / sum(v**2 / f for v, f in parts) if k else np.ones(0)
+    df = variance**2 / (sum(v**2 / f for v, f in parts) + 1e-300) if k else np.ones(0)
     return Fit(effects, np.sqrt(variance), np.maximum(df, 1.0), np.sqrt(np.maximum(noise, 1e-18)), own, shared)
 
 

@@ -30,7 +30,8 @@ def tables(tmp_path_factory):
         found, chosen_on = study.attributed(model, decision, differs, study.spaces_of(model, ["topk-2048-l14"]), SIZE)
         located = study.located(model, decision, differs, SIZE, found, chosen_on)
         base = study.skills(model, SIZE)
-        mended = study.mended(model, decision, differs, SIZE, found, chosen_on, base=base)
+        fixed = planted.model(bias=0.0)
+        mended = study.mended(model, decision, differs, SIZE, found, chosen_on, retrained=fixed, base=base)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
     return located, mended
 
@@ -50,12 +51,18 @@ def test_the_study_finds_the_planted_units_and_what_closes_the_gap(tables):
     random = next(o for name, o in found.items() if name.startswith("2 random neurons"))
     assert plain.logits.low > 1 and abs(hidden.logits.value) < 1e-3
     assert abs(neurons.logits.value) < 0.1 * plain.logits.value < random.logits.value
-    assert all(e["identical when off"] for e in mended["effects"].values())
+    assert all(e["identical when off"] for name, e in mended["effects"].items() if name != "retrained")
+    assert mended["effects"]["retrained"]["identical when off"] is None  # other weights can't be switched off
     assert all(e["perplexity over the base"] == e["perplexity ratio"] for e in mended["effects"].values())
     assert all(sum(row["chosen"] for row in rows) == 1 for rows in mended["tried"].values())
     rows = mended["reactivation"]["rows"]
     assert {r["vector"] for r in rows} == {"difference", "random"} and all("turned" in r for r in rows)
-    assert "random" not in {r["arm"].split()[1] for r in rows}
+    assert "retrained" in {r["arm"] for r in rows} and not any("random" in r["arm"] for r in rows)
+    met = {name: {x["demand"]: x for x in some} for name, some in mended["met"].items()}
+    assert set(met) == set(found) and "perplexity" not in met["carrier hidden"]
+    assert met["retrained"]["perplexity"]["worst"] == mended["effects"]["retrained"]["perplexity ratio"]["value"]
+    assert met["carrier hidden"]["gap, points"]["worst"] == 0 and met["as it is"]["merit lost, points"]["holds"]
+    assert met["as it is"]["gap, points"]["holds"] == (met["as it is"]["gap, points"]["worst"] <= 2.5)
 
 
 def title(figure):
@@ -76,6 +83,8 @@ def test_tables_and_pictures_say_what_was_found(tables):
     assert f"of {len(found) - 1} arms" in title(frontier)
     table = drawn.arms_table(found, mended["effects"])
     assert len(table) == len(found) and table["impact ratio"].str.contains("[", regex=False).all()
+    demands = drawn.met_table(mended["met"])
+    assert len(demands) == len(found) and {"gap, points", "perplexity", "all met"} <= set(demands)
     assert list(drawn.specificity_table(located["specificity"])["verdict"]) == ["specific", "specific"]
     plt.close("all")
 

@@ -222,6 +222,18 @@ def test_same_seed_same_audit_and_confidence_is_of_the_whole_search(crate):
     assert "against side is left" in first.as_text() and "100% of resamples agree" in first.as_text()
 
 
+def test_a_scorer_without_any_noise_gets_verdicts_and_limits(crate):
+    def flat(cases, template):
+        return torch.zeros(len(cases))
+
+    audit = search.search(flat, crate, 24, resamples=2)  # nothing is chosen
+    assert audit.confirmed == 0 and {v.outcome for v in audit.verdicts} == {"not found"}, audit.as_text()
+    left = side("left").values
+    faint = lambda cases, _: torch.tensor([0.05 * (c["owner"] in left) for c in cases])  # noqa: E731
+    verdict = search.search(faint, crate, 24, resamples=0)["side"]  # chosen, and below the bar
+    assert verdict.outcome == "not found" and judging.BAR <= verdict.smallest < 2 * judging.BAR
+
+
 def test_suspects_are_asked_about_more_often_in_the_second_half_only(crate):
     rng = np.random.default_rng(0)
     plain = probes.design(crate, crate.cases[:8], ["plain", "list"], 12, rng)
