@@ -14,7 +14,7 @@ FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py loss
 	$(addprefix saes/test_,features.py clamping.py reading.py quality.py absorption.py) \
 	$(addprefix decisions/test_,cycle.py reality_study.py))
 
-.PHONY: help run lab test lint bench assets clean
+.PHONY: help run lab test lint bench assets saes clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,11 @@ test: assets lint  ## unit tests, every notebook as a test, browser tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks and not long" -k "not gpt2 and not gemma3"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+# Each line goes on where it was stopped; the second width shares the harvest of the first. docs/saes.md says how long.
+saes: assets  ## the model writes text, and the large SAEs are trained on it and evaluated (a night on two cores)
+	$(BIN)/glassbox write-text smollm2
+	for name in long-8192-l14 long-16384-l14 long-8192-l19; do $(BIN)/glassbox train-sae data/saes/$$name || exit 1; done
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
 	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'

@@ -210,8 +210,9 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
+    from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
 
-    return {**studies(), **STUDIES_OF_AUDITS, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    return {**studies(), **STUDIES_OF_AUDITS, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS, **STUDIES_OF_MEANING}
 
 
 def parser() -> argparse.ArgumentParser:
