@@ -16,7 +16,7 @@ FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py loss
 	$(addprefix saes/test_,features.py clamping.py reading.py quality.py absorption.py) \
 	$(addprefix decisions/test_,cycle.py reality_study.py))
 
-.PHONY: help run site lab test lint bench assets clean workshop reproduce kit compat
+.PHONY: help run site lab test lint bench assets saes clean workshop reproduce kit compat
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -73,6 +73,11 @@ kit: assets  ## one archive for machines without a network, in build/kit (CHECK=
 
 compat: assets  ## install and test on other Pythons (PYTHONS="python3.11 python3.13"), lock and newest; hours
 	$(BIN)/glassbox compat --python $(or $(PYTHONS),$(PYTHON))
+
+# Each line goes on where it was stopped; the second width shares the harvest of the first. docs/saes.md says how long.
+saes: assets  ## the model writes text, and the large SAEs are trained on it and evaluated (a night on two cores)
+	$(BIN)/glassbox write-text smollm2
+	for name in long-8192-l14 long-16384-l14 long-8192-l19; do $(BIN)/glassbox train-sae data/saes/$$name || exit 1; done
 
 bench: assets  ## measure speed side by side with transformers, TransformerLens and sae-lens
 	$(BIN)/pytest tests/benchmarks -q -s --override-ini python_files='bench_*.py'

@@ -215,9 +215,11 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
+    from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
 
-    of_attention, of_audits = STUDIES_OF_FORMING, {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    return {**studies(), **of_attention, **of_audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING}
+    audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
+    return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:

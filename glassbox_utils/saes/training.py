@@ -117,7 +117,7 @@ def used(x: Float[Tensor, "row pos d_model"], config: TrainConfig, median_norm: 
     return ordinary(x, median_norm)
 
 
-def scaled(x: Float[Tensor, "*batch d_model"], config: TrainConfig, scaling: Scaling) -> Float[Tensor, "*batch d_model"]:
+def scaled(x: Float[Tensor, "*batch width"], config: TrainConfig, scaling: Scaling) -> Float[Tensor, "*batch width"]:
     """Activations in the units that a run learns in: of the mean norm sqrt(d_model), or each of that norm."""
     if config.normalize == "constant_norm_rescale":
         return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))

@@ -464,7 +464,7 @@ def test_the_auxiliary_loss_is_that_of_sae_lens(shards, compute, n_dead):
 
 
 def test_dead_features_come_back_by_the_auxiliary_loss(shards, tmp_path, monkeypatch):
-    """Features that a bias keeps silent for good: with the loss they fire again, without it (or re-seeding) none does."""
+    """Features that a bias keeps silent: with the loss they fire again, without it (or re-seeding) none does."""
     monkeypatch.setattr(training, "SILENT", 128)
     real = training.build_sae
 
@@ -514,3 +514,29 @@ def test_a_run_with_all_that_is_new_goes_on_to_the_same_bits(shards, tmp_path, m
 def test_what_only_topk_has_is_refused_for_others(changes):
     with pytest.raises(SaeError, match="Allowed with topk only"):
         train_config("x", architecture="standard", options={}, **changes)
+
+
+def test_norms_that_are_divided_out_are_so_in_sae_lens_and_massive_positions_are_rebuilt(model, shards, tmp_path):
+    """First tokens of sixty times the norm: an SAE that never met them fails there, one of directions does not."""
+    from sae_lens import SAE
+
+    (tmp_path / "massive").mkdir()
+    for i in range(4):
+        x, rows = read_shard(shard_path(shards, i), HOOK)
+        x = x.clone()
+        x[:, 0] *= 60
+        save_file({HOOK: x, "tokens": rows.tokens, "documents": rows.documents}, shard_path(tmp_path / "massive", i))
+    wrong = {}
+    for normalize in ("mean_norm", "constant_norm_rescale"):
+        config = train_config(tmp_path / "massive", normalize=normalize, samples=64 * 100)
+        train(config, tmp_path / normalize)
+        export(config, tmp_path / normalize, tmp_path / normalize / "out", model)
+        plain = SAE.load_from_disk(tmp_path / normalize / "out", dtype="float32")
+        assert plain.cfg.normalize_activations == ("none" if normalize == "mean_norm" else normalize)
+        x = read_shard(shard_path(tmp_path / "massive", 1), HOOK).x.float()
+        error = (plain(x) - x).norm(dim=-1) / x.norm(dim=-1)
+        wrong[normalize] = float(error[:, 0].mean()), float(error[:, 1:].mean())
+        ours = load_sae(tmp_path / normalize / "out", model)
+        torch.testing.assert_close(result(ours(beside(x, model.device))), plain(x), rtol=1e-4, atol=1e-4)
+    assert wrong["constant_norm_rescale"][0] < 0.2 < 0.3 < wrong["mean_norm"][0], wrong
+    assert wrong["constant_norm_rescale"][1] < wrong["mean_norm"][1] + 0.1, wrong

@@ -1,0 +1,202 @@
+"""Long runs behind notebook 03: ``glassbox study sae-meaning`` and ``sae-architectures``.
+
+``sae-meaning``: are the features of the main SAE nearer to one meaning each than other units of the same space? Beside
+it five small SAEs, each with a twin whose decoder was frozen at random, and units that know nothing of concepts.
+``sae-architectures``: five architectures under the same conditions (data, steps, learning rate, clipped gradients, no
+re-seeding), several seeds of each. What varies, and is resampled, is the unit; the seeds' means stand beside it.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glassbox_utils.core import assets, corpora, prepared
+from glassbox_utils.core.models import Model
+from glassbox_utils.core.prepared import load_subject
+from glassbox_utils.core.statistics import bootstrap_ci, difference_ci
+from glassbox_utils.core.studies import resumed, write_table
+from glassbox_utils.saes import meaning, quality
+from glassbox_utils.saes.config import TrainConfig, hook_of
+from glassbox_utils.saes.features import site_of_sae
+from glassbox_utils.saes.harvest import harvest, measure_scaling, ordinary, read_shard, shard_path
+from glassbox_utils.saes.store import identity_of, load_sae
+from glassbox_utils.saes.training import export, train
+
+SEEDS = 5
+ROWS, UNITS = 512, 60
+"""held-out rows that are read, and units of each kind and seed"""
+STEPS, TOKENS, BATCH = 600, 8 * 65_536, 2048
+"""of each small training"""
+TRAINED, FROZEN, MAIN = "trained", "frozen", "main"
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "topk": {}, "batchtopk": {}, "matryoshka_batchtopk": {},
+    "standard": {"l1_coefficient": 1.5, "l1_warm_up_steps": 100},
+    "jumprelu": {"l0_coefficient": 4.0, "l0_warm_up_steps": 100, "jumprelu_init_threshold": 0.5,
+                 "jumprelu_bandwidth": 1.0},
+}  # fmt: skip
+"""options beside the number of active features; the coefficients are those that gave the shipped ones about 32"""
+
+
+def small_run(model: Model, hook: str, seed: int, architecture: str = "topk", frozen: bool = False) -> TrainConfig:
+    """A small training, at the size of the prepared folder; the same but for what is named."""
+    context, tokens = min(256, model.n_context), prepared.sized(TOKENS, 8192)
+    d_sae = min(2048, 4 * model.d_model)
+    options = dict(ARCHITECTURES[architecture])
+    if "topk" in architecture:
+        options["k"] = min(32, max(1, d_sae // 16))
+    if architecture.startswith("matryoshka"):
+        options["matryoshka_widths"] = [d_sae // 16, d_sae // 4, d_sae]
+    return TrainConfig(
+        name=f"{architecture}-{'frozen-' if frozen else ''}{seed}-{model.hash}",
+        hook=hook,
+        architecture=architecture,  # type: ignore[arg-type]
+        d_sae=d_sae,
+        samples=prepared.sized(STEPS, 60) * BATCH,
+        tokens=tokens,
+        options=options,
+        model=prepared.card().model,
+        context=context,
+        rows_per_shard=min(256, max(1, tokens // context)),
+        batch=BATCH,
+        lr=1e-3,
+        decay=0.4,
+        seed=seed,
+        frozen_decoder=frozen,
+        auxiliary=1.0 if architecture == "topk" else 0.0,  # what sae_lens gives the others of this family
+    )
+
+
+def made(model: Model, config: TrainConfig) -> Any:
+    """The SAE of a small training, from the cache if it is there."""
+    harvest(config.harvest, model)
+    work = assets.cache_dir() / "training" / f"{config.name}-{config.tokens}-{config.samples}"
+    train(config, work, device=model.device)
+    export(config, work, work / "out", model)
+    return load_sae(work / "out", model)
+
+
+def texts_for(model: Model) -> corpora.Rows:
+    """Held-out rows that every kind of unit is measured on."""
+    documents = corpora.load_corpus("wiki", "held")
+    return corpora.token_rows(model, documents, prepared.sized(ROWS, 24), min(256, model.n_context))
+
+
+def drawn(sae: Any, model: Model, rows: corpora.Rows, n: int, seed: int) -> tuple[list[int], torch.Tensor]:
+    """Features of an SAE drawn among those that are active in enough places, and how often each is active."""
+    site, median = site_of_sae(sae), sae.cfg.metadata.median_norm
+    everything = meaning.of_sae(sae, range(sae.cfg.d_sae))
+    fired = torch.zeros(sae.cfg.d_sae)
+    total = 0
+    for part in rows.tokens.split(8):
+        some = corpora.Rows(part, part)
+        values, usual = meaning.values_of(model, site, some, {"all": everything}, median)
+        fired, total = fired + (values["all"] > 0).sum(0), total + int(usual.sum())
+    density = fired / total
+    enough = ((fired >= 2 * meaning.FITTED) & (density < 0.1)).nonzero()[:, 0]
+    if len(enough) < n:  # a small text: the most active ones that are not on everywhere
+        enough = (fired * (density < 0.5)).topk(min(n, len(fired))).indices
+    chosen = enough[torch.randperm(len(enough), generator=torch.Generator().manual_seed(seed))[:n]]
+    return chosen.tolist(), density[chosen]
+
+
+def one_seed(model: Model, hook: str, seed: int) -> dict[str, list[dict[str, float]]]:
+    """All kinds of units under one seed, on the same texts."""
+    rows, n = texts_for(model), min(prepared.sized(UNITS, 8), 2 * model.d_model)
+    config = small_run(model, hook, seed)
+    saes = {
+        MAIN: load_sae(prepared.sae("main"), model),
+        TRAINED: made(model, config),
+        FROZEN: made(model, small_run(model, hook, seed, frozen=True)),
+    }
+    encoders: dict[str, meaning.Encoder] = {}
+    densities: dict[str, torch.Tensor] = {}
+    for name, sae in saes.items():
+        chosen, density = drawn(sae, model, rows, n, seed)
+        encoders[name] = meaning.of_sae(sae, chosen)
+        if name == MAIN:
+            densities = dict.fromkeys(("coordinates", "pca", "random"), density)
+    n = min(n, *(len(d) for d in densities.values()))
+    x = read_shard(shard_path(config.harvest.folder, 0), hook).x
+    sample = x[ordinary(x, measure_scaling(x).median_norm)].float()[:65_536]
+    main = saes[MAIN].cfg
+    encoders |= meaning.opponents(sample, n, getattr(main, "k", 32), main.d_sae, seed)
+    return meaning.compared(model, saes[MAIN], rows, encoders, densities, seed)
+
+
+def study_meaning() -> Path:
+    """How far units of eight kinds have one meaning each, five seeds."""
+    start, model = time.time(), load_subject()
+    hook = hook_of(site_of_sae(load_sae(prepared.sae("main"), model)))
+    seeds = list(range(prepared.sized(SEEDS, 2)))
+    main = identity_of(prepared.sae("main"))
+    kinds: dict[str, list[list[dict[str, float]]]] = {}
+    for seed in seeds:
+        config = asdict(small_run(model, hook, seed))
+        key = ["meaning", main, config, prepared.sized(ROWS, 24), prepared.sized(UNITS, 8)]
+        for kind, units in resumed("sae_meaning", key, one_seed, model, hook, seed).items():
+            kinds.setdefault(kind, []).append(units)
+    rows = [summary(kind, score, kinds) for kind in kinds for score in meaning.SCORES]
+    sizes = {"rows": prepared.sized(ROWS, 24), "units_of_each_seed": prepared.sized(UNITS, 8)}
+    seconds = time.time() - start
+    return write_table("sae_meaning", model, seconds, seeds=seeds, hook=hook, **sizes, summary=rows, units=kinds)
+
+
+def summary(kind: str, score: str, kinds: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
+    """One score of one kind: mean over units with its interval, the seeds' means, and the main SAE's lead over it.
+
+    Intervals resample units. ``ahead``: of the main SAE over this kind, None for itself and where there are too few.
+    """
+    by_seed = [[unit[score] for unit in units] for units in kinds[kind]]
+    mine, main = [v for part in by_seed for v in part], [u[score] for units in kinds[MAIN] for u in units]
+    row: dict[str, Any] = {"kind": kind, "score": score, "n": len(mine)}
+    row["mean"] = None if len(mine) < 2 else _three(bootstrap_ci(mine))
+    row["seeds"] = [round(float(np.mean(part)), 4) if part else None for part in by_seed]
+    few = kind == MAIN or min(len(mine), len(main)) < 2
+    return row | {"ahead": None if few else _three(difference_ci(main, mine))}
+
+
+def _three(interval: Any) -> list[float]:
+    return [round(v, 4) for v in (interval.value, interval.low, interval.high)]
+
+
+# --- architectures ------------------------------------------------------------------------------------
+
+
+def one_architecture(model: Model, hook: str, architecture: str, seed: int) -> dict[str, Any]:
+    """One small SAE: what it rebuilds, and how far its features have one meaning each."""
+    config = small_run(model, hook, seed, architecture)
+    sae, rows = made(model, config), texts_for(model)
+    x = read_shard(shard_path(config.harvest.folder, 0), hook).x
+    scaling = measure_scaling(x)
+    tokens = quality.held_out(model, config, prepared.sized(quality.HELD_ROWS, 8))
+    measure = {"median_norm": scaling.median_norm, "mean": scaling.mean, "ce_rows": prepared.sized(16, 2)}
+    report = quality.evaluate_sae(model, sae, tokens, site_of_sae(sae), **measure)
+    chosen, _ = drawn(sae, model, rows, prepared.sized(UNITS, 8), seed)
+    units = meaning.compared(model, sae, rows, {architecture: meaning.of_sae(sae, chosen)}, {}, seed)[architecture]
+    numbers = {k: round(v, 4) for k, v in report.numbers.items()}
+    scores = {s: round(float(np.mean([u[s] for u in units])), 4) if units else None for s in meaning.SCORES}
+    return {"architecture": architecture, "seed": seed, **numbers, **scores, "n_units": len(units)}
+
+
+def study_architectures() -> Path:
+    """Five architectures under the same conditions, several seeds: reconstruction and meaning."""
+    start, model = time.time(), load_subject()
+    hook = hook_of(site_of_sae(load_sae(prepared.sae("main"), model)))
+    rows = []
+    for architecture in ARCHITECTURES:
+        for seed in range(prepared.sized(SEEDS, 2)):
+            key = ["architecture", asdict(small_run(model, hook, seed, architecture)), prepared.sized(ROWS, 24)]
+            rows.append(resumed("sae_architectures", key, one_architecture, model, hook, architecture, seed))
+    shared = asdict(small_run(model, hook, 0))
+    same = {k: shared[k] for k in ("d_sae", "samples", "tokens", "lr", "batch", "warmup", "decay")}
+    seconds = time.time() - start
+    return write_table(
+        "sae_architectures", model, seconds, hook=hook, conditions=same, options=ARCHITECTURES, rows=rows
+    )
+
+
+STUDIES_OF_MEANING = {"sae-meaning": study_meaning, "sae-architectures": study_architectures}
