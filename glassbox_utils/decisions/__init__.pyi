@@ -9,6 +9,7 @@ from . import cases as cases
 from . import cause_study as cause_study
 from . import counterfactual as counterfactual
 from . import cycle as cycle
+from . import cycle_figures as cycle_figures
 from . import decision as decision
 from . import drawing as drawing
 from . import explain as explain
@@ -24,6 +25,8 @@ from . import lessons as lessons
 from . import letter as letter
 from . import loans as loans
 from . import locate as locate
+from . import locate_figures as locate_figures
+from . import locate_study as locate_study
 from . import mitigation as mitigation
 from . import observed as observed
 from . import officer as officer

@@ -1,0 +1,232 @@
+"""Pictures and tables of the full cycle: twins whose answers differ, looked at against moved, the path of a gap, the
+arms. Each is drawn from what was measured; its title is computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
+from glassbox_utils.core.statistics import Interval
+from glassbox_utils.decisions import arms, units
+from glassbox_utils.decisions.locate import Link, Specificity
+from glassbox_utils.decisions.outcomes import Outcome
+from glassbox_utils.decisions.pairs import PLACES
+from glassbox_utils.decisions.units import Attribution
+
+
+def shown(figure: Any, alt: str) -> None:
+    """Display a figure once, with a text for those who do not see it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
+
+
+def draw_twins(
+    names: Sequence[tuple[str, str]], own: Sequence[float], donor: Sequence[float], which: int, answers: tuple[str, str]
+) -> Any:
+    """Each case as itself and as its twin: two dots on one line, the decision between them at 0; one of them in red."""
+    import matplotlib.pyplot as plt
+
+    a, b = np.array(own), np.array(donor)
+    order = list(np.argsort(a))
+    figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.17 * len(order)))
+    for y, i in enumerate(order):
+        colour = RED if i == which else GREY
+        axis.plot([a[i], b[i]], [y, y], color=colour, lw=2.5 if i == which else 1, zorder=1)
+    turned = int(((a > 0) != (b > 0)).sum())
+    axis.scatter(a[order], range(len(order)), color=BLUE, s=16, zorder=2, label="as it is")
+    axis.scatter(b[order], range(len(order)), color=ORANGE, s=16, zorder=2, label="with the other name, nothing else")
+    axis.set_yticks(range(len(order)), [names[i][0] for i in order], fontsize=6.5)
+    axis.get_yticklabels()[order.index(which)].set_color(RED)
+    axis.axvline(0, color="black", lw=0.8)
+    good, bad = (word.strip() for word in answers)
+    axis.set_xlabel(f"← {bad}      logit({good}) - logit({bad})      {good} →")
+    axis.set_title(f"{turned} of {len(order)} decisions are others under another name; {names[which][0]} in red")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def draw_fields(names: Sequence[str], looked: Sequence[float], moved: Sequence[float]) -> Any:
+    """Attention to each field beside how far the decision moves when that field comes from somebody else."""
+    import matplotlib.pyplot as plt
+
+    order = list(np.argsort(moved))
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), sharey=True)
+    most = names[int(np.argmax(looked))], names[int(np.argmax(moved))]
+    for axis, values, label, top in zip(
+        axes, (looked, moved), ("share of the attention to the fields", "logits by which another's value moves it"),
+        most, strict=True,
+    ):  # fmt: skip
+        axis.barh([names[i] for i in order], [values[i] for i in order],
+                  color=[RED if names[i] == top else BLUE for i in order])  # fmt: skip
+        axis.set_xlabel(label)
+    axes[0].set_title(f"it looks at {most[0]} most")
+    axes[1].set_title(f"{most[1]} moves it most")
+    return figure
+
+
+def draw_parts(layers: Sequence[float], heads: Sequence[float], layer: int) -> Any:
+    """Share of one pair's gap that the heads of each layer carry together, and those of one layer one by one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.6), sharey=True, width_ratios=(2.2, 1))
+    axes[0].bar(range(len(layers)), layers, color=[RED if i == layer else BLUE for i in range(len(layers))])
+    axes[0].set_xlabel("layer (all its heads patched)")
+    axes[0].set_ylabel("share of this pair's gap")
+    best = int(np.argmax(heads))
+    axes[1].bar(range(len(heads)), heads, color=[RED if i == best else BLUE for i in range(len(heads))])
+    axes[1].set_xlabel(f"head of layer {layer} (patched alone)")
+    axes[0].set_title(f"the heads of layer {layer} bring {layers[layer]:.0%} of it")
+    axes[1].set_title(f"head {layer}.{best}: {heads[best]:.0%}")
+    for axis in axes:
+        axis.axhline(0, color=GREY, lw=0.5)
+    return figure
+
+
+# --- the path -----------------------------------------------------------------------------------------
+
+
+def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: str, k: int = 10) -> Any:
+    """The way of a gap from the changed value to the decision: places from left to right, depth upwards.
+
+    Bands: the share that the residual stream carries at each place after each layer. Signs: the first k heads and
+    neurons where each does most, as large as its guessed effect; an arrow for each head that acts at a later place.
+    """
+    import matplotlib.pyplot as plt
+
+    columns = {place: i for i, place in enumerate(PLACES)}
+    names = {"carrier": f"the {carrier}'s tokens", "between": "tokens between", "decision": "decision"}
+    figure, axis = plt.subplots(figsize=(7.0, 4.6))
+    streams = [x for x in links if x.what == "stream"]
+    layers = sorted({x.layer for x in streams if x.layer is not None})
+    share = {(x.layer, x.place): x.carried.value for x in streams}
+    for place, x in columns.items():
+        width = [max(0.0, share[layer, place]) * 0.32 for layer in layers]
+        axis.fill_betweenx(layers, [x - w for w in width], [x + w for w in width], color=BLUE, alpha=0.22, lw=0)
+        axis.plot([x, x], [layers[0], layers[-1]], color=GREY, lw=0.5)
+    for name, colour, marker, side in (("heads", RED, "s", -1), ("neurons", GREEN, "o", 1)):
+        order = units.ranked(found[name], k) if name in found else []
+        for i, (unit, place) in enumerate(zip(order, arms.places_of(found[name], order) if order else (), strict=True)):
+            at = list(found[name].space.layers).index(unit[0])
+            effect = float(found[name].effect[:, at, unit[1]].sum()) / found[name].gap
+            x = columns[place] + side * (0.08 + 0.05 * (i % 4))
+            label = f"{len(order)} {name}" if i == 0 else None
+            axis.scatter(x, unit[0], s=25 + 700 * abs(effect), color=colour, marker=marker, alpha=0.75, label=label,
+                         zorder=3, edgecolor="white")  # fmt: skip
+            if i < 3:
+                axis.annotate(f"{unit[0]}.{unit[1]}", (x, unit[0]), (9 * side, 2), textcoords="offset points",
+                              fontsize=7.5, ha="right" if side < 0 else "left", zorder=4)  # fmt: skip
+            if name == "heads" and columns[place] > 0 and abs(effect) > 0.03:
+                arrow = {"arrowstyle": "->", "color": colour, "lw": 0.8 + 5 * abs(effect)}
+                axis.annotate("", (x, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
+    axis.set_xticks(range(len(PLACES)), [names[place] for place in PLACES])
+    axis.set_xlim(-0.6, len(PLACES) - 0.4)
+    axis.set_ylabel("layer")
+    axis.set_title(_path_title(share, layers, carrier))
+    axis.legend(loc="lower right", markerscale=0.5, title="band: share of the gap in the stream", title_fontsize=8)
+    return figure
+
+
+def _path_title(share: Mapping[Any, float], layers: Sequence[int], carrier: str) -> str:
+    late = [layer for layer in layers if share[layer, "carrier"] >= 0.5]
+    there = [layer for layer in layers if share[layer, "decision"] >= 0.5]
+    stays = f"the gap is at the {carrier} up to layer {late[-1]}" if late else f"little of the gap is at the {carrier}"
+    return f"{stays}, " + (f"at the decision from layer {there[0]} on" if there else "and never half at the decision")
+
+
+def beside_stored(links: Sequence[Link], stored: Any) -> Any:
+    """Share of the gap at each place and depth: here / in a stored study, which patches before the next layer.
+
+    ``stored``: a data frame with a row for each layer and the columns of PLACES in their order.
+    """
+    import pandas as pd
+
+    rows = []
+    for layer in sorted({x.layer for x in links if x.layer is not None and x.layer + 1 in stored.index}):
+        here = {x.place: x.carried.value for x in links if x.what == "stream" and x.layer == layer}
+        there = stored.loc[layer + 1].tolist()
+        both = {p: f"{here[p] + 0.0:.2f} / {x + 0.0:.2f}" for p, x in zip(PLACES, there, strict=True)}
+        rows.append({"after layer": layer} | both)
+    return pd.DataFrame(rows)
+
+
+def specificity_table(rows: Sequence[Specificity]) -> Any:
+    """What the units of each basis carry of every other effect, with the verdict."""
+    import pandas as pd
+
+    found: dict[str, dict[str, str]] = {}
+    for r in rows:
+        said = "no effect to carry" if r.carried is None else f"{r.carried.value:.2f} {r.verdict}"
+        effect = {"effect, logits": f"{r.effect.value:+.1f}"}
+        found.setdefault(r.what, effect)[f"{r.k} {r.basis} carry"] = said
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
+# --- the arms -----------------------------------------------------------------------------------------
+
+
+def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval]) -> Any:
+    """What each arm does to decisions and to ordinary text; two numbers are those of the two groups."""
+    import pandas as pd
+
+    rows = []
+    for name, one in found.items():
+        cost = costs.get(name)
+        rows.append({
+            "arm": name,
+            "gap, points": _said(one.gap, 0), "gap, logits": _said(one.logits, 2),
+            "approved %": _two(one.approved), "of the undeserving": _two(one.wrongly_approved),
+            "right": f"{one.merit.value:.2f}", "perplexity ×": "–" if cost is None else _said(cost, 2),
+        })  # fmt: skip
+    return pd.DataFrame(rows).set_index("arm")
+
+
+def _said(x: Interval, digits: int) -> str:
+    return f"{x.value + 0.0:.{digits}f} [{x.low + 0.0:.{digits}f}, {x.high + 0.0:.{digits}f}]"
+
+
+def _two(shares: tuple[float, float]) -> str:
+    return " / ".join("–" if np.isnan(x) else f"{100 * x:.0f}" for x in shares)
+
+
+def draw_arms(found: Mapping[str, Outcome], costs: Mapping[str, Interval], plain: str = "as it is") -> Any:
+    """The gap that each arm leaves, and what it costs ordinary text when it is left on."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7.8, 0.9 + 0.32 * len(found)), sharey=True, width_ratios=(1.4, 1))
+    for y, (name, one) in enumerate(found.items()):
+        colour = RED if name == plain else GREY if "random" in name else BLUE
+        for axis, x in zip(axes, (one.logits, costs.get(name)), strict=True):
+            if x is not None:
+                bar = [[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]]
+                axis.errorbar(x.value, y, xerr=bar, fmt="o", color=colour, ms=5)
+    axes[0].set_yticks(range(len(found)), list(found))
+    axes[0].invert_yaxis()
+    axes[0].axvline(0, color="black", lw=0.7)
+    axes[1].axvline(1, color="black", lw=0.7)
+    axes[0].set_xlabel("gap that is left, logits")
+    axes[1].set_xlabel("perplexity of ordinary text, times")
+    bar = abs(found[plain].logits.value) / 4
+    closing = [name for name, one in found.items() if abs(one.logits.value) < bar and name != plain]
+    axes[0].set_title(f"{len(closing)} of {len(found) - 1} arms leave less than a quarter of the gap (grey: random)")
+    return figure
+
+
+def draw_pushed(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], strengths: Sequence[float]) -> Any:
+    """Logits by which a pushed-in difference moves decisions under each arm (line), and a random vector (dotted)."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.0, 2.8))
+    for (name, (difference, random)), colour in zip(rows.items(), PALETTE, strict=False):
+        axis.plot(strengths, difference, color=colour, marker="o", ms=4, label=name)
+        axis.plot(strengths, random, color=colour, ls=":", marker="_")
+    axis.axhline(0, color="black", lw=0.6)
+    axis.set_xlabel("times the groups' difference, pushed in at the name")
+    axis.set_ylabel("logits")
+    first, last = next(iter(rows.values()))[0][-1], list(rows.values())[-1][0][-1]
+    axis.set_title(f"pushed back in it moves {first:+.2f} logits before the mend, {last:+.2f} after (dotted: random)")
+    axis.legend()
+    return figure
