@@ -1,3 +1,4 @@
+from . import exercises as exercises
 from . import notebooks as notebooks
 from . import panels as panels
 from .notebooks import execute as execute
