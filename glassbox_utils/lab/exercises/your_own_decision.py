@@ -1,7 +1,6 @@
-"""Checkers for the exercises of notebook 07: each calls the reader's function on seeded inputs and says what is wrong.
+"""Exercises of notebook 07: a decision from logits, person and order, ranking, impact, what would be found, a wording.
 
-A checker gives one sentence: ``RIGHT``, ``OPEN`` while the stub is as it was, or what the answer did instead. The
-mistakes that people typically make are recognised by the number that they lead to. No model is needed.
+Typical mistakes are recognised by the numbers that they lead to. No model is needed.
 """
 
 import math
@@ -12,27 +11,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from torch import Tensor
 
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.decisions import officer, reading
+from glassbox_utils.lab.exercises import WrongError, answer, checker, wrong_if
 
-RIGHT, OPEN = "right", "not done yet"
+Function = Callable[..., Any]
 
 
-def check_decide(function: Callable[..., Any], seed: int = 0) -> str:
+# --- A -------------------------------------------------------------------------------------------------
+
+
+def solve_decide(logits: Float[Tensor, "n vocab"], yes: int, no: int) -> tuple[Tensor, Tensor]:
+    """The softmax runs over the whole vocabulary."""
+    share = logits.softmax(-1)[:, [yes, no]].sum(-1)
+    return logits[:, yes] - logits[:, no], share
+
+
+@checker
+def check_decide(function: Function) -> None:
     """A: ``decide(logits [n, vocab], yes, no)`` gives (difference [n] in logits, share [n] of the probability)."""
-    logits, yes, no = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)), 7, 12
-    got = function(logits.clone(), yes, no)
-    if got is None:
-        return OPEN
-    if not isinstance(got, tuple | list) or len(got) != 2:
-        return f"give two things, (difference, share); this is {type(got).__name__}"
+    logits, yes, no = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), 7, 12
+    got = answer(function, logits, yes, no)
+    wrong_if(
+        not isinstance(got, tuple | list) or len(got) != 2,
+        f"give two things, (difference, share); this is {type(got).__name__}",
+    )
     p = array(logits.softmax(-1))
     difference, two = array(logits[:, yes] - logits[:, no]), array(logits[:, [yes, no]].softmax(-1))
-    said = _what_it_is(
+    _compare(
         got[0], difference,
         {
             "the sign is turned round: favourable minus unfavourable, so that a positive number is the favourable one":
@@ -42,7 +54,7 @@ def check_decide(function: Callable[..., Any], seed: int = 0) -> str:
         },
         "the difference",
     )  # fmt: skip
-    return said or _what_it_is(
+    _compare(
         got[1], p[:, yes] + p[:, no],
         {
             "the share is always 1: the softmax runs over the two answers alone. It has to run over the whole "
@@ -51,23 +63,31 @@ def check_decide(function: Callable[..., Any], seed: int = 0) -> str:
             "the share adds logits, which are no probabilities: softmax first": array(logits[:, [yes, no]].sum(-1)),
         },
         "the share",
-    ) or RIGHT  # fmt: skip
+    )  # fmt: skip
 
 
-def check_two_parts(function: Callable[..., Any], seed: int = 0) -> str:
+# --- B -------------------------------------------------------------------------------------------------
+
+
+def solve_two_parts(first: Float[NDArray, " n"], second: Float[NDArray, " n"]) -> tuple[Float[NDArray, " n"], float]:
+    """first = person + order, second = person - order."""
+    return (first + second) / 2, (first - second).mean() / 2
+
+
+@checker
+def check_two_parts(function: Function) -> None:
     """B: ``two_parts(first, second)`` gives (what the person adds [n], what being named first adds, a number)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     person, order = rng.normal(size=30), 0.8
     a, b = person + order + 0.1 * rng.normal(size=30), person - order + 0.1 * rng.normal(size=30)
-    got = function(a.copy(), b.copy())
-    if got is None:
-        return OPEN
-    if not isinstance(got, tuple | list) or len(got) != 2:
-        return f"give two things, (person, order); this is {type(got).__name__}"
-    if np.ndim(got[1]) > 0:
-        return "the order's part is one number for all people: take the mean over them"
+    got = answer(function, a, b)
+    wrong_if(
+        not isinstance(got, tuple | list) or len(got) != 2,
+        f"give two things, (person, order); this is {type(got).__name__}",
+    )
+    wrong_if(np.ndim(got[1]) > 0, "the order's part is one number for all people: take the mean over them")
     half = float((a - b).mean() / 2)
-    said = _what_it_is(
+    _compare(
         got[1], half,
         {
             "the order's part is twice too large: being named first adds it, being named second takes it away, and the "
@@ -78,7 +98,7 @@ def check_two_parts(function: Callable[..., Any], seed: int = 0) -> str:
         },
         "the order's part",
     )  # fmt: skip
-    return said or _what_it_is(
+    _compare(
         got[0], (a + b) / 2,
         {
             "the person's part still holds the order: that is the first wording's score alone": a,
@@ -87,20 +107,28 @@ def check_two_parts(function: Callable[..., Any], seed: int = 0) -> str:
             "the person's part is what differs between the wordings, which is the order's": (a - b) / 2,
         },
         "the person's part",
-    ) or RIGHT  # fmt: skip
+    )  # fmt: skip
 
 
-def check_auc(function: Callable[..., Any], seed: int = 0) -> str:
+# --- C -------------------------------------------------------------------------------------------------
+
+
+def solve_auc(scores: Float[NDArray, " n"], right: Float[NDArray, " n"]) -> float:
+    """Every pair is compared."""
+    apart = scores[right == 1][:, None] - scores[right == 0][None]
+    return (apart > 0).mean() + (apart == 0).mean() / 2
+
+
+@checker
+def check_auc(function: Function) -> None:
     """C: ``auc(scores [n], right [n] of 0 and 1)``, with ties in half."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     right = np.arange(40) % 4 != 0
     scores = np.round(rng.normal(size=40) + 0.7 * right + 0.5, 0)  # whole numbers: many ties
-    got = function(scores.copy(), right.astype(float))
-    if got is None:
-        return OPEN
+    got = answer(function, scores, right.astype(float))
     above = scores[right][:, None] - scores[~right][None]
     wanted = float(officer.auc(scores, right.astype(float)))
-    return _what_it_is(
+    _compare(
         got, wanted,
         {
             "people with the same score count as nothing; they are half a win": float((above > 0).mean()),
@@ -111,20 +139,28 @@ def check_auc(function: Callable[..., Any], seed: int = 0) -> str:
             "that is a correlation; count pairs": float(np.corrcoef(scores, right)[0, 1]),
         },
         "the number",
-    ) or RIGHT  # fmt: skip
+    )  # fmt: skip
 
 
-def check_impact_ratio(function: Callable[..., Any], seed: int = 0) -> str:
+# --- D -------------------------------------------------------------------------------------------------
+
+
+def solve_impact_ratio(scores: Float[NDArray, " n"], groups: NDArray) -> float:
+    """A rate is the mean of yes and no within a group."""
+    rates = [(scores[groups == g] > 0).mean() for g in sorted(set(groups))]
+    return min(rates) / max(rates)
+
+
+@checker
+def check_impact_ratio(function: Function) -> None:
     """D: ``impact_ratio(scores [n], groups [n])``: the lowest rate of favourable answers over the highest."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     groups = np.array(["a"] * 50 + ["b"] * 20 + ["c"] * 30)
     scores = rng.normal(size=100) + np.where(groups == "a", 0.9, np.where(groups == "b", 0.4, -0.1))
-    got = function(scores.copy(), groups.copy())
-    if got is None:
-        return OPEN
+    got = answer(function, scores, groups)
     names = np.unique(groups)
     rate, mean, count = ([f(scores[groups == g]) for g in names] for f in (_rate, np.mean, lambda x: (x > 0).sum()))
-    return _what_it_is(
+    _compare(
         got, min(rate) / max(rate),
         {
             "it is upside down: the lowest rate over the highest, so that it is at most 1": max(rate) / min(rate),
@@ -135,18 +171,25 @@ def check_impact_ratio(function: Callable[..., Any], seed: int = 0) -> str:
             "that is the lowest rate alone; divide it by the highest": min(rate),
         },
         "the ratio",
-    ) or RIGHT  # fmt: skip
+    )  # fmt: skip
 
 
-def check_smallest(function: Callable[..., Any], seed: int = 0) -> str:
+# --- E -------------------------------------------------------------------------------------------------
+
+
+def solve_smallest(differences: Float[NDArray, " n"]) -> float:
+    """1.96 standard errors are found in half of the samples, 1.28 more in nine of ten."""
+    return (1.96 + 1.28) * differences.std(ddof=1) / len(differences) ** 0.5
+
+
+@checker
+def check_smallest(function: Function) -> None:
     """E: ``smallest(differences [n])``: the mean difference that a two-sided test at 5 % finds in 90 % of samples."""
-    x = 0.3 + 1.7 * np.random.default_rng(seed).normal(size=40)
-    got = function(x.copy())
-    if got is None:
-        return OPEN
+    x = 0.3 + 1.7 * np.random.default_rng(0).normal(size=40)
+    got = answer(function, x)
     error = float(x.std(ddof=1) / math.sqrt(len(x)))
     half, power, one = (float(stats.norm.ppf(q)) for q in (0.975, 0.9, 0.95))
-    return _what_it_is(
+    _compare(
         got, (half + power) * error,
         {
             "that would be found in half of the samples only: add the 1.28 standard errors for a power of 90 %":
@@ -160,19 +203,30 @@ def check_smallest(function: Callable[..., Any], seed: int = 0) -> str:
         },
         "the effect",
         tolerance=0.015,  # a standard deviation by n or by n - 1
-    ) or RIGHT  # fmt: skip
+    )  # fmt: skip
 
 
-def check_wording(function: Callable[..., Any]) -> str:
+# --- F -------------------------------------------------------------------------------------------------
+
+
+def solve_wording() -> dict[str, str]:
+    """Every field, both answers, and an opening without a space at its end."""
+    facts = "Receipt: {receipt}. Bought {days} days ago for {amount} euros by {customer}."
+    return {"chat": f"{facts} Is the money back accepted or rejected?", "opening": "It is"}
+
+
+@checker
+def check_wording(function: Function) -> None:
     """F: ``wording()`` gives a third wording for the template's refunds, as ``chat`` and ``opening`` of a template."""
     import yaml
 
-    got = function()
-    if got is None:
-        return OPEN
-    if not isinstance(got, Mapping) or "chat" not in got:
-        return "give a dictionary with `chat` and `opening`, as in decision.yaml"
+    got = answer(function)
+    wrong_if(
+        not isinstance(got, Mapping) or "chat" not in got,
+        "give a dictionary with `chat` and `opening`, as in decision.yaml",
+    )
     source = yaml.safe_load((reading.DECISIONS / "template" / reading.FILE).read_text(encoding="utf-8"))
+    old = [form["chat"] for form in source["templates"].values()]
     source["templates"]["yours"] = dict(got)
     with tempfile.TemporaryDirectory() as room:
         folder = reading.new_decision(Path(room) / "refunds")
@@ -180,39 +234,40 @@ def check_wording(function: Callable[..., Any]) -> str:
         try:
             form = reading.load_decision(folder).templates["yours"]
         except GlassboxError as reason:
-            return " ".join(str(reason).replace(f"{folder}/", "").split())
+            raise WrongError(" ".join(str(reason).replace(f"{folder}/", "").split())) from None
     words = f"{form.system or ''} {form.words} {form.opening}".lower()
-    named = [answer.strip() for answer in source["answers"] if answer.strip() in words]
-    if len(named) < 2:
-        lead = f"it names {named[0]} alone, which puts the answer into its mouth" if named else "it names no answer"
-        return f"{lead}. Name both, so that the model knows what it may say"
-    if not form.opening:
-        return "without an opening the answer begins a line of its own, and ' accepted' begins none. Say `opening:`"
-    old = [t["chat"] for name, t in source["templates"].items() if name != "yours"]
-    return "that is one of the two that are there; say the same facts in other words" if form.words in old else RIGHT
+    named = [one.strip() for one in source["answers"] if one.strip() in words]
+    lead = f"it names {named[0]} alone, which puts the answer into its mouth" if named else "it names no answer"
+    wrong_if(len(named) < 2, f"{lead}. Name both, so that the model knows what it may say")
+    wrong_if(
+        not form.opening,
+        "without an opening the answer begins a line of its own, and ' accepted' begins none. Say `opening:`",
+    )
+    wrong_if(form.words in old, "that is one of the two that are there; say the same facts in other words")
+
+
+# --- what the numbers are -----------------------------------------------------------------------------
 
 
 def _rate(x: NDArray) -> float:
     return float((x > 0).mean())
 
 
-def _what_it_is(
+def _compare(
     got: Any, wanted: ArrayLike, mistakes: Mapping[str, ArrayLike], what: str, tolerance: float = 1e-3
-) -> str | None:
-    """None for the right numbers; else the mistake that leads to these, or the numbers."""
+) -> None:
+    """WrongError unless these are the right numbers: with the mistake that leads to them, or the numbers."""
     try:
-        x = array(got) if isinstance(got, torch.Tensor) else np.asarray(got, dtype=float)
+        x = array(got) if isinstance(got, Tensor) else np.asarray(got, dtype=float)
     except (TypeError, ValueError):
-        return f"{what} is {type(got).__name__}, which is no number"
+        raise WrongError(f"{what} is {type(got).__name__}, which is no number") from None
     right = np.asarray(wanted, dtype=float)
-    if x.shape != right.shape:
-        return f"{what} has the shape {_shape(x.shape)}, expected {_shape(right.shape)}"
+    wrong_if(x.shape != right.shape, f"{what} has the shape {_shape(x.shape)}, expected {_shape(right.shape)}")
     if np.allclose(x, right, rtol=tolerance, atol=1e-4):
-        return None
+        return
     for words, value in mistakes.items():
-        if np.allclose(x, np.asarray(value, dtype=float), rtol=tolerance, atol=1e-4):
-            return words
-    return f"{what} is {_few(x)}, expected {_few(right)}"
+        wrong_if(np.allclose(x, np.asarray(value, dtype=float), rtol=tolerance, atol=1e-4), words)
+    raise WrongError(f"{what} is {_few(x)}, expected {_few(right)}")
 
 
 def _shape(shape: Sequence[int]) -> str:
