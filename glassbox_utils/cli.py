@@ -251,7 +251,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("write-text", help="let the model write a text, as a corpus for SAEs; resumable")
     p.add_argument("name", type=text, help="what it is to be called: own:NAME is the corpus")
-    p.add_argument("--tokens", type=tokens, help="how many at least; without: 1,950,000")
+    p.add_argument("--tokens", type=tokens, help="how many at least; without: 2,100,000")
     p.add_argument("--model", type=text, help="a model's name or folder instead of the embedded one")
     p.add_argument("--seed", type=seed, help="without: 0")
     p.set_defaults(function=_write_text)

@@ -43,7 +43,7 @@ class Writing:
     """What is written, and where to. OwnTextError for a length or share that is none."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]{0,99}$", description="letters, digits, dots and dashes")]
-    tokens: Annotated[int, Field(ge=1, le=10**9)] = 1_950_000
+    tokens: Annotated[int, Field(ge=1, le=10**9)] = 2_100_000
     """new tokens in all, at least; a part is written to its end"""
     model: Annotated[str, Field(min_length=1, max_length=400)] = EMBEDDED
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

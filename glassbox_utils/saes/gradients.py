@@ -53,7 +53,7 @@ def topk_gradients(
     loss; what is reported stays the squared error of all that is decoded.
     """
     found = _on_cpu(sae, x, compute) if x.device.type == "cpu" else on_device(sae, x, compute)
-    if auxiliary is not None and len(auxiliary.dead):
+    if auxiliary is not None and found.left is not None and len(auxiliary.dead):
         _add_auxiliary(sae, x - sae.b_dec, found.left, auxiliary)
     return found
 

@@ -20,6 +20,7 @@ they mean, not of how often they fire.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,6 +207,11 @@ def word_scores(texts: Texts, description: Description, positions: NDArray, slot
     return found
 
 
+def sense_scores(texts: Texts, description: Description, positions: NDArray) -> NDArray:
+    """How near the text around each position is to the mean of a description's texts."""
+    return vectors(texts, positions) @ description.sense
+
+
 def auc(yes: NDArray, no: NDArray) -> float:
     """Chance that one of the first scores above one of the second; ties count half."""
     above = (yes[:, None] > no[None]).mean()
@@ -274,22 +280,17 @@ def meanings(
         no = controls(texts, active[:, u], anywhere, test, CONTROLS, draw)
         no_top = controls(texts, active[:, u], top, test, CONTROLS, draw)
         own, stranger = described[u], described[known[(turn + 1) % len(known)]]
-
-        def told(score: Callable[[NDArray], NDArray], yes: NDArray, no: NDArray) -> float:
-            return auc(score(yes), score(no))
-
-        by_words = lambda places, d=own: word_scores(texts, d, places)  # noqa: E731
-        by_sense = lambda places, d=own: vectors(texts, places) @ d.sense  # noqa: E731
+        words, sense = partial(word_scores, texts, own), partial(sense_scores, texts, own)
         found.append(
             Meaning(
                 unit=int(numbers[u]),
                 density=float(active[:, u].sum() / texts.usual.sum()),
-                words=told(by_words, anywhere, no),
-                words_top=told(by_words, top, no_top),
-                sense=told(by_sense, anywhere, no),
-                sense_top=told(by_sense, top, no_top),
-                one_word=told(lambda places, d=own: word_scores(texts, d, places, ("here",)), anywhere, no),
-                other=told(lambda places, d=stranger: word_scores(texts, d, places), anywhere, no),
+                words=auc(words(anywhere), words(no)),
+                words_top=auc(words(top), words(no_top)),
+                sense=auc(sense(anywhere), sense(no)),
+                sense_top=auc(sense(top), sense(no_top)),
+                one_word=auc(words(anywhere, ("here",)), words(no, ("here",))),
+                other=auc(word_scores(texts, stranger, anywhere), word_scores(texts, stranger, no)),
                 intruder=intruders(texts, top, no_top, TRIALS, draw),
             )
         )

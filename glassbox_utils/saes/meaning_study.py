@@ -173,7 +173,11 @@ def one_architecture(model: Model, hook: str, architecture: str, seed: int) -> d
     x = read_shard(shard_path(config.harvest.folder, 0), hook).x
     scaling = measure_scaling(x)
     tokens = quality.held_out(model, config, prepared.sized(quality.HELD_ROWS, 8))
-    measure = {"median_norm": scaling.median_norm, "mean": scaling.mean, "ce_rows": prepared.sized(16, 2)}
+    measure: dict[str, Any] = {
+        "median_norm": scaling.median_norm,
+        "mean": scaling.mean,
+        "ce_rows": prepared.sized(16, 2),
+    }
     report = quality.evaluate_sae(model, sae, tokens, site_of_sae(sae), **measure)
     chosen, _ = drawn(sae, model, rows, prepared.sized(UNITS, 8), seed)
     units = meaning.compared(model, sae, rows, {architecture: meaning.of_sae(sae, chosen)}, {}, seed)[architecture]

@@ -45,6 +45,7 @@ def test_metrics_at_their_ends(model, shards):
     measure = (tokens, SITE, scaling.median_norm, scaling.mean, 8)
     best = evaluate_sae(model, Exact(), *measure)
     assert best.explained_variance == pytest.approx(1) and best.recovered_mean == pytest.approx(1, abs=1e-4)
+    assert best.recovered_all == pytest.approx(1, abs=1e-4)
     assert best.kl == pytest.approx(0, abs=1e-5) and best.l0 == model.d_model
     worst = evaluate_sae(model, Nothing(scaling.mean), *measure)
     assert worst.explained_variance == pytest.approx(0, abs=1e-4)

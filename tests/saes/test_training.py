@@ -540,3 +540,15 @@ def test_norms_that_are_divided_out_are_so_in_sae_lens_and_massive_positions_are
         torch.testing.assert_close(result(ours(beside(x, model.device))), plain(x), rtol=1e-4, atol=1e-4)
     assert wrong["constant_norm_rescale"][0] < 0.2 < 0.3 < wrong["mean_norm"][0], wrong
     assert wrong["constant_norm_rescale"][1] < wrong["mean_norm"][1] + 0.1, wrong
+
+
+def test_the_recipes_of_the_long_runs_are_read_and_share_the_harvest_of_a_layer():
+    """They lie in data/saes without weights, which are nobody's SAE until they are trained."""
+    names = ("long-8192-l14", "long-16384-l14", "long-8192-l19")
+    runs = {name: read_config(configs.saes_folder() / name) for name in names}
+    assert all(name == run.name and run.d_sae == int(name.split("-")[1]) for name, run in runs.items())
+    folders = [run.harvest.folder for run in runs.values()]
+    assert folders[0] == folders[1] != folders[2]
+    assert not set("%: +*?") & set(folders[0].name.replace("-+-", "-"))
+    for run in runs.values():
+        assert 118e6 < run.samples < 122e6 and run.samples % run.batch == 0 and run.tokens == run.n_shards * 65_536
