@@ -7,7 +7,8 @@ document.addEventListener("DOMContentLoaded", () => {
     const link = part.closest("li")?.querySelector("a");
     part.setAttribute("aria-label", `Pages below ${link ? link.textContent.trim() : "this one"}`);
   }
-  for (const button of document.querySelectorAll(".search-button-field")) button.removeAttribute("aria-label");
+  for (const button of document.querySelectorAll(".search-button-field"))
+    button.setAttribute("aria-label", button.textContent.replace(/\s+/g, " ").trim());
 });
 
 // circuitsvis writes white on middling colours; of black and white one always has a contrast of 4.5 or more.
