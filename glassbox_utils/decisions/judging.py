@@ -75,7 +75,7 @@ class Screen:
         given, y = self.half.columns(self.picked), self.half.y
         size, best = (self.x**2).sum(0) + 1e-9, set[int]()
         for left in (y, screening.without(y, given)):
-            worth = (self.x.T @ left.astype(self.x.dtype)) ** 2 / size / left.var() - self.price
+            worth = (self.x.T @ left.astype(self.x.dtype)) ** 2 / size / max(left.var(), 1e-18) - self.price
             best |= set(np.argsort(-worth)[:NEAR].tolist())
         mine = {probe.parts: k for k, probe in enumerate(self.asked.probes)}
         kept = sorted(best - {mine.get(probe.parts, -1) for probe in self.picked})
@@ -336,8 +336,8 @@ class Limits:
             alone = [Probe((window,), "window") for window in tenths(subject, rule)]
         kinds, rest = (alone, values, pairs), [p for p in self.chosen if all(x.subject != subject for x in p.parts)]
         found = [self._largest(some, self.chosen) for some in kinds]
-        if all(x is None for x in found):  # what was chosen and not confirmed says the same: seen without it
-            found = [self._largest(some, rest) for some in kinds]
+        # what was chosen and not confirmed may say the same: then it is seen without that
+        found = [self._largest(some, rest) if x is None else x for x, some in zip(found, kinds, strict=True)]
         return found[0], found[1], found[2]
 
     def _largest(self, probes: Sequence[Probe], given: Sequence[Probe]) -> float | None:

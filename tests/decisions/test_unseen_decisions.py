@@ -76,7 +76,7 @@ WORDS = [
     "Hello? (urgent)",
     "déjà vu, naïve Zoë",
     "50% off",
-    "it's mine: yours",
+    "it's mine; yours",
 ]
 COMMANDS = ("audit", "locate", "mitigate", "explain", "train-officer")
 
