@@ -34,14 +34,17 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
     return found
 
 
-def specific(points: Sequence[Point], rows: Sequence[Specificity], attribute: str, source: str = "") -> list[Finding]:
-    """Do the units of each basis carry more of their own gap than of another attribute's?"""
-    own, found = {(p.basis, p.k): p.carried for p in points}, []
-    for r in (r for r in rows if r.what.startswith(f"{attribute}:") and r.carried and (r.basis, r.k) in own):
-        assert r.carried is not None
+def specific(
+    own: Sequence[Specificity], rows: Sequence[Specificity], attribute: str, source: str = ""
+) -> list[Finding]:
+    """Do the units of each basis carry more of their own gap (``own``: one row a basis) than of another attribute's?"""
+    mine, found = {r.basis: r.carried for r in own}, []
+    for r in (r for r in rows if r.what.startswith(f"{attribute}:")):
+        effect = mine.get(r.basis)
+        if r.carried is None or effect is None:
+            continue
         control = Control.measured("other group", f"their share of the gap in {r.what}", r.carried)
         claim = f"{r.k} located {r.basis} carry more of their own gap than of that in {attribute} (share)"
-        effect = own[r.basis, r.k]
         found.append(Finding.measured(claim, 3, effect, UNIT, control, side="above", null=None, source=source))
     return found
 

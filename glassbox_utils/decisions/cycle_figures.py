@@ -153,13 +153,14 @@ def beside_stored(links: Sequence[Link], stored: Any) -> Any:
     return pd.DataFrame(rows)
 
 
-def specificity_table(rows: Sequence[Specificity]) -> Any:
-    """What the units of each basis carry of every other effect, with the verdict."""
+def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -> Any:
+    """What the units of each basis carry of their own gap (first row), and of every other effect, with the verdict."""
     import pandas as pd
 
     found: dict[str, dict[str, str]] = {}
-    for r in rows:
-        said = "no effect to carry" if r.carried is None else f"{r.carried.value:.2f} {r.verdict}"
+    for r in [*own, *rows]:
+        said = "no effect to carry" if r.carried is None else f"{r.carried.value:.2f}"
+        said += "" if r in own or r.carried is None else f" {r.verdict}"
         effect = {"effect, logits": f"{r.effect.value:+.1f}"}
         found.setdefault(r.what, effect)[f"{r.k} {r.basis} carry"] = said
     return pd.DataFrame.from_dict(found, orient="index")
