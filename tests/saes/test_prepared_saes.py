@@ -134,7 +134,7 @@ def test_runs_of_one_name_on_two_models_do_not_meet(tmp_path):
     assert work_folder(replace(config, tokens=8192), one) != work_folder(config, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_studies_of_meaning_run_on_another_model_and_go_on_where_they_were(tmp_path, monkeypatch):
     own_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setattr(meaning_study, "STEPS", 60)
