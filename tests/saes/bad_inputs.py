@@ -117,7 +117,7 @@ def _filled(value):
 
 
 def _diverged(kit):
-    def explode(sae, x, compute=None):
+    def explode(sae, x, compute=None, auxiliary=None):
         sae.zero_grad()
         for p in sae.parameters():
             p.grad = torch.full_like(p, NAN)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from shards import HOOK, SITE, train_config
 
-from glassbox_utils.core import corpora, prepared
+from glassbox_utils.core import corpora
 from glassbox_utils.core.devices import result
-from glassbox_utils.core.studies import read_table
 from glassbox_utils.saes import meaning
 from glassbox_utils.saes.config import SaeError
 from glassbox_utils.saes.harvest import read_shard, shard_path
@@ -129,32 +128,3 @@ def test_all_kinds_of_units_are_measured_in_the_space_of_the_sae(model, shards, 
         assert len(found[kind]) >= 4 and all(0.02 < unit["density"] < 0.09 for unit in found[kind])
     assert all(0 <= unit[score] <= 1 for units in found.values() for unit in units for score in meaning.SCORES)
     assert result(sae.W_dec).shape[1] == x.shape[1]
-
-
-@pytest.mark.slow
-def test_the_studies_run_on_another_model_and_go_on_where_they_were(tmp_path, monkeypatch):
-    from test_prepared_saes import own_cache, prepare
-
-    from glassbox_utils.saes import meaning_study
-
-    own_cache(tmp_path / "cache", monkeypatch)
-    monkeypatch.setattr(meaning_study, "STEPS", 60)
-    monkeypatch.setattr(meaning_study, "BATCH", 256)
-    model, folder = prepare("llama", tmp_path, ("main",))
-    with prepared.using(folder):
-        for run in meaning_study.STUDIES_OF_MEANING.values():
-            run()
-        table, compared = read_table("sae_meaning"), read_table("sae_architectures")
-        monkeypatch.setattr(meaning_study, "one_seed", None)
-        monkeypatch.setattr(meaning_study, "one_architecture", None)
-        for run in meaning_study.STUDIES_OF_MEANING.values():
-            run()  # every part is there
-        assert read_table("sae_meaning")["units"] == table["units"]
-    kinds = {"main", "trained", "frozen", "coordinates", "pca", "random", "random_sae"}
-    assert set(table["units"]) == kinds and all(len(seeds) == 2 for seeds in table["units"].values())
-    assert {row["kind"] for row in table["summary"]} == kinds
-    assert [row["ahead"] is None for row in table["summary"] if row["kind"] == "main"] == [True] * len(meaning.SCORES)
-    assert {(row["architecture"], row["seed"]) for row in compared["rows"]} == {
-        (a, s) for a in meaning_study.ARCHITECTURES for s in (0, 1)
-    }
-    assert table["provenance"]["model_hash"] == model.hash

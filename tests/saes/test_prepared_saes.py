@@ -11,7 +11,14 @@ import yaml
 from glassbox_utils.core import assets, prepared
 from glassbox_utils.core.models import load_model
 from glassbox_utils.core.studies import read_table
-from glassbox_utils.saes import clamping_choice_study, clamping_report_study, clamping_study, recipes, study
+from glassbox_utils.saes import (
+    clamping_choice_study,
+    clamping_report_study,
+    clamping_study,
+    meaning_study,
+    recipes,
+    study,
+)
 from glassbox_utils.saes.config import SaeError
 from glassbox_utils.saes.store import load_sae
 from glassbox_utils.saes.training import train_from_config, work_folder
@@ -125,3 +132,30 @@ def test_runs_of_one_name_on_two_models_do_not_meet(tmp_path):
     assert work_folder(config, one) != work_folder(config, two)
     assert work_folder(replace(config, samples=2 * config.samples), one) == work_folder(config, one)
     assert work_folder(replace(config, tokens=8192), one) != work_folder(config, one)
+
+
+@pytest.mark.long
+def test_the_studies_of_meaning_run_on_another_model_and_go_on_where_they_were(tmp_path, monkeypatch):
+    own_cache(tmp_path / "cache", monkeypatch)
+    monkeypatch.setattr(meaning_study, "STEPS", 60)
+    monkeypatch.setattr(meaning_study, "BATCH", 256)
+    model, folder = prepare("llama", tmp_path, ("main",))
+    with prepared.using(folder):
+        for run in meaning_study.STUDIES_OF_MEANING.values():
+            run()
+        table, compared = read_table("sae_meaning"), read_table("sae_architectures")
+        monkeypatch.setattr(meaning_study, "one_seed", None)
+        monkeypatch.setattr(meaning_study, "one_architecture", None)
+        for run in meaning_study.STUDIES_OF_MEANING.values():
+            run()  # every part is there
+        assert read_table("sae_meaning")["units"] == table["units"]
+    kinds = {"main", "trained", "frozen", "coordinates", "pca", "random", "random_sae"}
+    assert set(table["units"]) == kinds and all(len(seeds) == 2 for seeds in table["units"].values())
+    assert {row["kind"] for row in table["summary"]} == kinds
+    assert [row["ahead"] is None for row in table["summary"] if row["kind"] == "main"] == [True] * len(
+        meaning_study.meaning.SCORES
+    )
+    assert {(row["architecture"], row["seed"]) for row in compared["rows"]} == {
+        (a, s) for a in meaning_study.ARCHITECTURES for s in (0, 1)
+    }
+    assert table["provenance"]["model_hash"] == model.hash

@@ -269,7 +269,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(shards, tmp_path, mo
     train(run, tmp_path, stop_after=10)
     before = contents(tmp_path)
 
-    def explode(sae, x, compute, real=topk_gradients):
+    def explode(sae, x, compute, auxiliary, real=topk_gradients):
         found = real(sae, x, compute)
         sae.W_enc.grad[0, 0] = torch.nan
         return found
