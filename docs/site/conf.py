@@ -42,3 +42,12 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+
+def setup(app):
+    """A field of a NamedTuple without words of its own says nothing, instead of "Alias for field number 0"."""
+    app.connect("autodoc-process-docstring", _without_aliases)
+
+
+def _without_aliases(app, what, name, obj, options, lines):
+    lines[:] = [line for line in lines if not line.startswith("Alias for field number")]

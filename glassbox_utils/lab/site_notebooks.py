@@ -4,7 +4,7 @@ What the notebook computed stays as it is; only what surrounds it is changed, in
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def read(path: Path, run: Mapping[str, Any] | None = None) -> Lesson:
     return Lesson(path.stem, nbformat.read(path, 4), run)
 
 
-def _headings(notebook: Any) -> Iterable[tuple[int, str]]:
+def _headings(notebook: Any) -> Iterator[tuple[int, str]]:
     """(index of the cell, heading) in their order, without Markdown's marks."""
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
