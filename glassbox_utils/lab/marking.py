@@ -140,7 +140,10 @@ def strict(checker: str) -> str:
     lines = checker.split("\n")
     hidden = ""
     if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
-        call = ast.unparse(last.value)
+        said = last.value
+        while isinstance(said, ast.Call) and ast.unparse(said.func) in ("print", "display") and len(said.args) == 1:
+            said = said.args[0]  # what is printed, not what print gives
+        call = ast.unparse(said)
         hidden = f'assert str({call}).startswith("right"), "not done yet"'
     else:
         unset = next((n.test for n in tree.body if isinstance(n, ast.If) and " is None" in ast.unparse(n.test)), None)

@@ -146,6 +146,19 @@ def test_a_checker_may_stand_in_the_next_cell_and_tags_win():
     assert marking.try_answer(exercise, exercise.solution).right and not marking.try_answer(exercise).right
 
 
+@pytest.mark.parametrize("checker", ["check(f)", "print(check(f))", "g = f\nif g is None:\n    print('not done yet')"])
+def test_what_is_hidden_from_students_finds_the_blank(checker):
+    before = "check = lambda f: 'not done yet: write it' if f is None else 'right'\nf = {}\n"
+    for value, fine in (("None", False), ("abs", True)):
+        space = {}
+        try:
+            exec(before.format(value) + marking.strict(checker), space)
+        except AssertionError as error:
+            assert not fine and str(error) == "not done yet"
+        else:
+            assert fine
+
+
 def test_notes_that_cannot_be_read_say_what_is_allowed(tmp_path):
     (tmp_path / "01.yaml").write_text("exercises:\n  a:\n    wrong:\n      - code: x\n        sez: y\n")
     with pytest.raises(WorkshopError, match="`code`, `says`, `why`"):
