@@ -61,7 +61,7 @@ cases:
 """
 MAIL = """\
 title: Mail triage
-answers: [" yes", " no"]
+answers: [" top", " low"]
 templates:
   only: "From {sender}, {hour} h: {subject}\\nAnswer it:"
 fields:
