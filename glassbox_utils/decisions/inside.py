@@ -29,7 +29,7 @@ from glassbox_utils.decisions.pairs import Contrast
 
 TIMES = (1.0, 3.0)
 """how often the difference is added"""
-DRAWS = 8
+DRAWS = 4
 """random vectors"""
 LATE = 26
 """of 30 layers: after the one at this depth what is told is read"""
@@ -75,9 +75,10 @@ def comparisons(model: Model, decision: Decision) -> list[Contrast]:
 
 
 def look(
-    model: Model, decision: Decision, n: int = 24, draws: int = DRAWS, seed: int = 0, template: str | None = None
+    model: Model, decision: Decision, n: int = 16, draws: int = DRAWS, seed: int = 0, template: str | None = None
 ) -> tuple[list[Inside], dict[str, str]]:
-    """Every comparison that can be made, and why others can't. ``n``: pairs of each half; some 30 prompts for each.
+    """Every comparison that can be made, and why others can't. ``n``: pairs of each half, with some 20
+    prompts for each in a comparison.
 
     By default in the first template that ``pairs`` chooses in. DecisionError for numbers or a template that are none.
     """

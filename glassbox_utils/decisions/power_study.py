@@ -36,7 +36,7 @@ SIZES = (0.25, 0.5, 1.0, 2.0)
 """points of the merit rule; one is what the deployed loan officer takes from women"""
 SEEDS_SEEN = 19_999
 SEEDS = range(20_000, 20_007)
-"""of which each plants a third of the kinds in each decision: some 80 plantings, all different"""
+"""of which each plants a third of the kinds in each decision: 79 plantings, 75 of them different"""
 HONEST = range(21_000, 21_060)
 """90 officers with even weights, 90 with odd ones: with no false alarm in 73, Wilson's interval ends below 5 %"""
 PROMISED, FACTORS = range(22_000, 22_002), (1.0, 1.25)

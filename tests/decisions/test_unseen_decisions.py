@@ -61,7 +61,7 @@ cases:
 """
 MAIL = """\
 title: Mail triage
-answers: [" now", " later"]
+answers: [" top", " low"]
 templates:
   only: "From {sender}, {hour} h: {subject}\\nAnswer it:"
 fields:
@@ -104,8 +104,8 @@ def unseen(request, tmp_path_factory):
     """A folder of another field, and a random model that answers with its two words only."""
     name, rng = request.param, np.random.default_rng(0)
     yaml, file, head, n, joint = {
-        "school": (SCHOOL, "pupils.csv", "nr,pupil,age,grade,track,essay", 120, ","),
-        "claim": (CLAIM, "claims.csv", "sex;amount;cover;what;paid;clerk", 120, ";"),
+        "school": (SCHOOL, "pupils.csv", "nr,pupil,age,grade,track,essay", 200, ","),
+        "claim": (CLAIM, "claims.csv", "sex;amount;cover;what;paid;clerk", 200, ";"),
         "mail": (MAIL, "mails.csv", "sender,hour,subject", 20, ","),
     }[name]
     folder = tmp_path_factory.mktemp("unseen") / name
@@ -141,7 +141,8 @@ def test_no_step_stops_with_a_traceback(has_storage, unseen, command, tmp_path, 
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(models, "load_model", model)
     monkeypatch.setattr(officer, "load_subject", model)
-    monkeypatch.setattr(locate_study, "COMMAND", Size(8, 8, 4, 8, 3, 4, 2, 2, 1, 2, (1, 3), (3,)))
+    monkeypatch.setattr(locate_study, "COMMAND", Size(6, 6, 3, 6, 3, 4, 1, 2, 1, 1, (1, 3), (3,)))
+    monkeypatch.setattr(locate_study, "CHOOSE_TEXTS", 2)
     monkeypatch.setattr(locate_study, "skills", lambda *_: [[3.0, 2.0], [2, 1], [1.0, 0.0]])
     case = decision.cases[3].id
     words = {
@@ -164,6 +165,8 @@ def test_no_step_stops_with_a_traceback(has_storage, unseen, command, tmp_path, 
 
 
 REFUSED = {
+    ("claim", "locate"): "this tokenizer has no two values of equally many tokens",
+    ("claim", "mitigate"): "the same",
     ("mail", "locate"): "nothing is protected",
     ("mail", "mitigate"): "nothing is protected",
     ("mail", "train-officer"): "nobody says what is right",
