@@ -112,16 +112,16 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
         for i, (unit, place) in enumerate(zip(order, arms.places_of(found[name], order) if order else (), strict=True)):
             at = list(found[name].space.layers).index(unit[0])
             effect = float(found[name].effect[:, at, unit[1]].sum()) / found[name].gap
-            x = columns[place] + side * (0.08 + 0.05 * (i % 4))
+            across = columns[place] + side * (0.08 + 0.05 * (i % 4))
             label = f"{len(order)} {name}" if i == 0 else None
-            axis.scatter(x, unit[0], s=25 + 700 * abs(effect), color=colour, marker=marker, alpha=0.75, label=label,
+            axis.scatter(across, unit[0], s=25 + 700 * abs(effect), color=colour, marker=marker, label=label, alpha=0.7,
                          zorder=3, edgecolor="white")  # fmt: skip
             if i < 3:
-                axis.annotate(f"{unit[0]}.{unit[1]}", (x, unit[0]), (9 * side, 2), textcoords="offset points",
+                axis.annotate(f"{unit[0]}.{unit[1]}", (across, unit[0]), (9 * side, 2), textcoords="offset points",
                               fontsize=7.5, ha="right" if side < 0 else "left", zorder=4)  # fmt: skip
             if name == "heads" and columns[place] > 0 and abs(effect) > 0.03:
                 arrow = {"arrowstyle": "->", "color": colour, "lw": 0.8 + 5 * abs(effect)}
-                axis.annotate("", (x, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
+                axis.annotate("", (across, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
     axis.set_xticks(range(len(PLACES)), [names[place] for place in PLACES])
     axis.set_xlim(-0.6, len(PLACES) - 0.4)
     axis.set_ylabel("layer")
@@ -210,8 +210,8 @@ def draw_arms(found: Mapping[str, Outcome], costs: Mapping[str, Interval], plain
     axes[1].axvline(1, color="black", lw=0.7)
     axes[0].set_xlabel("gap that is left, logits")
     axes[1].set_xlabel("perplexity of ordinary text, times")
-    bar = abs(found[plain].logits.value) / 4
-    closing = [name for name, one in found.items() if abs(one.logits.value) < bar and name != plain]
+    quarter = abs(found[plain].logits.value) / 4
+    closing = [name for name, one in found.items() if abs(one.logits.value) < quarter and name != plain]
     axes[0].set_title(f"{len(closing)} of {len(found) - 1} arms leave less than a quarter of the gap (grey: random)")
     return figure
 

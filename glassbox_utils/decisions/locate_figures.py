@@ -79,7 +79,7 @@ def draw_curve(points: Sequence[Point], template: str | None = None) -> Any:
     axes[0].set_ylabel(f"share of the gap, {template}")
     axes[0].set_title("carried by them alone")
     axes[1].set_title("left when they alone keep their values")
-    axes[0].legend(loc="upper left")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center right")  # where what is left is little
     figure.suptitle(_curve_title(points, template, bases), fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -88,8 +88,9 @@ def _curve_title(points: Sequence[Point], template: str, bases: Sequence[str]) -
     said = []
     for basis in bases:
         k = k_for([p for p in points if (p.basis, p.template) == (basis, template)])
-        said.append(f"{k:.0f} {basis}" if k else f"no number of {basis} tried")
-    return f"{TARGET:.0%} of the gap: {', '.join(said)} (bars: random units of like activity; thin: other templates)"
+        said.append(f"{k:.0f} {basis if k > 1.5 else basis.removesuffix('s')}" if k else f"no number of {basis} tried")
+    thin = "; thin: other templates" if len({p.template for p in points}) > 1 else ""
+    return f"{TARGET:.0%} of the gap: {', '.join(said)} (dashes: random units of like activity{thin})"
 
 
 def specificity_table(rows: Sequence[Row]) -> Any:

@@ -75,7 +75,7 @@ def test_tables_and_pictures_say_what_was_found(tables):
     points = [drawn.point_of(p) for p in located["points"]]
     assert drawn.ks_table(points).loc["behind", "heads"] == "1"
     figure = drawn.draw_curve(points, "behind")
-    assert "80% of the gap: 1 heads, 1 neurons" in figure._suptitle.get_text() and len(figure.axes) == 2
+    assert "80% of the gap: 1 head, 1 neuron" in figure._suptitle.get_text() and len(figure.axes) == 2
     chain = drawn.draw_chain(located["chain"], "person")
     assert "after layer 1" in title(chain) and len(chain.axes) == 3
     found = drawn.outcomes_of([drawn.measured_of(m) for m in mended["measured"]], mended["contrast"])

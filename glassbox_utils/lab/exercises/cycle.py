@@ -102,7 +102,7 @@ def check_like_units(function: Answer) -> None:
                  "what it excludes.")  # fmt: skip
         wrong_if(len(set(drawn)) < len(drawn), "a unit is drawn twice, so that fewer units are compared.")
         draws.append(drawn)
-    loud = np.mean([[float(activity[i]) > 10 for i in drawn] for drawn in draws])
+    loud = float(np.mean([[float(activity[i]) > 10 for i in drawn] for drawn in draws]))
     wrong_if(loud < 0.5, "three of the five chosen units are loud, and hardly any of yours: quiet units could not "
              "have carried anything. Draw from those of about the same activity.")  # fmt: skip
     wrong_if(loud > 0.7, "two of the five chosen units are quiet, and hardly any of yours. Match each one.")
