@@ -18,6 +18,7 @@ autodoc_member_order = "bysource"
 add_module_names = False
 python_use_unqualified_type_names = True
 viewcode_line_numbers = True
+viewcode_follow_imported_members = False  # a source page names what its module defines, nothing else
 
 html_theme = "pydata_sphinx_theme"
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system says; a button changes it

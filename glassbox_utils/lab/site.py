@@ -53,8 +53,13 @@ def check_tools() -> None:
 
 def check_modules(names: Sequence[str]) -> None:
     """SiteError for a module that there is not."""
-    known = site_pages.modules(ROOT / "glassbox_utils") if names else {}
-    if unknown := [name for name in names if name not in known]:
+    pairs = {name: name.partition(".")[::2] for name in names}
+    package = ROOT / "glassbox_utils"
+    if unknown := [
+        name
+        for name, (room, module) in pairs.items()
+        if room not in site_pages.ROOMS or not module.isidentifier() or not (package / room / f"{module}.py").exists()
+    ]:
         raise SiteError(
             f"There is no module {unknown[0][:80]!r}. Allowed: room and name, such as core.text or saes.store."
         )
