@@ -140,7 +140,7 @@ def strict(checker: str) -> str:
     lines = checker.split("\n")
     hidden = ""
     if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
-        said = last.value
+        said: ast.expr = last.value
         while isinstance(said, ast.Call) and ast.unparse(said.func) in ("print", "display") and len(said.args) == 1:
             said = said.args[0]  # what is printed, not what print gives
         call = ast.unparse(said)
