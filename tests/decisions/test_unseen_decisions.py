@@ -78,7 +78,7 @@ WORDS = [
     "50% off",
     "it's mine; yours",
 ]
-COMMANDS = ("audit", "locate", "mitigate", "explain", "train-officer")
+COMMANDS = ("audit", "locate", pytest.param("mitigate", marks=pytest.mark.long), "explain", "train-officer")
 
 
 def rows_of(name, rng):
