@@ -104,6 +104,13 @@ def test_ctrl_c_in_any_command_is_one_line(monkeypatch, capsys, name):
     needed = {
         "audit": ["--decision", "x"],
         "explain": ["--applicant", "x"],
+        "locate": ["--decision", "x"],
+        "mitigate": ["--decision", "x"],
+        "site": [],
+        "workshop": [],
+        "reproduce": [],
+        "kit": [],
+        "compat": [],
         "compare": ["x", "x"],
         "assets": [],
         "run": [],

@@ -53,7 +53,7 @@ def version_of(python: str) -> str:
     """The full version of an interpreter; CompatError if it can't be started, or is too old."""
     try:
         code = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, encoding="utf-8", timeout=60)
         words = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         done, words = None, str(error)
@@ -84,7 +84,7 @@ def environment(python: str, versions: str, folder: Path) -> tuple[Path, str]:
         dev.write_text("\n".join(_dev()), encoding="utf-8")
         steps = [["--upgrade", "pip", "setuptools", "wheel"], ["--upgrade", "--editable", str(ROOT), "-r", str(dev)]]
     for step in steps:
-        done = subprocess.run([*pip, *step], capture_output=True, text=True)
+        done = subprocess.run([*pip, *step], capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
             words = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             return binary, (words[-1].strip() if words else "pip gave no reason")[:300]
@@ -102,13 +102,15 @@ def _packages(binary: Path) -> dict[str, str]:
     code = (
         f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {SHOWN!r}}}))"
     )
-    done = subprocess.run([str(binary), "-c", code], capture_output=True, text=True)
+    done = subprocess.run([str(binary), "-c", code], capture_output=True, text=True, encoding="utf-8")
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
 def _suite(binary: Path, where: Sequence[str]) -> str:
     command = [str(binary), "-m", "pytest", *where, "-q", "-p", "no:cacheprovider", "-m", SUITE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     return (
         re.sub(r" in [\d.:]+s.*| in \d+.*", "", lines[-1]).strip(" =")
@@ -120,7 +122,7 @@ def _suite(binary: Path, where: Sequence[str]) -> str:
 def _notebook(binary: Path, number: str, folder: Path) -> str:
     command = [str(binary), "-m", "glassbox_utils", "run", number, "--site", str(folder / "pages")]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         return ((done.stderr or done.stdout).strip().splitlines() or ["it stopped"])[-1][:200]
     return f"{time.perf_counter() - start:.0f} s"

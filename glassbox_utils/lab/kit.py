@@ -162,7 +162,7 @@ def without_network(command: Sequence[str | Path], folder: Path) -> subprocess.C
     inner = [sys.executable, "-c", ALONE, *map(str, command)]
     rooted = [] if os.geteuid() == 0 else ["--map-root-user"]
     return subprocess.run(
-        [unshare, *rooted, "--net", *inner], capture_output=True, text=True, cwd=folder,
+        [unshare, *rooted, "--net", *inner], capture_output=True, text=True, encoding="utf-8", cwd=folder,
         env=clean | {"HOME": str(folder / "home"), "PIP_CONFIG_FILE": os.devnull},
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ def refusal(made_for: list[str], mine: list[str]) -> str:
 
 def call(*command: object) -> None:
     """Run a command; its own words are shown only if it fails."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         sys.exit(f"{' '.join(str(c) for c in command)} failed:\n{(done.stderr or done.stdout).strip()[-3000:]}")
 
@@ -55,7 +55,10 @@ def main() -> None:
     call(*pip, "--find-links", here / "wheels", *(part for lock in locks for part in ("-r", lock)))
     call(*pip, "--no-deps", "--no-build-isolation", "--editable", home)
     where = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     # a line that Python runs when it starts: commands, kernels and make find the kit's downloads without being told
     line = f"import os; os.environ.setdefault('GLASSBOX_CACHE', {str(here / 'cache')!r})\n"

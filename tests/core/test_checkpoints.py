@@ -146,6 +146,7 @@ FILES = [*PACKAGE.rglob("*.py"), *(assets.DATA / "examples").glob("*.py")]
 
 def test_no_file_is_read_in_a_way_that_can_run_code():
     found = {path.name: list(dangers(path.read_text(encoding="utf-8"))) for path in FILES}
+    assert set(found.pop("marking.py")) == {"exec", "eval"}  # runs exercises, which is what a notebook's code is for
     assert len(found) > 60 and not {name: names for name, names in found.items() if names}
     assert issubclass(schema._strict_yaml(), yaml.SafeLoader)
 
