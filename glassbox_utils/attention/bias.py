@@ -106,8 +106,6 @@ class PronounChoice(NamedTuple):
 
     texts: list[str]
     is_male: list[bool]
-    job: list[int]
-    """which of its group's occupations each row is about"""
     batch: Batch
     he: Tensor
     she: Tensor
@@ -119,21 +117,19 @@ Choice = Split | Literal["defined", "fresh"]
 
 
 def pronoun_choice(model: Model, split: Choice, units: int = 36) -> PronounChoice:
-    """Prompts that ask for a pronoun: 12 occupations x 6 templates (fresh: 24 x 6); templates vary fastest.
+    """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest.
 
-    ``units``: how many of the pairs (a man's and a woman's job in one template) are asked, evenly spread.
+    ``units``: how many of the 36 pairs (a man's and a woman's job in one template) are asked, evenly spread.
     """
     content = read_prompts("occupations")
-    texts: list[tuple[str, bool, int]] = []
+    texts = []
     templates = content["fresh_templates" if split == "fresh" else "single_templates"]
     for group in ("male", "female"):
-        jobs = enumerate(content[group][split])
-        made = [(t.format(a=job), group == "male", i) for i, job in jobs for t in templates]
+        made = [(t.format(a=job), group == "male") for job in content[group][split] for t in templates]
         texts += [made[i * len(made) // units] for i in range(units)] if units < len(made) else made
-    sentences, is_male, job = (list(column) for column in zip(*texts, strict=True))
-    batch = tokenize(model, sentences)
+    batch = tokenize(model, [t for t, _ in texts])
     he, she = (torch.full((len(texts),), i) for i in told_apart(model, *content["single_pronouns"]))
-    return PronounChoice(sentences, is_male, job, batch, he, she)
+    return PronounChoice([t for t, _ in texts], [m for _, m in texts], batch, he, she)
 
 
 def told_apart(model: Model, first: str, second: str) -> tuple[int, int]:
@@ -151,12 +147,6 @@ def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
     """Male minus female rows: one unit for each (male job i, female job i, template), means stay the same."""
     male = torch.tensor(choice.is_male)
     return array(values[beside(male, values)] - values[beside(~male, values)])
-
-
-def by_job(values: NDArray, choice: PronounChoice) -> NDArray:
-    """Means over templates, [..., unit] -> [..., pair of occupations]: the unit that is resampled."""
-    job = np.array([j for j, male in zip(choice.job, choice.is_male, strict=True) if male])
-    return np.stack([np.asarray(values)[..., job == j].mean(-1) for j in sorted(set(job.tolist()))], -1)
 
 
 def pronoun_effects(

@@ -154,8 +154,6 @@ class Saying(NamedTuple):
     """probability of he or she"""
     is_male: list[bool]
     """Is the stereotype of the prompt's occupation a man?"""
-    job: list[int]
-    """which of its group's occupations each prompt is about"""
 
 
 @torch.no_grad()
@@ -171,7 +169,7 @@ def pronouns_said(model: Model, sets: Sequence[Sequence[Head]], split: Choice = 
         he, she = (logs.gather(1, beside(ids, logs)[:, None])[:, 0] for ids in (choice.he, choice.she))
         leaning.append(array(he - she))
         together.append(array(he.exp() + she.exp()))
-    return Saying(np.stack(leaning), np.stack(together), choice.is_male, choice.job)
+    return Saying(np.stack(leaning), np.stack(together), choice.is_male)
 
 
 def _last_log_probabilities(model: Model, batch: Batch) -> Float[Tensor, "row vocab"]:

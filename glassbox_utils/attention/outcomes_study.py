@@ -20,9 +20,7 @@ from glassbox_utils.attention import forming, heads, outcomes
 from glassbox_utils.attention.bias import (
     Swap,
     attention_gap,
-    by_job,
     by_occupations,
-    pronoun_choice,
     pronoun_effects,
     pronoun_effects_guessed,
     pronoun_gap,
@@ -176,19 +174,13 @@ def outcome_sets(model: Model, bias: dict[str, Any], draws: int) -> dict[str, li
 
 def outcome(model: Model, name: str, sets: Sequence[Sequence[Head]], size: Size) -> Any:
     """One outcome with each set mean-ablated, [set][unit]: see ``UNITS``."""
-    units = 2 * size.units if name in ("fresh", "said") else size.units  # twice as many fresh jobs
     if name in ("report", "fresh", "defined"):
-        gap = pronoun_gap(model, sets, name, units)  # type: ignore[arg-type]
-        return rounded(by_job(gap, pronoun_choice(model, name, units)))  # type: ignore[arg-type]
+        return rounded(pronoun_gap(model, sets, name, size.units))  # type: ignore[arg-type]
     if name == "said":
-        said = outcomes.pronouns_said(model, sets, "fresh", units)
-        jobs = sorted(set(zip(said.is_male, said.job, strict=True)), reverse=True)
-        rows = [[i for i, pair in enumerate(zip(said.is_male, said.job, strict=True)) if pair == job] for job in jobs]
-        leaning, together = (np.stack([x[:, r].mean(1) for r in rows], 1) for x in (said.leaning, said.together))
-        is_male = [male for male, _ in jobs]
+        said = outcomes.pronouns_said(model, sets, "fresh", size.units)
         return {
-            "leaning": {"values": rounded(leaning), "is_male": is_male},
-            "together": {"values": rounded(together, 5), "is_male": is_male},
+            "leaning": {"values": rounded(said.leaning), "is_male": said.is_male},
+            "together": {"values": rounded(said.together, 5), "is_male": said.is_male},
         }
     if name == "text":
         return rounded(in_context_score(model, sets, size.texts, min(120, model.n_context))[1])
@@ -198,23 +190,19 @@ def outcome(model: Model, name: str, sets: Sequence[Sequence[Head]], size: Size)
     if name == "stereoset":
         return rounded(outcomes.stereoset_gap(model, sets, reference, some(outcomes.stereoset(), size.stereoset)))
     kind: Literal[1, 2] = 1 if name == "winobias 1" else 2
-    schemas = some(winobias(kind, "test"), size.winobias)
-    values = winobias_preference(model, schemas, sets, reference)
-    jobs = sorted({s.referent for s in schemas})
-    by = [[i for i, s in enumerate(schemas) if s.referent == job] for job in jobs]
-    return rounded(np.stack([values[:, i].mean(1) for i in by], 1))
+    return rounded(winobias_preference(model, some(winobias(kind, "test"), size.winobias), sets, reference))
 
 
 UNITS = {
-    "report": "pairs of jobs",
-    "fresh": "pairs of jobs",
-    "winogender": "pairs of jobs",
-    "winobias 1": "jobs",
-    "winobias 2": "jobs",
+    "report": "pairs of occupations by template",
+    "fresh": "pairs of occupations by template",
+    "winogender": "pairs of occupations",
+    "winobias 1": "pairs of sentences",
+    "winobias 2": "pairs of sentences",
     "stereoset": "target words",
-    "defined": "pairs of words",
-    "leaning": "jobs",
-    "together": "jobs",
+    "defined": "pairs of words by template",
+    "leaning": "prompts",
+    "together": "prompts",
     "text": "texts",
 }
 """outcome -> what varies in it, and is resampled"""

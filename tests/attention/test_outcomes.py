@@ -60,10 +60,6 @@ def test_what_is_said_holds_the_gap_and_more(words):
     male = np.array(said.is_male)
     gap = bias.pronoun_gap(words, sets, "fresh", units=4)
     assert np.allclose(said.leaning[:, male] - said.leaning[:, ~male], gap, atol=1e-4)
-    choice = bias.pronoun_choice(words, "fresh", 24)
-    assert len(choice.texts) == 48 and len(set(choice.texts)) == 48 and choice.job[:2] == [0, 0]
-    pairs = bias.by_job(np.arange(24.0), choice)
-    assert pairs.shape == (12,) and pairs[0] == 0.5 and pairs[-1] == 22.5
     assert ((said.together > 0) & (said.together < 1)).all() and said.together.shape == (2, 8)
     assert outcomes.sentence_means(words, 4).n_tokens > 20 and outcomes.batch_size(words) == 32
 

@@ -32,7 +32,7 @@ def test_runs_on_a_gpt2_shaped_model(tmp_path):
     said, peak = printed(tiny.save_gpt2_shaped(tmp_path, 256))
     assert "6 layers x 8 heads" in said and "by hand and by the library: the same, for 48 heads" in said
     assert "two layers, this seed: formed True" in said and "one layer, this seed: formed False" in said
-    assert "pairs of fresh jobs" in said and "without random heads: 6 sets" in said
+    assert "pairs of fresh jobs by sentence" in said and "without random heads: 6 sets" in said
     for study in ("induction", "semantic", "bias", "outcomes"):
         assert f"studies/heads_{study} was not prepared for" in said
     assert "measured again" not in said and peak < 4
