@@ -163,7 +163,7 @@ def train(setup: Setup, seed: int = 0, every: int = 10) -> History:
     unseen = torch.Generator().manual_seed(10_000 + seed)
     own, varied = (repeating_rows(s, 64, unseen) for s in (setup, Setup(n_context=setup.n_context)))
     optimiser = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate, weight_decay=0.01)
-    found: list[tuple[float, float, float, float]] = []
+    found: list[tuple[int, float, float, float]] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model waits longer for a second thread than it gains by one
     try:
@@ -176,7 +176,6 @@ def train(setup: Setup, seed: int = 0, every: int = 10) -> History:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        steps, losses, induction, previous = ([row[i] for row in found] for i in range(4))
-        return History([int(x) for x in steps], losses, induction, previous, scores(model, varied), model)
+        return History(*map(list, zip(*found, strict=True)), scores(model, varied), model)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(threads)

@@ -135,10 +135,10 @@ def bias_refers(model: Model, n: int) -> dict[str, Any]:
 def bias_parts(model: Model, size: Size) -> dict[str, Any]:
     """All that ``heads_bias`` holds, from the parts that are kept or measured now."""
     return {
-        "looks": part(model, "stereotypes: looks", bias_looks, size.swaps, size.schemas),
-        "chosen": part(model, "stereotypes: chosen", bias_chosen, size.units),
-        "acts": part(model, "stereotypes: acts", bias_acts, size.units),
-        "refers": part(model, "stereotypes: refers", bias_refers, size.referents),
+        "looks": part(model, "bias looks", bias_looks, size.swaps, size.schemas),
+        "chosen": part(model, "bias chosen", bias_chosen, size.units),
+        "acts": part(model, "bias acts", bias_acts, size.units),
+        "refers": part(model, "bias refers", bias_refers, size.referents),
     }
 
 
