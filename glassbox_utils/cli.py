@@ -193,9 +193,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
-    # here: no other command should wait for torch
-    from glassbox_utils.attention.looking_study import STUDIES_OF_LOOKING
-    from glassbox_utils.attention.outcomes_study import STUDIES_OF_HEADS
+    from glassbox_utils.attention.looking_study import (
+        STUDIES_OF_LOOKING,
+    )  # here: no other command should wait for torch
+    from glassbox_utils.attention.study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
@@ -210,16 +211,14 @@ def studies() -> dict[str, Callable[[], Path]]:
 
 def every_study() -> dict[str, Callable[[], Path]]:
     """Those, and the long runs that ``prepare`` does not repeat on another model."""
-    from glassbox_utils.attention.outcomes_study import STUDIES_OF_FORMING
     from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
     from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
 
-    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING}
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    return {**studies(), **STUDIES_OF_MEANING, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:
