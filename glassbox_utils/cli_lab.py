@@ -111,8 +111,8 @@ def _kit(args: argparse.Namespace) -> int:
     if args.check or args.check_only:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             found = kit.check(target, Path(folder), args.notebook)
-        print(f"without a network: installed in {found.install_minutes:.1f} minutes, notebook {args.notebook} in "
-              f"{found.run_minutes:.1f}, a page of {found.page_bytes / 1e6:.1f} MB")  # fmt: skip
+            print(f"without a network: installed in {found.install_minutes:.1f} minutes, notebook {args.notebook} in "
+                  f"{found.run_minutes:.1f}, a page of {found.page_bytes / 1e6:.1f} MB", flush=True)  # fmt: skip
     return 0
 
 

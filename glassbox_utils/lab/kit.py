@@ -163,7 +163,7 @@ def without_network(command: Sequence[str | Path], folder: Path) -> subprocess.C
     rooted = [] if os.geteuid() == 0 else ["--map-root-user"]
     return subprocess.run(
         [unshare, *rooted, "--net", *inner], capture_output=True, text=True, encoding="utf-8", cwd=folder,
-        env=clean | {"HOME": str(folder / "home"), "PIP_CONFIG_FILE": os.devnull},
+        env=clean | {"HOME": str(folder.resolve() / "home"), "PIP_CONFIG_FILE": os.devnull},
     )  # fmt: skip
 
 
@@ -171,6 +171,7 @@ def check(archive: Path, folder: Path, notebook: str = "01", python: str | None 
     """Unpack, install and run a notebook without a network, in ``folder``; KitError says what failed."""
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(folder)
+    folder = folder.resolve()  # commands run in another one
     home = folder / FOLDER
     (folder / "home").mkdir(exist_ok=True)
     start = time.perf_counter()
