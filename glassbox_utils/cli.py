@@ -193,9 +193,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
-    from glassbox_utils.attention.looking_study import (
-        STUDIES_OF_LOOKING,
-    )  # here: no other command should wait for torch
+    # imported here: no other command should wait for torch
+    from glassbox_utils.attention.looking_study import STUDIES_OF_LOOKING
     from glassbox_utils.attention.study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
@@ -211,6 +210,7 @@ def studies() -> dict[str, Callable[[], Path]]:
 
 def every_study() -> dict[str, Callable[[], Path]]:
     """Those, and the long runs that ``prepare`` does not repeat on another model."""
+    from glassbox_utils.attention.forming_study import STUDIES_OF_FORMING
     from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
@@ -218,7 +218,8 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
 
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    return {**studies(), **STUDIES_OF_MEANING, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING}
+    return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 
 def parser() -> argparse.ArgumentParser:
