@@ -29,7 +29,8 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
     found = []
     for p in (p for p in points if p.k in KS and len(p.random_carried) > 1):
         control = Control.drawn("random units", f"sets of {p.k} {p.basis} of like activity", p.random_carried)
-        claim = f"{p.k} located {p.basis} alone carry a share of the gap"
+        which = f"a single located {p.basis.removesuffix('s')}" if p.k == 1 else f"{p.k} located {p.basis}"
+        claim = f"{which} alone carry a share of the gap".replace("carry", "carries" if p.k == 1 else "carry")
         found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=source))
     return found
 
@@ -37,15 +38,19 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
 def specific(
     own: Sequence[Specificity], rows: Sequence[Specificity], attribute: str, source: str = ""
 ) -> list[Finding]:
-    """Do the units of each basis carry more of their own gap (``own``: one row a basis) than of another attribute's?"""
+    """Do the units of each basis carry less than half as much of another attribute's gap as of their own?
+
+    ``own``: what they carry of theirs, in the same wording, one row a basis.
+    """
     mine, found = {r.basis: r.carried for r in own}, []
     for r in (r for r in rows if r.what.startswith(f"{attribute}:")):
-        effect = mine.get(r.basis)
-        if r.carried is None or effect is None:
+        bar = mine.get(r.basis)
+        if r.carried is None or bar is None:
             continue
-        control = Control.measured("other group", f"their share of the gap in {r.what}", r.carried)
-        claim = f"{r.k} located {r.basis} carry more of their own gap than of that in {attribute} (share)"
-        found.append(Finding.measured(claim, 3, effect, UNIT, control, side="above", null=None, source=source))
+        half = Control("other group", "half of the share that they carry of their own gap", bar.value / 2,
+                       (bar.low / 2, bar.high / 2))  # fmt: skip
+        claim = f"{r.k} located {r.basis} carry little of the gap in {attribute}: they are specific (share)"
+        found.append(Finding.measured(claim, 3, r.carried, UNIT, half, side="below", null=None, source=source))
     return found
 
 
