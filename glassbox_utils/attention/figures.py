@@ -98,9 +98,9 @@ def shares(rows: Mapping[str, Interval], title: str) -> Any:
     for place, value in enumerate(reversed(rows.values())):
         axis.barh(place, value.value, color=SKY, height=0.7)
         _error(axis, place, value, BLUE, marker="")
-        axis.text(min(value.high + 0.02, 0.93), place, f"{value.value:.2f}", va="center", fontsize=8)
+        axis.text(value.high + 0.015, place, f"{value.value:.2f}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), list(reversed(rows)))
-    axis.set_xlim(0, 1)
+    axis.set_xlim(0, 1.08)
     axis.set_xlabel("share that comes from the first token")
     return titled(figure, title)
 
@@ -119,7 +119,9 @@ def looking_and_doing(families: Mapping[str, Looking], chosen: Mapping[str, Look
         x, y = found.mean("decisive"), found.mean("effect")
         axis.scatter(x.flatten(), y.flatten(), s=12, alpha=0.6, color=BLUE, linewidths=0, label="all heads")
         mine = chosen[family].heads
-        axis.scatter(*zip(*[(x[h], y[h]) for h in mine], strict=True), s=26, color=ORANGE, label="look most elsewhere")
+        axis.scatter(
+            *zip(*[(x[h], y[h]) for h in mine], strict=True), s=26, color=ORANGE, label="look most, on other prompts"
+        )
         for head in dict.fromkeys([*mine[:3], *top_heads(y.abs(), min(3, y.numel()))]):
             axis.annotate(head_name(head), (x[head], y[head]), (3, 3), textcoords="offset points", fontsize=7)
         axis.axhline(0, color=GREY, lw=0.6)
