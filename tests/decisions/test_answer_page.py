@@ -264,7 +264,7 @@ def test_scores_are_those_of_the_rest_and_nan_where_nothing_is_decided(officer):
 def test_the_command_writes_page_json_and_letter(officer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scoring, "LEAST_SHARE", 0.0)
-    monkeypatch.setattr(answer.explain, "__defaults__", (None, 24, 0, 32))
+    monkeypatch.setattr(answer.explain, "__defaults__", (None, 24, *answer.explain.__defaults__[2:]))
     assert cli.main(["explain", "--decision", "hiring", "--model", str(officer), "H001"]) == 0
     assert "Open answer.html" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answer-letter.html", "answer.html", "answer.json"]
