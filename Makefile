@@ -13,8 +13,8 @@ MORE := $(VENV)/.more
 # what the simulated device runs in every test; `pytest tests --device far` runs all
 FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py losses.py text.py fast_forward.py) \
 	$(addprefix steering/test_,apply.py fit.py training.py) \
-	$(addprefix saes/test_,features.py clamping.py reading.py quality.py absorption.py) \
-	$(addprefix decisions/test_,cycle.py reality_study.py))
+	$(addprefix saes/test_,features.py clamping.py reading.py) \
+	$(addprefix decisions/test_,cycle.py))
 
 .PHONY: help run site lab test lint bench assets saes clean workshop reproduce kit compat
 .DEFAULT_GOAL := help

@@ -10,7 +10,7 @@ from glassbox_utils.lab import notebooks
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "02_induction_and_bias_heads.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_runs_on_a_gpt2_shaped_model(tmp_path):
     save_gpt2_shaped(tmp_path, 256)

@@ -20,7 +20,7 @@ def test_every_cell_that_draws_a_study_says_that_it_needs_it():
             assert needs or "in tables" in cell.source or "<= set(tables)" in cell.source, cell.source[:80]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_runs_on_a_gpt2_shaped_model(tmp_path):
     save_gpt2_shaped(tmp_path, 512, sharpen=6)
