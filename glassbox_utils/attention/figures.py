@@ -64,11 +64,11 @@ def before_and_after(rows: Mapping[str, tuple[Interval, Interval]], names: tuple
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(rows)))
-    for place, (first, second) in enumerate(reversed(rows.values())):
+    for place, (first, second) in enumerate(reversed(list(rows.values()))):
         axis.plot([first.value, second.value], [place + 0.1, place - 0.1], color=GREY, lw=0.8)
         for shift, value, colour, name in ((0.1, first, BLUE, names[0]), (-0.1, second, ORANGE, names[1])):
             _error(axis, place + shift, value, colour, label=None if place else name)
-    axis.set_yticks(range(len(rows)), list(reversed(rows)))
+    axis.set_yticks(range(len(rows)), list(reversed(list(rows))))
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("score, mean and 95 % interval over sentences")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -80,11 +80,11 @@ def against_others(gaps: Mapping[str, tuple[Interval, Interval]], what: tuple[st
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(gaps)))
-    for place, pair in enumerate(reversed(gaps.values())):
+    for place, pair in enumerate(reversed(list(gaps.values()))):
         for shift, value, colour, name in ((0.12, pair[0], BLUE, what[0]), (-0.12, pair[1], GREY, what[1])):
             _error(axis, place + shift, value, colour, label=None if place else f"from “{name}”")
     axis.axvline(0, color=GREY, lw=0.6)
-    axis.set_yticks(range(len(gaps)), [f"than at {name}" for name in reversed(gaps)])
+    axis.set_yticks(range(len(gaps)), [f"than at {name}" for name in reversed(list(gaps))])
     axis.set_xlabel("attention more, mean and 95 % interval over sentences")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return titled(figure, title)
@@ -95,11 +95,11 @@ def shares(rows: Mapping[str, Interval], title: str) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.36 * len(rows)))
-    for place, value in enumerate(reversed(rows.values())):
+    for place, value in enumerate(reversed(list(rows.values()))):
         axis.barh(place, value.value, color=SKY, height=0.7)
         _error(axis, place, value, BLUE, marker="")
         axis.text(value.high + 0.015, place, f"{value.value:.2f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), list(reversed(rows)))
+    axis.set_yticks(range(len(rows)), list(reversed(list(rows))))
     axis.set_xlim(0, 1.08)
     axis.set_xlabel("share that comes from the first token")
     return titled(figure, title)
@@ -159,11 +159,11 @@ def against_alike(rows: Mapping[str, tuple[Interval, Sequence[float]]], title: s
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(rows)))
-    for place, (value, draws) in enumerate(reversed(rows.values())):
+    for place, (value, draws) in enumerate(reversed(list(rows.values()))):
         axis.plot(draws, [place - 0.14] * len(draws), "|", color=GREY, markersize=9, label=None if place else "alike")
         _error(axis, place + 0.1, value, ORANGE, label=None if place else "look most")
     axis.axvline(0, color=GREY, lw=0.6)
-    axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)])
+    axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(list(rows))])
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlabel("fall of the logit difference when one head is ablated, mean of the heads")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -101,7 +101,8 @@ def _lengths(
     sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in ("resid_pre", "z")]
     with recording(model, sites, keep=lambda x: torch.stack([x[rows, src], x[:, -1]])) as store:
         model.hf(**batch.inputs, logits_to_keep=1, use_cache=False)
-    moved, written = [], []
+    moved: list[Tensor] = []
+    written: list[Tensor] = []
     for layer in range(model.n_layers):
         out = output_weights(model, layer)
         v = project(model, layer, store[Site("resid_pre", layer)][0]).v
