@@ -86,6 +86,7 @@ def test_the_instructor_has_solutions_a_plan_and_the_outputs(stem):
     assert outputs(copy) == outputs(SOURCES[stem])
 
 
+@pytest.mark.long
 def test_what_nbgrader_makes_of_the_instructors_copy_is_the_students_copy(tmp_path):
     """With the extra `more` only. The blank earns nothing, the solution all points: without kernels, by execution."""
     nbgrader = pytest.importorskip("nbgrader")
