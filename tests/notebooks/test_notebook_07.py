@@ -112,14 +112,14 @@ def test_every_step_runs_on_another_model(tmp_path, monkeypatch):
     monkeypatch.setenv(prepared.PLACE, str(tmp_path / "models"))
     said = ran({"MODEL": str(deciding(tmp_path / "model"))} | SMALL)
     assert "by the library" in said and "logistic regression" in said and "kB, the letter" in said
-    assert "not tested" not in said and "does not decide" not in said
+    assert "(protected): not tested" not in said and "does not decide" not in said
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_model_that_decides_nothing_is_told_so_and_nothing_stops():
     said = ran({"DECISION": "german-credit"} | SMALL)  # the embedded model in the wordings that ship
-    assert "does not decide" in said and "not tested" in said and "by the library" not in said
+    assert "does not decide" in said and "(protected): not tested" in said and "by the library" not in said
     assert "kB, the letter" not in said and "R01: accepted" in said  # section 9 has its own decision
 
 
