@@ -31,10 +31,15 @@ import glassbox_utils
 from glassbox_utils.core import figures, files, pages, prepared, schema
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.lab import subjects
+from glassbox_utils.lab import site_notebooks, subjects
 from glassbox_utils.lab.subjects import Subject
 
 NOTEBOOKS = ROOT / "notebooks"
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block data_png %}{% set alt = output.metadata['image/png']['alt'] | escape_html %}
+{{- super() | replace('<img ', '<img alt="' ~ alt ~ '" ', 1) }}{% endblock %}
+"""
+"""nbconvert's template with what a plot says in words: its own leaves that out"""
 
 
 class NotebookError(GlassboxError):
@@ -294,7 +299,13 @@ def to_html(notebook: Any) -> str:
     from nbconvert import HTMLExporter
 
     notebook = normalise(nbformat.from_dict(notebook))
-    exporter = HTMLExporter(require_js_url="", mathjax_url="", jquery_url="", mermaid_js_url="")
+    for cell, section in zip(notebook.cells, site_notebooks.sections(notebook), strict=True):
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata["image/png"] = {
+                    **output.metadata.get("image/png", {}), "alt": site_notebooks.alt_of(output, section),
+                }  # fmt: skip
+    exporter = HTMLExporter(require_js_url="", mathjax_url="", jquery_url="", mermaid_js_url="", raw_template=PAGE)
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r'<script src="(?!data:)[^"]*"></script>', "", body)
     body = re.sub(r"<script[^>]*>(?:(?!</script>)[\s\S])*?(?:mermaid|MathJax)[\s\S]*?</script>", "", body)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bs4
 import nbformat
 import pytest
 
@@ -161,6 +162,24 @@ def made(path, *cells):
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(notebook, path)
     return path
+
+
+def test_a_plot_of_a_page_says_in_words_what_it_shows(tmp_path):
+    """The words that ``core.figures.alt_text`` writes while the notebook runs, escaped; without them its section."""
+    draw = "plt.gcf().suptitle('Heads & \"tails\" < {n}'); plt.plot([1, 2]); plt.xlabel('layer'); plt.show()"
+    path = made(
+        tmp_path / "plots.ipynb",
+        ("markdown", "# Coins"),
+        ("code", "import matplotlib.pyplot as plt\nimport glassbox_utils as gb\ngb.setup(0)"),
+        ("code", "\n".join(draw.format(n=n) for n in (5, 6))),
+    )
+    done, *_ = notebooks.execute(path, None)
+    del done.cells[-1].outputs[1].metadata["image/png"]["alt"]
+    soup = bs4.BeautifulSoup(notebooks.to_html(done), "html.parser")
+    assert [image["alt"] for image in soup.find_all("img")] == [
+        'Heads & "tails" < 5; across: layer',
+        "Plot of the section “Coins”; the text around it says what it shows.",
+    ]
 
 
 def test_a_notebook_that_stops_keeps_what_it_computed(tmp_path, monkeypatch, capsys):
