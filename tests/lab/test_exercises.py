@@ -1,14 +1,14 @@
 """Exercises: a blank is no answer, the solution is right, and what people typically write is told what is wrong."""
 
-import re
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+import wrong_answers
 
 from glassbox_utils.lab import exercises
-from glassbox_utils.lab.exercises import BLANK, RIGHT
+from glassbox_utils.lab.exercises import RIGHT
 from glassbox_utils.lab.exercises import attention_heads as heads
 
 INF = float("-inf")
@@ -104,13 +104,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_blank_the_solution_and_typical_wrong_answers(name):
-    check, solve = getattr(heads, f"check_{name}"), getattr(heads, f"solve_{name}")
-    assert check(lambda *_: None) == BLANK and check(lambda *_: ...) == BLANK
-    assert check(solve) == RIGHT
-    assert len(WRONG[name]) >= 3
-    for wrong, words in WRONG[name]:
-        said = check(wrong)
-        assert re.search(words, said) and said.startswith("not yet: ") and "\n" not in said, said
+    wrong_answers.held_to(heads, name, WRONG[name])
 
 
 def test_another_way_to_the_same_answer_is_right():
@@ -118,6 +112,11 @@ def test_another_way_to_the_same_answer_is_right():
         heads.check_logit_difference(lambda x, r, w: pick(x.log_softmax(-1), r) - pick(x.log_softmax(-1), w)) == RIGHT
     )
     assert heads.check_ceiling(lambda r: torch.tensor(2 * r / (1 + r)).sqrt()) == RIGHT
+
+
+def test_a_tensor_instead_of_a_number_is_named_in_one_line():
+    with pytest.raises(exercises.WrongError, match=r"^the answer is tensor\(\[\[.*, and should be one number\.$"):
+        exercises.number(torch.eye(3))
 
 
 def modules():

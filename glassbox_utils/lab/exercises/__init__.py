@@ -75,7 +75,8 @@ def number(found: Any) -> float:
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError):
-        raise WrongError(f"the answer is {found!r:.80}, and should be one number.") from None
+        said = " ".join(repr(found).split())[:80]  # a tensor's repr has many lines
+        raise WrongError(f"the answer is {said}, and should be one number.") from None
 
 
 def near(found: Any, wanted: Any, tolerance: float = 1e-4) -> bool:
