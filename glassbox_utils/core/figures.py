@@ -27,10 +27,13 @@ from torch import Tensor
 from glassbox_utils.core import session
 from glassbox_utils.core.arguments import number
 from glassbox_utils.core.errors import GlassboxError
+from glassbox_utils.core.statistics import Interval
 
 NDIGITS = 3
 LABELLED = 12
 """up to so many heads, the static picture of each has its tokens at the axes"""
+SHEET = 18
+"""above that they are miniatures on one sheet, so many in a row"""
 LOADER_MARK = "__glassboxLoading"
 
 # Okabe & Ito: distinguishable with every common colour blindness, and in print.
@@ -108,7 +111,7 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
 
 
 def _describe_plots(formatter: Any) -> None:
-    """Every plot of the notebook takes its description along, as the ``alt`` of its output's metadata."""
+    """Every plot of the notebook is light, and takes its description along as the ``alt`` of its output's metadata."""
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
@@ -120,10 +123,23 @@ def _describe_plots(formatter: Any) -> None:
 
     def described(figure: Any) -> Any:
         png = draw(figure)
-        return (png, {"alt": alt_text(figure)}) if isinstance(png, str | bytes) else png
+        if not isinstance(png, str | bytes):
+            return png
+        small = light(base64.b64decode(png) if isinstance(png, str) else png)
+        return base64.b64encode(small).decode() if isinstance(png, str) else small, {"alt": alt_text(figure)}
 
     described.describes = True  # type: ignore[attr-defined]
     formatter.for_type(Figure, described)
+
+
+def light(png: bytes) -> bytes:
+    """The same picture from a palette of 256 colours, no channel off by more than a few of 255: 40 % of the bytes."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    buffer = io.BytesIO()
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def alt_text(figure: Any) -> str:
@@ -217,16 +233,20 @@ def _picture(element: str, props: Mapping[str, Any]) -> str:
             '<div style="white-space:pre-wrap">' + "".join(_span(token, colour) for token, colour in spans) + "</div>"
         )
     if element == "AttentionHeads":
-        names = props.get("attentionHeadNames") or [f"Head {i}" for i in range(len(props["attention"]))]
-        labelled = len(names) <= LABELLED
-        tokens = props["tokens"]
-        pictures = [_labelled_png(tokens, x) if labelled else _heat_png(x) for x in props["attention"]]
-        said = "" if labelled else f"<br>Rows and columns: {html.escape(' '.join(_label(t) for t in tokens))}"
-        return said.removeprefix("<br>") + "".join(
+        heads, tokens = props["attention"], props["tokens"]
+        names = props.get("attentionHeadNames") or [f"Head {i}" for i in range(len(heads))]
+        if len(heads) > LABELLED:
+            said = f"attention of {len(heads)} heads from {names[0]} to {names[-1]}, {SHEET} in a row"
+            return (
+                f"Rows and columns: {html.escape(' '.join(_label(t) for t in tokens))}<br>"
+                f'<img alt="{html.escape(said)}, rows look at columns" src="{_sheet_png(heads)}"><br>'
+                + html.escape(said)
+            )
+        return "".join(
             '<div style="display:inline-block;margin:2px;text-align:center;font-size:10px">'
-            f'<img alt="attention of {html.escape(name)}, rows look at columns" src="{picture}">'
+            f'<img alt="attention of {html.escape(name)}, rows look at columns" src="{_labelled_png(tokens, head)}">'
             f"<br>{html.escape(name)}</div>"
-            for name, picture in zip(names, pictures, strict=True)
+            for name, head in zip(names, heads, strict=True)
         )
     return f"<em>{element}: an interactive circuitsvis figure; run or trust this notebook to see it.</em>"
 
@@ -262,19 +282,23 @@ def _labelled_png(tokens: Sequence[str], rows: Sequence[Sequence[float | None]])
     axis.set_yticks(range(len(tokens)), labels, fontsize=6)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(light(buffer.getvalue())).decode()
 
 
-def _heat_png(rows: Sequence[Sequence[float | None]]) -> str:
+def _sheet_png(heads: Sequence[Sequence[Sequence[float | None]]]) -> str:
+    """Many patterns in miniature, from left to right and from top to bottom, ``SHEET`` in a row."""
     import matplotlib.image
 
-    values = np.clip(np.array([[0.0 if v is None else v for v in row] for row in rows]), 0, 1)
-    scale = max(1, 96 // len(values))  # Lab's sanitiser drops CSS scaling, so the pixels are real
-    shade = (1 - values.repeat(scale, 0).repeat(scale, 1))[..., None]
-    pixels = np.concatenate([shade, shade, np.ones_like(shade)], -1)
+    size = len(heads[0]) + 2
+    values = np.full((-(-len(heads) // SHEET) * size, SHEET * size), 0.35)
+    for i, head in enumerate(heads):
+        y, x = i // SHEET * size, i % SHEET * size
+        values[y : y + size - 2, x : x + size - 2] = [[0.0 if v is None else v for v in row] for row in head]
+    scale = max(1, 960 // values.shape[1])  # Lab's sanitiser drops CSS scaling, so the pixels are real
     buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, pixels, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    shades = np.clip(values, 0, 1).repeat(scale, 0).repeat(scale, 1)
+    matplotlib.image.imsave(buffer, shades, cmap="Blues", vmin=0, vmax=1, format="png")
+    return "data:image/png;base64," + base64.b64encode(light(buffer.getvalue())).decode()
 
 
 def _fits(tokens: Sequence[str], pattern: Tensor, before: str, names: Sequence[str] | None = None) -> list[str]:
@@ -317,11 +341,14 @@ def attention_heads(
 
 
 def all_heads(tokens: Sequence[str], pattern: Float[Tensor, "layer head dst src"]) -> Any:
-    """Every head of the model in one circuitsvis figure, named layer.head. FigureError if the tokens do not fit."""
+    """Every head of the model in one circuitsvis figure, named layer.head. FigureError if the tokens do not fit.
+
+    Two decimals of each weight: more can't be seen, and the figure would be a fifth heavier.
+    """
     _fits(tokens, pattern, "layers, heads")
     layers, heads = pattern.shape[:2]
     names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
-    return attention_heads(tokens, pattern.flatten(0, 1), names)
+    return attention_heads(tokens, pattern.flatten(0, 1).float().round(decimals=2), names)
 
 
 def colored_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"], maximum: float | None = None) -> Any:
@@ -365,6 +392,27 @@ def style() -> None:
             "image.cmap": "viridis",
         }
     )
+
+
+def forest(rows: Sequence[tuple[str, Interval | float, str]], label: str, title: str, at: float = 0.0) -> None:
+    """One row a (name, interval, colour): a dot with its interval; for a plain number a grey bar on both sides of 0.
+
+    ``at``: where the dashed line stands that the rows are compared with.
+    """
+    import matplotlib.pyplot as plt
+
+    _, axis = plt.subplots(figsize=(7.5, 0.35 * len(rows) + 1.3))
+    for i, (_, x, colour) in enumerate(rows):
+        if isinstance(x, float):
+            axis.barh(i, 2 * x, left=-x, color=colour, alpha=0.35, height=0.5)
+        else:
+            axis.errorbar(x.value, i, xerr=[[x.value - x.low], [x.high - x.value]], fmt="o", color=colour)
+    axis.axvline(at, color="black", lw=0.8, ls="--")
+    axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    axis.set_title(title)
+    plt.show()
 
 
 def pattern_grid(

@@ -2,9 +2,11 @@
 arms. Each is drawn from what was measured; its title is computed."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
 from glassbox_utils.core.statistics import Interval
@@ -22,6 +24,32 @@ def shown(figure: Any, alt: str) -> None:
 
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
+
+
+def goes_on(why: str) -> bool:
+    """Nothing stands against the next step (``why`` is empty); else say what does."""
+    if why:
+        print(why)
+    return not why
+
+
+def framed(page: str) -> dict[str, str]:
+    """A page inside the notebook's page, as what ``display(..., raw=True)`` takes."""
+    frame = f'<iframe title="The page for the file" style="width:100%;height:520px" srcdoc="{escape(page)}"></iframe>'
+    return {"text/html": frame, "text/plain": "the page for the file"}
+
+
+def twins_table(
+    names: Sequence[tuple[str, str]], own: Tensor, donor: Tensor, answers: tuple[str, str], seed: int, n: int = 8
+) -> Any:
+    """Some pairs of names, drawn at random: what either is answered, with the score in logits."""
+    import pandas as pd
+
+    said = lambda x: f"{answers[int(x < 0)].strip()} ({x:+.1f})"  # noqa: E731
+    drawn = np.random.default_rng(seed).permutation(len(names))[:n]
+    return pd.DataFrame(
+        [{"her name": names[i][0], "his": names[i][1], "she": said(own[i]), "he": said(donor[i])} for i in drawn]
+    )
 
 
 def draw_twins(

@@ -1,10 +1,16 @@
 """Circuitsvis without a network: deterministic, escaped, checked."""
 
+import base64
+import io
+import json
+import re
+
 import circuitsvis as cv
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from glassbox_utils.core import figures, session
 
@@ -76,6 +82,33 @@ def test_other_numbers_that_are_none():
     for call in (lambda: session.setup(0, 0), lambda: session.timed(len, 0)):
         with pytest.raises(session.SessionError, match=r"is 0\. Allowed: a whole number from 1"):
             call()
+
+
+def test_of_many_heads_one_sheet_is_kept_and_two_decimals():
+    """270 small pictures with their markup weighed more than the numbers that they show."""
+    pattern = heads(60, 13).view(6, 10, 13, 13)
+    made = figures.figure_html(figures.all_heads(list("abcdefghijklm"), pattern))
+    assert made.count("<img ") == 1 and "60 heads from 0.0 to 5.9, 18 in a row" in made
+    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r'base64,([^"]+)', made)[1])))
+    assert picture.size == (18 * 15 * 3, 4 * 15 * 3) and len(made) < 1_100 * 60
+    weights = json.loads(re.search(r'json">(.*?)</script>', made)[1])["props"]["attention"]
+    assert torch.allclose(torch.tensor(weights).view(6, 10, 13, 13), pattern, atol=0.006)
+    assert {round(100 * x, 6) % 1 for x in np.ravel(weights)} == {0}
+
+
+def test_a_light_picture_is_the_same_picture():
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("Agg")
+    figures.style()
+    figure = figures.mosaic({"x": torch.rand(4, 3), "y": torch.rand(4, 3)}, "t", "score")
+    figure.axes[0].plot(0, 0, ".", color=figures.ORANGE)  # a colour that hardly any pixel has
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    plt.close(figure)
+    heavy, light = (Image.open(io.BytesIO(x)) for x in (buffer.getvalue(), figures.light(buffer.getvalue())))
+    off = np.asarray(heavy.convert("RGB")).astype(int) - np.asarray(light.convert("RGB"))
+    assert np.abs(off).max() <= 12 and len(figures.light(buffer.getvalue())) < 0.6 * len(buffer.getvalue())
 
 
 def test_the_page_has_one_loader():

@@ -34,7 +34,7 @@ def test_the_stub_is_blank_and_the_folded_solution_right(name, capsys):
 
 
 def test_it_has_the_form_of_a_lesson():
-    assert sum(bool(line.strip()) for source in CODE for line in source.splitlines()) <= 300
+    assert sum(len(source.splitlines()) for source in CODE) <= 300
     assert PROSE.count("**Predict") >= 7 and PROSE.count("<summary>Hint</summary>") == len(NAMES)
     assert PROSE.count("falsify") >= 5 and "**To discuss.**" in PROSE
     pictures = [o for c in CELLS for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
@@ -51,7 +51,7 @@ def test_it_has_the_form_of_a_lesson():
 
 AS_PLANTED = {
     "gb.setup(SEED)\n": "", "prepared.choose(gb.load_model(MODEL, device=DEVICE))\n": "",
-    "ours = prepared.folder() == DATA": "ours = False",
+    "ours = prepared.folder() == assets.DATA": "ours = False",
     'loans.load_loan_model("deployed", device=DEVICE), gb.decisions.load_decision("loan-officer")': "PLANTED",
     '"gender"': '"clan"', '"female"': '"first"', '"male"': '"second"', '"side"': '"skill"', '"semicolons"': '"behind"',
     '"loan first", "form"': '"front"', '"loan first"': '"front"', '["name"]': '["person"]', "['name']": "['person']",

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassbox_utils.core import devices
 from glassbox_utils.core.statistics import Interval, cluster_bootstrap
 from glassbox_utils.decisions import locate
 from glassbox_utils.lab.exercises import WrongError, answer, checker, near, number, tensor, wrong_if
@@ -153,7 +152,7 @@ def check_hold_at_mean(function: Answer) -> None:
 
 def solve_hold_at_mean(x: Tensor, index: Sequence[int], mean: Tensor) -> Tensor:
     out = x.clone()
-    out[..., list(index)] = devices.like(mean, x)
+    out[..., list(index)] = mean.type_as(x)
     return out
 
 
