@@ -24,6 +24,8 @@ from glassbox_utils.saes.store import folder_of, load_sae, shipped
 SEED = 0
 ROWS, SAMPLE, OFTEN, DRAWN = 48, 300, 30, 6
 """rows of held-out text; features that are labelled to choose from; times that each must fire; shown without looking"""
+SHORT = 64
+"""tokens of a row of single sentences: a longer one would leave more of the last sentences out"""
 
 
 def pages(model: Model, n: int, names: Sequence[str] = (), rows: int = ROWS) -> dict[str, str]:
@@ -39,6 +41,10 @@ def pages(model: Model, n: int, names: Sequence[str] = (), rows: int = ROWS) -> 
         )
         for name, card in cards.items()
     }
+    for name, card in cards.items():
+        if golden := card.get("golden_gate"):
+            key = [name, card["model_hash"], model.hash, golden["feature"]]
+            found[name]["bridge"] = resumed("site_bridge", key, bridge, model, name, golden["feature"])
     texts = {f"features/{name}.md": page(name, cards[name], found[name]) for name in names}
     lines = [f"- [{name}]({name}.md): {_about(cards[name])}" for name in names]
     words = (
@@ -71,15 +77,29 @@ def described(model: Model, name: str, n: int, rows: int) -> dict[str, Any]:
     }
 
 
+def bridge(model: Model, name: str, feature: int) -> dict[str, Any]:
+    """What the section about the bridge's feature needs: read on the real sentences that tested it, not held-out text,
+    in which the bridge is too rare to show anything.
+    """
+    sae = load_sae(name, model)
+    documents = corpora.sentences(corpora.load_corpus("mix", "golden_gate"), "golden gate bridge")
+    scanned = features.scan(model, sae, corpora.token_rows(model, documents, None, SHORT), documents)
+    fires = bool(features.firing(scanned, feature)[0].numel())
+    return _shown(model, sae, scanned, feature, fires) | {"sentences": len(documents)}
+
+
 def _feature(model: Model, sae: Any, scanned: Scan, feature: int) -> dict[str, Any]:
     label = labels.label(model, scanned, feature)
+    return _shown(model, sae, scanned, feature) | {"label": label and asdict(label)}
+
+
+def _shown(model: Model, sae: Any, scanned: Scan, feature: int, fires: bool = True) -> dict[str, Any]:
     effect = features.logit_effect(model, sae, feature, 8)
-    shown = features.examples(model, scanned, feature, n=5, spread=False)
-    maximum = max(example.values[example.peak] for example in shown)
+    shown = features.examples(model, scanned, feature, n=5, spread=False) if fires else []
+    maximum = max((example.values[example.peak] for example in shown), default=0.0)
     return {
         "feature": feature,
         "density": float(scanned.density[feature]),
-        "label": label and asdict(label),
         "up": effect.up,
         "down": effect.down,
         "near": features.neighbours(sae, feature, 3),
@@ -111,6 +131,16 @@ def page(name: str, card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
             f"{golden['recall']:.2f} on {golden['n_positive']} real sentences that name the bridge and "
             f"{golden['n_negative']} others.",
         ]
+    if one := found.get("bridge"):
+        lines += [
+            "",
+            "## The Golden Gate Bridge",
+            "",
+            f"The feature that tells it best, chosen on passages that we wrote, and here read on {one['sentences']} "
+            "real sentences that name the bridge. Notebook [04](../notebooks/04_feature_clamping.ipynb) clamps such a "
+            "feature.",
+            *_lines(one),
+        ]
     groups = {
         "Drawn without looking": (found["drawn"], "What a feature of this SAE is usually like."),
         "Best label": (
@@ -135,7 +165,7 @@ def _about(card: Mapping[str, Any]) -> str:
 
 
 def _lines(one: Mapping[str, Any]) -> list[str]:
-    label = one["label"]
+    label = one.get("label")
     said = (
         f"{label['kind']} “{label['text']}”, score {label['detection']:.2f}; on {label['share']:.0%} of its "
         "activations and "
@@ -144,8 +174,8 @@ def _lines(one: Mapping[str, Any]) -> list[str]:
         else "no word or topic passes p < 0.01"
     )
     rows = {
-        "Fires on": f"{one['density']:.2%} of tokens",
-        "Label": said,
+        "Fires on": f"{one['density']:.2%} of {'their ' if 'sentences' in one else ''}tokens",
+        **({"Label": said} if "label" in one else {}),
         "Pushes up": _tokens(one["up"]),
         "Pushes down": _tokens(one["down"]),
         "Nearest decoder rows": ", ".join(f"{row} ({cosine:.2f})" for row, cosine in one["near"]),

@@ -192,9 +192,10 @@ def _draw_power(rates: Mapping[Any, Mapping[str, Any]], sizes: Sequence[float], 
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{s:g}" for s in sizes])
     first, second = (rates["curve", "all", size, "found"]["value"] for size in sizes[:2])
-    axis.set_title(
+    figures.titled(
+        figure,
         f"Found: {first:.0%} of biases of {sizes[0]:g} points, {second:.0%} of {sizes[1]:g}; "
-        f"false alarms about {alarm['value']:.0%} of {alarm['n']} honest officers"
+        f"false alarms about {alarm['value']:.0%} of {alarm['n']} honest officers",
     )
     axis.legend(loc="lower right")
     figure.savefig(path, metadata={"Software": None})

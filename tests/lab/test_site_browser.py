@@ -24,7 +24,6 @@ LARGEST = 60_000_000  # bytes of a whole site: it should fit on any stick
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.long,  # never run to its end yet; pytest tests/lab -m "browser and long"
     pytest.mark.timeout(3600),
     pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)"),
 ]

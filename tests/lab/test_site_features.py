@@ -14,6 +14,10 @@ from glassbox_utils.lab import site_features
 from glassbox_utils.saes.config import hook_of
 
 SITE = Site("resid_pre", 0)
+CARD = {
+    "architecture": "topk", "d_sae": 8, "hook": "blocks.0.hook_resid_pre", "command": "train it", "seed": 0,
+    "metrics": {"sae": {"l0": 2.0, "explained_variance": 0.5, "explained_variance_all": 0.4}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +50,24 @@ def test_some_are_drawn_without_looking_and_the_rest_are_the_best_of_the_sample(
 
 
 def test_a_page_says_what_was_chosen_and_shows_the_token_that_fires(model, found):
-    card = {
-        "architecture": "topk", "d_sae": 8, "hook": "blocks.0.hook_resid_pre", "command": "train it", "seed": 0,
-        "metrics": {"sae": {"l0": 2.0, "explained_variance": 0.5, "explained_variance_all": 0.4}},
-    }  # fmt: skip
-    page = site_features.page("toy", card, found)
+    page = site_features.page("toy", CARD, found)
     assert "## Drawn without looking" in page and "Most are less clear" in page and "0.5 is chance" in page
     for one in found["best"]:
         token = model.tokenizer.decode([one["feature"]]).strip()
         assert f"### Feature {one['feature']}" in page and html.escape(token) in page
         assert f"score {one['label']['detection']:.2f}" in page
+    assert "The Golden Gate Bridge" not in page  # this card names no such feature
     assert "rgba(" not in page and "--shade:" in page
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_the_bridge_has_a_section_of_sentences_that_name_it(model, found, fires):
+    """``found`` sets the SAE: feature i fires on token i; one that is silent on the sentences still has its section."""
+    text = " ".join(document.text for document in corpora.load_corpus("landmarks", "train"))
+    read = set(model.tokenizer(text).input_ids)
+    feature = model.tokenizer(" Bridge").input_ids[-1] if fires else max(set(range(len(model.tokenizer))) - read)
+    one = site_features.bridge(model, "toy", feature)
+    assert one["sentences"] > 0 and bool(one["texts"]) is fires and bool(one["density"]) is fires
+    page = site_features.page("toy", CARD, found | {"bridge": one})
+    part = page.split("## The Golden Gate Bridge")[1].split("\n## ")[0]
+    assert f"### Feature {feature}" in part and "of their tokens" in part and "Label" not in part

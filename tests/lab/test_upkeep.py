@@ -41,6 +41,20 @@ def test_container_and_binder_use_what_exists():
     assert all(re.search(rf"\| {place}.*\*\*not tested", words) for place in ("VS Code", "Binder", "Colab", "conda"))
 
 
+def test_every_link_to_a_file_leads_to_one():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *(ROOT / "data").glob("**/*.md")]
+    made = {"docs/site/results.md"}  # of the site itself
+    wrong = []
+    for path in pages:
+        prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+        for place in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", prose):
+            target = (path.parent / place).resolve()
+            inside = path.is_relative_to(ROOT / "docs" / "site") and place.startswith("notebooks/")  # copied there
+            if not target.exists() and not inside and target.relative_to(ROOT).as_posix() not in made:
+                wrong.append(f"{path.relative_to(ROOT)}: {place}")
+    assert wrong == []
+
+
 def test_the_citation_is_of_this_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
