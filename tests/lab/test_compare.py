@@ -84,7 +84,9 @@ def test_executed_notebooks_are_a_side_too(tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell('MODEL = "a/other"', metadata={"tags": ["injected-parameters"]}))
     nbformat.write(notebook, path)
     one, two = read_side(NOTEBOOKS), read_side(tmp_path)
-    assert (one.model, two.model) == ("SmolLM2-135M-Instruct", "other") and len(one.findings) == len(list(NOTEBOOKS.glob("0*.ipynb")))
+    assert (one.model, two.model) == ("SmolLM2-135M-Instruct", "other") and len(one.findings) == len(
+        list(NOTEBOOKS.glob("0*.ipynb"))
+    )
     rows = [r for r in compare.matched(one, two) if r.outcome != "unmatched"]
     assert len(rows) == len(found) and [r.first["claim"] for r in rows if r.outcome == "first"] == [held["claim"]]
 
