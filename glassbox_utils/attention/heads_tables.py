@@ -356,13 +356,22 @@ def meaning(semantic: Table, seed: int = 0) -> tuple[Any, Finding]:
     )
 
 
-def in_roles(roles: Mapping[str, NDArray], found: Sequence[Any]) -> Any:
-    """The rank of some heads among all, in each role."""
-    heads = dict.fromkeys((h[0], h[1]) for h in found)
-    size = next(iter(roles.values())).size
+def in_roles(patient_to_doctor: Any, semantic: Table, bias: Table) -> Any:
+    """The rank among all heads of those that group meanings or look at the stereotype, in each role.
+
+    ``patient_to_doctor``: [layer, head], attention from patient to doctor beyond that to other jobs.
+    """
+    gap = np.array(bias["looks"]["report"]["mean"])
+    roles = {
+        "patient → doctor": np.asarray(patient_to_doctor),
+        "same category": np.array(semantic["report"]["mean"]),
+        "with the stereotype": gap,
+        "against it": -gap,
+    }
+    found = [*semantic["ranking"], *bias["looks"]["ranking"][:4], *bias["looks"]["against"][:4]]
     return frame(
         [
-            {f"rank among {size}": head_name(h), **{n: int((r > r[h]).sum()) + 1 for n, r in roles.items()}}
-            for h in heads
+            {f"rank among {gap.size}": head_name(h), **{n: int((r > r[h]).sum()) + 1 for n, r in roles.items()}}
+            for h in dict.fromkeys((a, b) for a, b in found)
         ]
     )

@@ -219,7 +219,7 @@ UNITS = {
 
 
 def study_outcomes() -> Path:
-    """Ten outcomes with every set ablated (about 15 minutes on 2 idle cores)."""
+    """Ten outcomes with every set ablated (about an hour of one core)."""
     started, model, size = time.time(), load_subject(), size_here()
     sets = outcome_sets(model, bias_parts(model, size), size.draws)
     measured = [name for name in UNITS if name not in ("leaning", "together")]
