@@ -195,7 +195,7 @@ def studies() -> dict[str, Callable[[], Path]]:
     """The long runs behind the notebooks: name -> function that computes all and returns the table's path."""
     # imported here: no other command should wait for torch
     from glassbox_utils.attention.looking_study import STUDIES_OF_LOOKING
-    from glassbox_utils.attention.study import STUDIES_OF_HEADS
+    from glassbox_utils.attention.outcomes_study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY

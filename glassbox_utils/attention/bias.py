@@ -106,38 +106,57 @@ class PronounChoice(NamedTuple):
 
     texts: list[str]
     is_male: list[bool]
+    job: list[int]
+    """which of its group's occupations each row is about"""
     batch: Batch
     he: Tensor
     she: Tensor
 
 
-def pronoun_choice(model: Model, split: Split | Literal["defined"], units: int = 36) -> PronounChoice:
-    """72 prompts that ask for a pronoun: 12 occupations x 6 templates; templates vary fastest.
+Choice = Split | Literal["defined", "fresh"]
+"""Which words a pronoun is asked for: occupations that choose or report, words that have their gender by definition
+(king, queen), or other occupations in templates of their own."""
 
-    ``defined``: words such as king and queen instead of occupations, whose gender is no stereotype. ``units``: how many
-    of the 36 pairs (a man's and a woman's job in one template) are asked, evenly spread.
+
+def pronoun_choice(model: Model, split: Choice, units: int = 36) -> PronounChoice:
+    """Prompts that ask for a pronoun: 12 occupations x 6 templates (fresh: 24 x 6); templates vary fastest.
+
+    ``units``: how many of the pairs (a man's and a woman's job in one template) are asked, evenly spread.
     """
     content = read_prompts("occupations")
-    texts = []
+    texts: list[tuple[str, bool, int]] = []
+    templates = content["fresh_templates" if split == "fresh" else "single_templates"]
     for group in ("male", "female"):
-        made = [
-            (t.format(a=job), group == "male") for job in content[group][split] for t in content["single_templates"]
-        ]
+        jobs = enumerate(content[group][split])
+        made = [(t.format(a=job), group == "male", i) for i, job in jobs for t in templates]
         texts += [made[i * len(made) // units] for i in range(units)] if units < len(made) else made
-    batch = tokenize(model, [t for t, _ in texts])
-    he, she = (torch.full((len(texts),), first_id(model, p)) for p in content["single_pronouns"])
-    if torch.equal(he, she):
+    sentences, is_male, job = (list(column) for column in zip(*texts, strict=True))
+    batch = tokenize(model, sentences)
+    he, she = (torch.full((len(texts),), i) for i in told_apart(model, *content["single_pronouns"]))
+    return PronounChoice(sentences, is_male, job, batch, he, she)
+
+
+def told_apart(model: Model, first: str, second: str) -> tuple[int, int]:
+    """The first tokens of two words; ModelError if they are the same, so that no logit tells the words apart."""
+    a, b = first_id(model, first), first_id(model, second)
+    if a == b:
         raise ModelError(
-            f"The tokenizer of {model.name} begins he and she with the same token, so the choice between them can't be "
-            "read off one logit. Take a model with larger tokens."
+            f"The tokenizer of {model.name} begins {first} and {second} with the same token, so the choice between "
+            "them can't be read off one logit. Take a model with larger tokens."
         )
-    return PronounChoice([t for t, _ in texts], [m for _, m in texts], batch, he, she)
+    return a, b
 
 
 def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
     """Male minus female rows: one unit for each (male job i, female job i, template), means stay the same."""
     male = torch.tensor(choice.is_male)
     return array(values[beside(male, values)] - values[beside(~male, values)])
+
+
+def by_job(values: NDArray, choice: PronounChoice) -> NDArray:
+    """Means over templates, [..., unit] -> [..., pair of occupations]: the unit that is resampled."""
+    job = np.array([j for j, male in zip(choice.job, choice.is_male, strict=True) if male])
+    return np.stack([np.asarray(values)[..., job == j].mean(-1) for j in sorted(set(job.tolist()))], -1)
 
 
 def pronoun_effects(
@@ -168,7 +187,7 @@ def pronoun_effects_guessed(model: Model, split: Split = "selection", units: int
 
 
 def pronoun_gap(
-    model: Model, sets: Sequence[Sequence[Head]], split: Split | Literal["defined"] = "report", units: int = 36
+    model: Model, sets: Sequence[Sequence[Head]], split: Choice = "report", units: int = 36
 ) -> Float[np.ndarray, "set unit"]:
     """The pronoun gap (logits) with sets of heads mean-ablated; averages come from another split's prompts."""
     choice = pronoun_choice(model, split, units)

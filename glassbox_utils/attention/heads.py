@@ -52,6 +52,37 @@ def random_heads(model: Model, heads: Sequence[Head], seed: int, avoid: Sequence
     return chosen
 
 
+def with_groups(model: Model, heads: Sequence[Head]) -> list[Head]:
+    """The heads, and all that share a key-value head with one of them (grouped queries; else the heads alone)."""
+    found = set()
+    for layer, head in heads:
+        size = group_size(model, layer)
+        found |= {(layer, h) for h in range(head - head % size, head - head % size + size)}
+    return sorted(found)
+
+
+@torch.no_grad()
+def group_size(model: Model, layer: int) -> int:
+    """How many query heads of a layer share a key-value head: 1 without grouped queries."""
+    one = beside(torch.zeros(1, model.d_model), model.device)
+    return model.n_heads // patterns.project(model, layer, one).k.shape[-2]
+
+
+def control_sets(
+    model: Model, heads: Sequence[Head], avoid: Sequence[Head], draws: int, seed: int = 0
+) -> list[list[Head]]:
+    """``draws`` random sets that stand for ``heads``, layer by layer.
+
+    None holds one of them, one to ``avoid``, or one that shares a key-value head with either. Where too few are left
+    for that (a small model), heads that only share a key-value head are let in again.
+    """
+    keep_out = with_groups(model, [*heads, *avoid])
+    try:
+        return [random_heads(model, heads, seed + i, keep_out) for i in range(draws)]
+    except ModelError:
+        return [random_heads(model, heads, seed + i, avoid) for i in range(draws)]
+
+
 @torch.no_grad()
 def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
     """Mean length of what each head adds to the residual stream, over all tokens but the first of each row.
@@ -69,13 +100,13 @@ def output_norms(model: Model, batch: Batch) -> Float[Tensor, "layer head"]:
 
 
 def norm_matched(
-    norms: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], rank: int = 0
+    norms: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], seed: int = 0, among: int = 12
 ) -> list[Head]:
-    """For each head another one of similar output norm: the nearest (rank 0), the second nearest, and so on.
+    """For each head another one of similar output norm: drawn from the ``among`` nearest.
 
     From any layer, and none that is to be avoided.
     """
-    taken, chosen = {*heads, *avoid}, []
+    rng, taken, chosen = random.Random(seed), {*heads, *avoid}, []
     for head in heads:
         order = [divmod(int(i), norms.shape[1]) for i in (norms - norms[head]).abs().flatten().argsort()]
         free = [h for h in order if h not in taken]
@@ -83,7 +114,7 @@ def norm_matched(
             raise ModelError(
                 f"There are too few heads: {norms.numel()}, of which {len(taken)} are taken or to be avoided."
             )
-        chosen.append(free[min(rank, len(free) - 1)])
+        chosen.append(rng.choice(free[:among]))
         taken.add(chosen[-1])
     return chosen
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glassbox_utils.attention import attribution, patterns
 from glassbox_utils.attention.ablation import HeadMeans, ablated, head_means
-from glassbox_utils.attention.heads import norm_matched, output_norms, random_heads
+from glassbox_utils.attention.heads import control_sets, norm_matched, output_norms
 from glassbox_utils.core import corpora
 from glassbox_utils.core.devices import beside, result
 from glassbox_utils.core.interventions import Head, capture
@@ -115,24 +115,26 @@ class AblationCurve(NamedTuple):
     clean: Float[Tensor, " row"]
     top: Float[Tensor, "k row"]
     random: Float[Tensor, "k draw row"]
+    """heads of the same layers"""
     matched: Float[Tensor, "k draw row"]
-    matched_heads: list[list[Head]]
-    """of the largest k, for each draw"""
+    """heads of similar output norm, from any layer"""
 
 
 def ablation_curve(
     model: Model,
     ranking: Sequence[Head],
-    ks: Sequence[int] = (1, 2, 4, 6, 8, 10),
+    ks: Sequence[int] = (1, 2, 4, 6, 10),
     n: int = 12,
     length: int = 50,
-    draws: int = 4,
+    draws: int = 20,
     seed: int = 12,
     avoid: Sequence[Head] = (),
+    matched: bool = True,
 ) -> AblationCurve:
     """What losing the top k heads costs on repeated tokens, against random heads of the same layers and of equal norm.
 
-    ``ranking`` must come from other rows. ``avoid``: heads that no control may contain.
+    ``ranking`` must come from other rows. ``avoid``: heads that no control may contain, with those that share their
+    keys. ``matched``: draw the second kind of control too.
     """
     batch = patterns.repeated_tokens(model, n, length, seed)
     other = patterns.repeated_tokens(model, min(n, 8), length, seed + 1000)
@@ -141,13 +143,19 @@ def ablation_curve(
     sets: list[list[Head]] = [[]]
     for k in ks:
         sets.append(list(ranking[:k]))
-        sets += [random_heads(model, ranking[:k], 100 * seed + d, keep_out) for d in range(draws)]
-        sets += [norm_matched(norms, ranking[:k], keep_out, rank) for rank in range(draws)]
+        sets += control_sets(model, ranking[:k], keep_out, draws, 100 * seed)
+        sets += [norm_matched(norms, ranking[:k], keep_out, 100 * seed + d) for d in range(draws if matched else 0)]
     losses = repeat_losses(model, batch, sets, reference)
-    by_k = losses[1:].view(len(ks), 1 + 2 * draws, -1)
-    return AblationCurve(
-        list(ks), losses[0], by_k[:, 0], by_k[:, 1 : 1 + draws], by_k[:, 1 + draws :], sets[len(sets) - draws :]
-    )
+    by_k = losses[1:].view(len(ks), -1, losses.shape[1])
+    return AblationCurve(list(ks), losses[0], by_k[:, 0], by_k[:, 1 : 1 + draws], by_k[:, 1 + draws :])
+
+
+def cost_of_each(model: Model, found: Sequence[Head], n: int = 12, length: int = 50, seed: int = 12) -> Tensor:
+    """Extra loss on the rows of ``ablation_curve`` without one head at a time, [head, row], nats."""
+    batch = patterns.repeated_tokens(model, n, length, seed)
+    reference = head_means(model, [patterns.repeated_tokens(model, min(n, 8), length, seed + 1000)])
+    losses = repeat_losses(model, batch, [[], *([h] for h in found)], reference)
+    return losses[1:] - losses[0]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.attribution import logit_difference, replace_each_head_at_the_end
-from glassbox_utils.attention.heads import attend, norm_matched
+from glassbox_utils.attention.heads import attend
 from glassbox_utils.attention.patterns import output_weights, project, top_heads
 from glassbox_utils.attention.prompts import Decisive, DecisiveBatch, another_position, to_batch
 from glassbox_utils.core.devices import array, beside, result
@@ -230,7 +230,20 @@ def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, dra
     look, length = found["decisive"].mean(0), found["length"].mean(0)
     chosen = top_heads(look, k)
     avoid = [(int(a), int(b)) for a, b in (look > look.median()).nonzero()]
-    return Lookers(chosen, [norm_matched(length, chosen, avoid, draw) for draw in range(draws)])
+    return Lookers(chosen, [_alike(length, chosen, avoid, draw) for draw in range(draws)])
+
+
+def _alike(length: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], rank: int) -> list[Head]:
+    """For each head the one that writes most nearly as much (rank 0), the next nearest, and so on; none twice."""
+    taken, found = {*heads, *avoid}, list[Head]()
+    for head in heads:
+        order = [divmod(int(i), length.shape[1]) for i in (length - length[head]).abs().flatten().argsort()]
+        free = [h for h in order if h not in taken]
+        if not free:
+            raise ModelError(f"There are too few heads: {length.numel()}, of which {len(taken)} are taken or avoided.")
+        found.append(free[min(rank, len(free) - 1)])
+        taken.add(found[-1])
+    return found
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,9 @@ def test_batches_of_rows_change_nothing(model, repeats):
 def test_selection_and_report_prompts_share_nothing():
     content = heads.read_prompts("occupations")
     for group in ("male", "female"):
-        assert not set(content[group]["selection"]) & set(content[group]["report"])
+        splits = [content[group][s] for s in ("selection", "report", "fresh", "defined")]
+        assert len({job for split in splits for job in split}) == sum(map(len, splits))
+    assert not set(content["fresh_templates"]) & set(content["single_templates"])
     assert not {p.full for p in bias.swaps("selection")} & {p.full for p in bias.swaps("report")}
     words = heads.read_prompts("semantic")["categories"].values()
     split = {s: {w for c in words if c["split"] == s for w in c["words"]} for s in ("selection", "report")}
@@ -138,17 +140,31 @@ def test_random_heads_keep_layers_and_avoid():
         heads.random_heads(model, [(0, h) for h in range(4)] + [(1, 0)], seed=0)
 
 
-def test_norm_matched_takes_the_nearest():
+def test_controls_hold_no_group_mate_and_differ(monkeypatch):
+    model = copying_llama()  # 4 query heads in one layer, two to a key head
+    assert heads.group_size(model, 0) == 2 and heads.with_groups(model, [(0, 2)]) == [(0, 2), (0, 3)]
+    drawn = heads.control_sets(model, [(0, 2)], [], draws=12)
+    assert {h for found in drawn for h in found} == {(0, 0), (0, 1)}
+    crowded = heads.control_sets(model, [(0, 0)], [(0, 2)], draws=4)  # only group mates are left
+    assert {h for found in crowded for h in found} <= {(0, 1), (0, 3)}
+    assert heads.group_size(wired_gpt2(), 1) == 1
+
+
+def test_norm_matched_draws_among_the_nearest():
     norms = torch.tensor([[1.0, 2.0, 3.0], [10.0, 11.0, 2.1]])
-    assert heads.norm_matched(norms, [(0, 1)], []) == [(1, 2)]
-    assert heads.norm_matched(norms, [(0, 1)], [(1, 2)], rank=1) in ([(0, 0)], [(0, 2)])
+    assert heads.norm_matched(norms, [(0, 1)], [], among=1) == [(1, 2)]
+    two = {heads.norm_matched(norms, [(0, 1)], [(1, 2)], seed, among=2)[0] for seed in range(20)}
+    assert two == {(0, 0), (0, 2)}
 
 
 def test_ablating_the_wired_head_ends_copying(model):
     """At k = 1 the loss on the repetition rises to that of guessing; heads that do nothing cost nothing."""
     curve = induction.ablation_curve(model, [INDUCTION], ks=[1], n=6, length=12, draws=2, avoid=[PREVIOUS])
     assert (curve.top[0] - curve.clean).min() > 1
-    assert (curve.random - curve.clean).abs().max() < 0.05
+    assert (curve.random - curve.clean).abs().max() < 0.05 and curve.matched.shape == (1, 2, 6)
+    alone = induction.cost_of_each(model, [PREVIOUS, DUPLICATE], n=6, length=12)
+    assert alone[0].min() > 1 and alone[1].abs().max() < 0.05
+    assert torch.allclose(induction.cost_of_each(model, [INDUCTION], n=6, length=12)[0], curve.top[0] - curve.clean)
 
 
 def test_circuit_scores_agree_with_the_single_ones(model, repeats):
