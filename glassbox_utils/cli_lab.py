@@ -29,9 +29,9 @@ def _site(args: argparse.Namespace) -> int:
         pages = site_features.pages(models.load_model(), args.features)
     if args.ask:
         with tempfile.TemporaryDirectory() as made:
-            pages["ask.md"] = _question(Path(made), lessons, args.ask)
+            pages["ask.md"] = _question(Path(made) / "ask", lessons, args.ask)
             first, warnings = site.build(Path(args.out), runs, args.module, pages)
-            shutil.copytree(made, first.parent / ask.PLACE, dirs_exist_ok=True)
+            shutil.copytree(Path(made) / "ask", first.parent / ask.PLACE, dirs_exist_ok=True)
     else:
         first, warnings = site.build(Path(args.out), runs, args.module, pages)
     for line in warnings:
@@ -50,11 +50,12 @@ def _question(folder: Path, lessons: Any, weights: str) -> str:
     from glassbox_utils.decisions import loans, study
     from glassbox_utils.lab import ask
     from glassbox_utils.steering import load_vector
+    from glassbox_utils.steering.vectors import ControlVector, parts_of
 
     base, officer = load_model(), loans.load_loan_model("deployed")
     edit = study.load_edit(officer)
     full = json.loads((DATA / "studies" / "steering_tone.json").read_text(encoding="utf-8"))["alpha"]
-    adapter, tone = loans.LOANS / "deployed", load_vector("tone")
+    adapter, tone = loans.LOANS / "deployed", ControlVector(parts_of(load_vector("tone")))
     size = ask.write(folder, base, officer, adapter, edit, (tone, full), ask.check_weights(weights))
     table = json.loads((DATA / "studies" / "loans_mitigation.json").read_text(encoding="utf-8"))
     found = {name: study.outcome(table, "gender", arm) for name, arm in ask.ARMS.items()}
@@ -187,8 +188,8 @@ def add_to(commands: Any) -> None:
     p.add_argument("--out", type=text, default="build/site", help="the folder to write, replaced as a whole")
     p.add_argument("--features", type=steps, metavar="N", help="pages of N features of each shipped SAE (minutes)")
     p.add_argument("--module", type=text, nargs="+", default=(), help="API pages of these only, such as core.text")
-    p.add_argument("--ask", nargs="?", const="float16", choices=("float16", "int8"), metavar="WEIGHTS",
-                   help="add the page one can question (needs the extra web; 0.3 GB): float16 (default) or int8")  # fmt: skip
+    words = "add the page one can question (needs the extra web; 0.3 GB), with weights in float16 (default) or int8"
+    p.add_argument("--ask", nargs="?", const="float16", choices=("float16", "int8"), metavar="WEIGHTS", help=words)
     p.set_defaults(function=_site)
 
     p = commands.add_parser("serve", help="serve a site to this machine's browser, as its page with the model needs")

@@ -1,11 +1,12 @@
 """The page one can question: the model, its tokenizer and all that its controls need, written into a built site.
 
-The page is ``templates/ask.md``, what it does is written by hand in ``docs/site/_static/ask`` (a page and a worker beside
-it). This module writes what they read: the graph (``ask_graph``), one file of tensors, the settings, and two packages of
-npm, pinned by hash: onnxruntime-web runs the graph, @huggingface/tokenizers cuts the text. Nothing of it is committed.
+The page is ``templates/ask.md``, what it does is written by hand in ``docs/site/_static/ask`` (its script, and a worker
+beside it). This module writes what they read: the graph (``ask_graph``), one file of tensors, the settings, and two
+packages of npm, pinned by hash: onnxruntime-web runs the graph, @huggingface/tokenizers cuts the text. Nothing of it is
+committed.
 
-A browser reads no model from ``file://``, and packed into scripts it would be a third larger and read twice. So this page
-alone needs a server (``served``, the command ``glassbox serve``); the rest of the site works from a stick as before.
+A browser reads no model from ``file://``, and packed into scripts it would be a third larger and decoded first. So this
+page alone needs a server (``served``, the command ``glassbox serve``); the rest works from a stick as before.
 """
 
 import json
@@ -93,7 +94,7 @@ def check_tools() -> None:
 def check_weights(weights: str) -> Weights:
     if weights not in WEIGHTS:
         raise AskError(f"The weights are {weights!r}. Allowed: {', '.join(WEIGHTS)}.")
-    return weights  # type: ignore[return-value]
+    return weights
 
 
 def write(
@@ -149,7 +150,7 @@ def _member(package: Package, member: str) -> bytes:
 
 def tensors(base: Model, officer: Model, edit: Edit, tone: tuple[ControlVector, float]) -> dict[str, NDArray]:
     """What goes into the graph's inputs, by name, float32: mean outputs of heads, the edit and its control in random
-    directions, the tone vector at full strength and a random one as long after each layer, and how the answer is read."""
+    directions, the tone vector at full strength and a random one as long after each layer, how the answer is read."""
     people = loans.applications(REFERENCE, 0, "selection")
     layouts = (*loans.TRAIN_LAYOUTS, *loans.SELECTION_LAYOUTS)
     texts = [loans.as_text(a, layouts[i % len(layouts)]) for i, a in enumerate(people)]
@@ -332,7 +333,13 @@ class _Handler(SimpleHTTPRequestHandler):
     """A folder's files; isolated, so that the browser lets WebAssembly have threads."""
 
     protocol_version = "HTTP/1.1"
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}  # noqa: RUF012
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
+
+    def do_GET(self) -> None:
+        if self.path == "/favicon.ico":  # browsers ask for one, the site has none, and a 404 looks like a fault
+            self.send_response(204)
+            return self.end_headers()
+        super().do_GET()
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

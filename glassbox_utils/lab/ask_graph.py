@@ -1,7 +1,7 @@
-"""A model of Llama's shape as one ONNX graph that can be questioned: what is done to it comes in, what it does comes out.
+"""A model of Llama's shape as one ONNX graph that can be questioned: what is done to it goes in, what it does, out.
 
-``torch.onnx`` would write the model's own pass, in which nothing can be reached. So the pass is written out here, a node
-for each step, with a place for every intervention of this project (all as *inputs*, neutral values in brackets):
+``torch.onnx`` would write the model's own pass, in which nothing can be reached. So it is written out here, a node for
+each step, with a place for every intervention of this project (all as *inputs*, neutral values in brackets):
 
 ========================  =====================  ==================================================================
 ``ids``                   [pos] int32            the tokens, without padding
@@ -81,7 +81,7 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **about))
         return names[0] if outputs == 1 else names
 
-    def constant(self, value: NDArray | float | list) -> str:
+    def constant(self, value: Any) -> str:
         """A small constant; equal ones are stored once."""
         x = np.asarray(value)
         x = x.astype(np.float32) if x.dtype == np.float64 else x
@@ -125,7 +125,7 @@ def _float16(x: Tensor) -> NDArray:
 
 
 def _blocks(weight: Tensor) -> tuple[NDArray, NDArray]:
-    """int8 with a scale for each block of ``BLOCK`` inputs: unsigned around 128 [out, blocks, BLOCK], scales [out, blocks]."""
+    """int8 with a scale for each block of ``BLOCK`` inputs: unsigned around 128 [out, blocks, BLOCK], scales."""
     out, width = weight.shape
     if width % BLOCK:
         raise AskError(f"A weight has {width} inputs. Allowed for int8: a multiple of {BLOCK}. Take float16.")
@@ -245,14 +245,15 @@ def build(model: Model, adapter: Mapping[str, Low] | None = None, weights: Weigh
         g.op("Concat", *(g.op("Unsqueeze", part, zero_axis(g)) for part in parts), axis=0, name=name)
 
     number, whole, d, layers = TensorProto.FLOAT, TensorProto.INT32, model.d_model, model.n_layers
-    takes = [("ids", whole, ["pos"]), ("officer", number, []), ("head_mask", number, [layers, heads]),
+    takes: list[Any] = [("ids", whole, ["pos"]), ("officer", number, []), ("head_mask", number, [layers, heads]),
              ("head_mean", number, [layers, heads, width]), ("steering", number, [layers, d]),
              ("past_k", number, [layers, kv, "past", width]), ("past_v", number, [layers, kv, "past", width]),
              ("edit_on", number, [layers]), ("edit_read", number, [d, "k"]), ("edit_write", number, ["k", d]),
              ("edit_centre", number, [d]), ("edit_target", number, ["k"]), ("gate_origin", number, [d]),
              ("gate_read", number, [d]), ("edit_threshold", number, [])]  # fmt: skip
-    gives = [("logits", ["vocab"]), ("attention", [layers, heads, "pos", "total"]), ("resid", [layers + 1, "pos", d]),
-             ("present_k", [layers, kv, "total", width]), ("present_v", [layers, kv, "total", width])]  # fmt: skip
+    gives: list[Any] = [("logits", ["vocab"]), ("attention", [layers, heads, "pos", "total"]),
+             ("resid", [layers + 1, "pos", d]), ("present_k", [layers, kv, "total", width]),
+             ("present_v", [layers, kv, "total", width])]  # fmt: skip
     graph = helper.make_graph(
         g.nodes, "questioned", [helper.make_tensor_value_info(*t) for t in takes],
         [helper.make_tensor_value_info(name, number, shape) for name, shape in gives], g.stored,

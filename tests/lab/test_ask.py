@@ -1,7 +1,7 @@
 """The page one can question: the exported graph does what the model and this project's own interventions do.
 
-A tiny model in `make test`. By command, `pytest tests/lab/test_ask.py -m long`: the shipped officer's decisions on 1,000
-applications in float16 and in int8. Needs the extra `web`.
+A tiny model in `make test`. By command, `pytest tests/lab/test_ask.py -m long`: the shipped officer's decisions on
+1,000 applications in float16 and in int8. Needs the extra `web`.
 """
 
 import json

@@ -1,4 +1,7 @@
 // What the controls of "Ask the model" do. The model itself runs in worker.js.
+// No module: from file:// a browser refuses those, and then nothing could say why the model can't be loaded.
+(() => {
+const here = document.currentScript.src;
 const root = document.querySelector("#ask");
 const get = (name) => root.querySelector(`[data-part="${name}"]`);
 const shown = (x, digits = 2) => (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
@@ -16,7 +19,7 @@ function ask(kind, about = {}, said = () => {}) {
   });
 }
 function start() {
-  const made = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+  const made = new Worker(new URL("worker.js", here), { type: "module" });
   const failed = (words) => { for (const { bad } of open.values()) bad(new Error(words)); open.clear(); };
   made.onerror = (event) => failed(event.message || "The worker could not be started.");
   made.onmessage = ({ data: { id, value, error, part } }) => {
@@ -30,7 +33,7 @@ function start() {
 root.ask = ask; // for tests, and for whoever opens the console
 
 // --- loading -----------------------------------------------------------------------------------------
-const state = { off: new Set(), plain: null, last: null, at: [0, 0] };
+const state = { off: new Set(), plain: null, last: null, at: null };
 const say = (words, wrong = false) => { get("status").textContent = words; get("status").classList.toggle("error", wrong); };
 
 if (location.protocol === "file:") {
@@ -152,7 +155,7 @@ function showDecision() {
   const p = 1 / (1 + Math.exp(-difference)), decides = share >= settings.least_share;
   get("verdict").textContent = !decides ? "The model does not decide" : difference > 0 ? "Approved" : "Rejected";
   get("verdict").dataset.difference = difference;
-  get("marker").style.left = percent(p);
+  get("marker").style.left = `${100 * p}%`;
   const before = state.plain?.key === key() ? ` Without the switches below: ${shown(state.plain.difference)}.` : "";
   get("numbers").textContent = (decides
     ? `${shown(difference)} logits for “approved” over “rejected”: ${percent(p)} of the two answers' probability.`
@@ -194,7 +197,7 @@ function drawGrid() {
       button.setAttribute("aria-pressed", "false");
       button.addEventListener("click", () => toggle(`${layer}.${head}`));
       button.addEventListener("focus", () => { state.at = [layer, head]; showTokens(); });
-      button.addEventListener("mouseenter", () => { state.at = [layer, head]; showTokens(); });
+      button.addEventListener("mouseenter", () => showTokens([layer, head]));
       grid.append(button);
     }
   }
@@ -203,7 +206,7 @@ function drawGrid() {
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     if (!step) return;
     event.preventDefault();
-    const [layer, head] = state.at, next = [(layer + step[0] + layers) % layers, (head + step[1] + heads) % heads];
+    const [layer, head] = event.target.dataset.at.split(".").map(Number), next = [(layer + step[0] + layers) % layers, (head + step[1] + heads) % heads];
     const [from, to] = [[layer, head], next].map((x) => grid.querySelector(`[data-at="${x.join(".")}"]`));
     from.tabIndex = -1;
     to.tabIndex = 0;
@@ -234,19 +237,22 @@ function toField(at, name) {
   return weights(at).slice(1).reduce((sum, w, i) => sum + (starts[i] < to && starts[i + 1] > from ? w : 0), 0);
 }
 function showHeads() {
-  const name = field("look").value;
-  for (const button of get("grid").querySelectorAll("button")) {
-    const at = button.dataset.at.split(".").map(Number), w = toField(at, name);
+  const name = field("look").value, buttons = get("grid").querySelectorAll("button");
+  const places = [...buttons].map((button) => button.dataset.at.split(".").map(Number));
+  state.at ??= places.reduce((a, b) => (toField(b, name) > toField(a, name) ? b : a)); // the head that looks there most
+  for (const [i, button] of buttons.entries()) {
+    const at = places[i], w = toField(at, name);
+    button.tabIndex = String(at) === String(state.at) ? 0 : -1;
     button.style.setProperty("--shade", w.toFixed(3));
     button.setAttribute("aria-label", `Layer ${at[0]}, head ${at[1]}: ${percent(w)} of its attention goes to ${field("look").selectedOptions[0].text}`);
   }
   mark();
   showTokens();
 }
-function showTokens() {
+function showTokens(at = state.at) {
   if (!state.last) return;
-  const { text, starts } = state.last, w = weights(state.at);
-  get("head").textContent = `Layer ${state.at[0]}, head ${state.at[1]}, looking back from the end of the text. ${percent(w[0])} of its attention goes to the sign that begins every text.`;
+  const { text, starts } = state.last, w = weights(at);
+  get("head").textContent = `Layer ${at[0]}, head ${at[1]}, looking back from the end of the text. ${percent(w[0])} of its attention goes to the sign that begins every text.`;
   get("tokens").replaceChildren(...w.slice(1).map((x, i) => {
     const span = document.createElement("span");
     span.textContent = text.slice(starts[i], starts[i + 1]);
@@ -289,7 +295,11 @@ function showLayers() {
 
 // --- tone --------------------------------------------------------------------------------------------
 const dialled = () => Number(field("dial").value);
-const turned = () => (get("turn").textContent = dialled() ? `${shown(dialled())} of a full turn` : "0, the model as it is");
+const turned = () => {
+  const words = dialled() ? `${shown(dialled())} of a full turn` : "0, the model as it is";
+  get("turn").textContent = words;
+  field("dial").setAttribute("aria-valuetext", words);
+};
 field("dial").addEventListener("input", () => { turned(); if (root.dataset.state === "ready") answerSoon(); });
 field("direction").addEventListener("change", () => root.dataset.state === "ready" && answer());
 get("tell").addEventListener("click", () => answer());
@@ -314,3 +324,4 @@ async function answer() {
   }
 }
 turned();
+})();

@@ -34,8 +34,10 @@ async function load(_, said) {
     const size = shape.reduce((a, b) => a * b, 1);
     tensors[name] = new ort.Tensor("float32", new Float32Array(whole, start, size), shape);
   }
-  // threads need a server that isolates the page (`glassbox serve`); without one there is one
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  // Threads need a server that isolates the page (`glassbox serve`). Half of what the browser counts, since threads that
+  // wait for each other on a busy machine are slower than one (seen: twice as slow on two cores under load).
+  const cores = Math.floor((navigator.hardwareConcurrency || 1) / 2);
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.max(1, Math.min(4, cores)) : 1;
   ort.env.wasm.wasmPaths = here("ort/");
   const model = await (await fetched("model.onnx", said)).arrayBuffer();
   session = await ort.InferenceSession.create(new Uint8Array(model), { executionProviders: ["wasm"] });
