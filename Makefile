@@ -64,7 +64,7 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: assets lint $(MORE)  ## unit tests, every notebook as a test, browser tests
+test: assets lint $(MORE) $(ASK)  ## unit tests, every notebook as a test, browser tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not long and not kit and not browser" -n 2 --dist loadfile
 	$(BIN)/pytest tests/lab tests/decisions -m "browser and not long" -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks and not long" -k "not gpt2 and not gemma3"
