@@ -215,7 +215,7 @@ def test_what_agrees_is_counted_and_what_does_not_is_named():
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("weights", "least"), [("float16", 0.995), ("int8", 0.9)])
+@pytest.mark.parametrize(("weights", "least"), [("float16", 0.995), ("int8", 0.98)])
 def test_the_officer_decides_1000_applications_as_pytorch_does(tmp_path, weights, least):
     """float16 is what the page ships; int8 stands beside it."""
     import onnx

@@ -197,7 +197,7 @@ def test_the_dial_turns_the_answer_and_greedy_answers_are_pythons(page):
     page.keyboard.press("End")
     plus = answered(page, 3)
     assert len({plain, minus, plus}) == 3
-    page.get_by_label("Direction").select_option("tone.random")
+    page.locator("[name=direction]").select_option("tone.random")
     answered(page, 4)
     prompt, tone = chat(model, question), load_vector("tone")
     for found, alpha in ((plain, 0.0), (minus, -0.0125), (plus, 0.0125)):
