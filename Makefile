@@ -5,10 +5,12 @@ SITE     ?= build/site
 RUNS     ?= $(SITE)-runs
 NOTEBOOK ?=
 MODEL    ?=
+WEB      ?=
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 MORE := $(VENV)/.more
+ASK  := $(VENV)/.web
 
 # what the simulated device runs in every test; `pytest tests --device far` runs all
 FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py losses.py text.py fast_forward.py) \
@@ -21,6 +23,7 @@ FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py loss
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@echo "  make site WEB=1             also a page that runs the model in the browser; then: $(BIN)/glassbox serve $(SITE)"
 	@echo "  make run MODEL=gpt2 NOTEBOOK=01   another model (a name or a folder), one notebook"
 
 # The lock is the full resolved set; the package itself is installed without dependencies on top of it.
@@ -40,12 +43,17 @@ $(MORE): requirements-more.lock $(DONE)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --progress-bar on -r requirements-more.lock
 	@touch $@
 
+# what the page one can question is exported with
+$(ASK): requirements-web.lock $(DONE)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --progress-bar on -r requirements-web.lock
+	@touch $@
+
 run: assets $(MORE)  ## run the notebooks on the model and write the site of what they found to build/site
 	@$(BIN)/glassbox run $(NOTEBOOK) --model "$(MODEL)" --site $(RUNS); code=$$?; \
 	test ! -e $(RUNS)/runs.json || $(BIN)/glassbox site --runs $(RUNS) --out $(SITE) || exit; exit $$code
 
-site: assets $(MORE)  ## the same site of the outputs that the repository ships, with pages of features
-	$(BIN)/glassbox site --out $(SITE) --features 24
+site: assets $(MORE) $(if $(WEB),$(ASK))  ## the same site of the shipped outputs, with pages of features (WEB=1: and the model to ask)
+	$(BIN)/glassbox site --out $(SITE) --features 24 $(if $(WEB),--ask)
 
 lab: assets  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks --KernelManager.transport_encryption=auto
@@ -56,7 +64,7 @@ lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: assets lint $(MORE)  ## unit tests, every notebook as a test, browser tests
+test: assets lint $(MORE) $(ASK)  ## unit tests, every notebook as a test, browser tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m "not ranks and not shapes and not long and not kit and not browser" -n 2 --dist loadfile
 	$(BIN)/pytest tests/lab tests/decisions -m "browser and not long" -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(FAR) -n 2 --dist loadfile --device far -m "not slow and not ranks and not long" -k "not gpt2 and not gemma3"

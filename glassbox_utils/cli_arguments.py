@@ -49,3 +49,11 @@ def tokens(value: str) -> int:
     if found < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is no such number; allowed: a whole number from 1 to 999999999")
     return found
+
+
+def port(value: str) -> int:
+    """A port of this machine; 0 is any that is free."""
+    found = int(value) if value.isascii() and value.isdigit() and len(value) < 6 else -1
+    if not 0 <= found < 2**16:
+        raise argparse.ArgumentTypeError(f"{value!r} is no port; allowed: a whole number from 0 to 65535")
+    return found

@@ -4,16 +4,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from glassbox_utils.cli_arguments import seed, steps, text
+from glassbox_utils.cli_arguments import port, seed, steps, text
 
 
 def _site(args: argparse.Namespace) -> int:
+    import shutil
     import sys
+    import tempfile
 
     from glassbox_utils.core import models
     from glassbox_utils.lab import site, site_features
 
     site.check_tools()
+    if args.ask:
+        from glassbox_utils.lab import ask
+
+        ask.check_tools()
     site.check_modules(args.module)
     site.check_target(Path(args.out))
     runs = Path(args.runs) if args.runs else None
@@ -21,11 +27,50 @@ def _site(args: argparse.Namespace) -> int:
     pages = {}
     if args.features and site.of_embedded(lessons):
         pages = site_features.pages(models.load_model(), args.features)
-    first, warnings = site.build(Path(args.out), runs, args.module, pages)
+    if args.ask:
+        with tempfile.TemporaryDirectory() as made:
+            pages["ask.md"] = _question(Path(made) / "ask", lessons, args.ask)
+            first, warnings = site.build(Path(args.out), runs, args.module, pages)
+            shutil.copytree(Path(made) / "ask", first.parent / ask.PLACE, dirs_exist_ok=True)
+    else:
+        first, warnings = site.build(Path(args.out), runs, args.module, pages)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
     about = site.summary(first.parent)
     print(f"{about['pages']} pages, {about['megabytes']} MB. Open {first}")
+    return 0
+
+
+def _question(folder: Path, lessons: Any, weights: str) -> str:
+    """Export what the page one can question reads, into a folder; the page's text with what the studies found."""
+    import json
+
+    from glassbox_utils.core.assets import DATA
+    from glassbox_utils.core.models import load_model
+    from glassbox_utils.decisions import loans, study
+    from glassbox_utils.lab import ask
+    from glassbox_utils.steering import load_vector
+    from glassbox_utils.steering.vectors import ControlVector, parts_of
+
+    base, officer = load_model(), loans.load_loan_model("deployed")
+    edit = study.load_edit(officer)
+    full = json.loads((DATA / "studies" / "steering_tone.json").read_text(encoding="utf-8"))["alpha"]
+    adapter, tone = loans.LOANS / "deployed", ControlVector(parts_of(load_vector("tone")))
+    size = ask.write(folder, base, officer, adapter, edit, (tone, full), ask.check_weights(weights))
+    table = json.loads((DATA / "studies" / "loans_mitigation.json").read_text(encoding="utf-8"))
+    found = {name: study.outcome(table, "gender", arm) for name, arm in ask.ARMS.items()}
+    return ask.page(base, edit, ask.stated(found, lessons), round(size / 1e6), ask.check_weights(weights))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from glassbox_utils.lab import ask
+
+    with ask.served(Path(args.folder), args.port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/ for this machine alone; Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
     return 0
 
 
@@ -143,7 +188,14 @@ def add_to(commands: Any) -> None:
     p.add_argument("--out", type=text, default="build/site", help="the folder to write, replaced as a whole")
     p.add_argument("--features", type=steps, metavar="N", help="pages of N features of each shipped SAE (minutes)")
     p.add_argument("--module", type=text, nargs="+", default=(), help="API pages of these only, such as core.text")
+    words = "add the page one can question (needs the extra web; 0.3 GB), with weights in float16 (default) or int8"
+    p.add_argument("--ask", nargs="?", const="float16", choices=("float16", "int8"), metavar="WEIGHTS", help=words)
     p.set_defaults(function=_site)
+
+    p = commands.add_parser("serve", help="serve a site to this machine's browser, as its page with the model needs")
+    p.add_argument("folder", type=text, nargs="?", default="build/site", help="what `glassbox site` wrote")
+    p.add_argument("--port", type=port, default=8000, help="0 takes any that is free")
+    p.set_defaults(function=_serve)
 
     p = commands.add_parser("workshop", help="student copies, an instructor's course folder and slides")
     p.add_argument("notebook", type=text, nargs="*", help="numbers or names; all without")

@@ -15,13 +15,13 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCK, MORE = (
+LOCK, MORE, WEB = (
     {
         canonicalize_name(line.split("==")[0]): line.split("==")[1]
         for line in (ROOT / name).read_text().splitlines()
         if line and not line.startswith("#")
     }
-    for name in ("requirements.lock", "requirements-more.lock")
+    for name in ("requirements.lock", "requirements-more.lock", "requirements-web.lock")
 )
 
 
@@ -33,10 +33,12 @@ def test_the_lock_satisfies_pyproject(wanted):
     assert requirement.specifier.contains(LOCK[name], prereleases=True)
 
 
-def test_the_second_lock_satisfies_the_extra_and_contradicts_nothing():
-    for wanted in map(Requirement, PROJECT["project"]["optional-dependencies"]["more"]):
-        assert wanted.specifier.contains(MORE[canonicalize_name(wanted.name)], prereleases=True)
-    assert not MORE.keys() & LOCK.keys()
+@pytest.mark.parametrize(("extra", "lock"), [("more", MORE), ("web", WEB)])
+def test_the_other_locks_satisfy_their_extras_and_contradict_nothing(extra, lock):
+    for wanted in map(Requirement, PROJECT["project"]["optional-dependencies"][extra]):
+        assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)], prereleases=True)
+    assert not lock.keys() & LOCK.keys()
+    assert not MORE.keys() & WEB.keys()
 
 
 def test_the_lock_is_what_is_installed():

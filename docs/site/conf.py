@@ -27,7 +27,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_copy_source = html_show_sourcelink = False
 html_show_search_summary = False  # it fetches pages, which a browser refuses from file://
-html_sidebars = {"index": [], "results": [], "gallery": [], "glossary": []}
+html_sidebars = {"index": [], "ask": [], "results": [], "gallery": [], "glossary": []}
 html_theme_options = {
     "logo": {"text": "Glassbox"},
     "navbar_end": ["theme-switcher"],

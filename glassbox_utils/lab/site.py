@@ -168,7 +168,7 @@ def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], 
         text = site_notebooks.relinked(path.read_text(encoding="utf-8"), DOCS, "", modules)
         texts[path.name] = site_pages.glossary(text, lessons) if path.stem == "glossary" else text
     texts["reference.md"] = _listed("Reference", _references(texts), "What the pages above rest on.")
-    top = ["notebooks/index", "results", "gallery", "features/index", "glossary", "reference"]
+    top = ["notebooks/index", "ask", "results", "gallery", "features/index", "glossary", "reference"]
     titles = [f"- [{lesson.title}](notebooks/{lesson.name}.ipynb)" for lesson in lessons]
     listed = "\n".join(["", "## The notebooks", "", *titles, ""])
     texts["index.md"] = (
