@@ -282,7 +282,8 @@ get("control").addEventListener("click", async () => {
 
 // --- layers ------------------------------------------------------------------------------------------
 function showLayers() {
-  const { lens } = state.last, most = Math.max(...lens.map(Math.abs), 0.1), width = 600, height = 150, step = (width - 40) / lens.length;
+  const { lens } = state.last, most = Math.max(...lens.map(Math.abs), 0.1);
+  const width = get("layers").clientWidth || 600, height = 150, step = (width - 40) / lens.length; // letters keep their size
   const bars = lens.map((x, i) => {
     const tall = (Math.abs(x) / most) * 60;
     return `<rect class="bar${x < 0 ? " minus" : ""}" x="${(38 + i * step).toFixed(1)}" width="${(step - 2).toFixed(1)}" y="${(x > 0 ? 70 - tall : 70).toFixed(1)}" height="${tall.toFixed(1)}"/>`;
