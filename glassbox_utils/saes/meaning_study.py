@@ -37,6 +37,8 @@ ROWS, UNITS = 192, 40
 STEPS, TOKENS, BATCH, D_SAE = 300, 65_536, 1024, 1024
 """of each small training"""
 TRAINED, FROZEN, MAIN, UNTRAINED = "trained", "frozen", "main", "random_sae"
+SAME = "pca"
+"""a kind whose units do not depend on the seed"""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {}, "batchtopk": {}, "matryoshka_batchtopk": {},
     "standard": {"l1_coefficient": 1.5, "l1_warm_up_steps": 100},
@@ -183,10 +185,10 @@ def study_meaning() -> Path:
 def summary(kind: str, score: str, kinds: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
     """One score of one kind: mean over units with its interval, the seeds' means, and the main SAE's lead over it.
 
-    Intervals resample units. ``ahead``: of the main SAE over this kind, None for itself and where there are too few.
+    Intervals resample units; the principal components are the same ones under every seed, and count once. ``ahead``: of the main SAE over this kind, None for itself and where there are too few.
     """
     by_seed = [[unit[score] for unit in units] for units in kinds[kind]]
-    mine, main = [v for part in by_seed for v in part], [u[score] for units in kinds[MAIN] for u in units]
+    mine, main = [v for part in (by_seed[:1] if kind == SAME else by_seed) for v in part], [u[score] for units in kinds[MAIN] for u in units]
     row: dict[str, Any] = {"kind": kind, "score": score, "n": len(mine)}
     row["mean"] = None if len(mine) < 2 else _three(bootstrap_ci(mine))
     row["seeds"] = [round(float(np.mean(part)), 4) if part else None for part in by_seed]
