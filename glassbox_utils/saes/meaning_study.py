@@ -185,10 +185,12 @@ def study_meaning() -> Path:
 def summary(kind: str, score: str, kinds: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
     """One score of one kind: mean over units with its interval, the seeds' means, and the main SAE's lead over it.
 
-    Intervals resample units; the principal components are the same ones under every seed, and count once. ``ahead``: of the main SAE over this kind, None for itself and where there are too few.
+    Intervals resample units; the principal components are the same ones under every seed, and count once. ``ahead``: of
+    the main SAE over this kind, None for itself and where there are too few.
     """
     by_seed = [[unit[score] for unit in units] for units in kinds[kind]]
-    mine, main = [v for part in (by_seed[:1] if kind == SAME else by_seed) for v in part], [u[score] for units in kinds[MAIN] for u in units]
+    mine = [v for part in (by_seed[:1] if kind == SAME else by_seed) for v in part]
+    main = [u[score] for units in kinds[MAIN] for u in units]
     row: dict[str, Any] = {"kind": kind, "score": score, "n": len(mine)}
     row["mean"] = None if len(mine) < 2 else _three(bootstrap_ci(mine))
     row["seeds"] = [round(float(np.mean(part)), 4) if part else None for part in by_seed]
