@@ -36,7 +36,7 @@ from glassbox_utils.core.corpora import Rows
 from glassbox_utils.core.devices import beside, exact, result
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
-from glassbox_utils.saes import quality, reading
+from glassbox_utils.saes import quality
 from glassbox_utils.saes.config import SaeError
 from glassbox_utils.saes.harvest import activations, ordinary
 
@@ -335,34 +335,43 @@ def opponents(x: Float[Tensor, "sample d_model"], n: int, k: int, d_sae: int, se
     }
 
 
+class Seen(NamedTuple):
+    """What stands at one place of the model while it reads some rows; computed once, used by every unit."""
+
+    x: Float[Tensor, "n d_model"]
+    """activations, flat"""
+    usual: Bool[Tensor, "row pos"]
+    """neither first token nor outlier"""
+
+
 @torch.inference_mode()
-def values_of(
-    model: Model, site: Site, rows: Rows, encoders: Mapping[str, Encoder], median_norm: float, batch: int = 8
-) -> tuple[dict[str, Float[Tensor, "n unit"]], Bool[Tensor, "row pos"]]:
-    """What every unit does at every token, flat, zero at first tokens and outliers; and which tokens are neither."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
-    usual = []
+def see(model: Model, site: Site, rows: Rows, median_norm: float, batch: int = 8) -> Seen:
+    """Run the model over packed rows (``corpora.token_rows``) and keep its activations at a site."""
+    parts, usual = [], []
     for some in progress(rows.tokens.split(batch), "read"):
         x = activations(model, some.long(), [site])[site].float()
-        keep = ordinary(x, median_norm)
-        usual.append(result(keep))
-        for name, encode in encoders.items():
-            parts[name].append(result((encode(x.flatten(0, 1)) * keep.flatten()[:, None]).float()))
-    return {name: torch.cat(some) for name, some in parts.items()}, torch.cat(usual)
+        usual.append(result(ordinary(x, median_norm)))
+        parts.append(result(x.flatten(0, 1)))
+    return Seen(torch.cat(parts), torch.cat(usual))
+
+
+@torch.inference_mode()
+def values_of(seen: Seen, encode: Encoder, batch: int = 2048) -> Float[Tensor, "n unit"]:
+    """What every unit does at every token, flat, zero at first tokens and outliers."""
+    parts = zip(seen.x.split(batch), seen.usual.flatten().split(batch), strict=True)
+    return torch.cat([result((encode(x) * keep[:, None]).float()) for x, keep in parts])
 
 
 def compared(
-    model: Model, sae: Any, rows: Rows, encoders: Mapping[str, Encoder], densities: Mapping[str, Tensor], seed: int = 0
+    texts: Texts, seen: Seen, encoders: Mapping[str, Encoder], densities: Mapping[str, Tensor], seed: int = 0
 ) -> dict[str, list[dict[str, float]]]:
-    """The scores of all units of several kinds at the place that an SAE reads, on the same texts.
+    """The scores of all units of several kinds at one place, on the same texts.
 
     ``densities``: for each kind how often its units count as active; a kind without is active where it is above zero.
     """
-    site, median = reading.check_fits(model, sae), reading.median_norm(model, sae)
-    values, usual = values_of(model, site, rows, encoders, median)
-    texts, found = texts_of(model, rows, usual), {}
-    for name, table in values.items():
-        density = densities.get(name)
+    found = {}
+    for name, encode in encoders.items():
+        table, density = values_of(seen, encode), densities.get(name)
         active = (table > 0).numpy() if density is None else active_like(table, density, texts.fit)
         found[name] = [rounded(one) for one in meanings(texts, table, active, seed)]
     return found

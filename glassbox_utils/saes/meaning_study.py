@@ -4,22 +4,27 @@
 it five small SAEs, each with a twin whose decoder was frozen at random, and units that know nothing of concepts.
 ``sae-architectures``: five architectures under the same conditions (data, steps, learning rate, clipped gradients, no
 re-seeding), several seeds of each. What varies, and is resampled, is the unit; the seeds' means stand beside it.
+The small SAEs are small indeed (below): the first study is sized for about ten minutes of one core. What they lose to
+one that was trained for long stands beside their scores as explained variance.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from glassbox_utils.core import assets, corpora, prepared
-from glassbox_utils.core.models import Model
+from glassbox_utils.core import assets, coding, corpora, prepared
+from glassbox_utils.core.devices import exact
+from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.statistics import bootstrap_ci, difference_ci
 from glassbox_utils.core.studies import resumed, write_table
-from glassbox_utils.saes import meaning, quality
+from glassbox_utils.saes import meaning, quality, reading
 from glassbox_utils.saes.config import TrainConfig, hook_of
 from glassbox_utils.saes.features import site_of_sae
 from glassbox_utils.saes.harvest import harvest, measure_scaling, ordinary, read_shard, shard_path
@@ -27,11 +32,13 @@ from glassbox_utils.saes.store import identity_of, load_sae
 from glassbox_utils.saes.training import export, train
 
 SEEDS = 5
-ROWS, UNITS = 512, 60
+ROWS, UNITS = 192, 40
 """held-out rows that are read, and units of each kind and seed"""
-STEPS, TOKENS, BATCH = 600, 8 * 65_536, 2048
+STEPS, TOKENS, BATCH, D_SAE = 300, 65_536, 1024, 1024
 """of each small training"""
-TRAINED, FROZEN, MAIN = "trained", "frozen", "main"
+TRAINED, FROZEN, MAIN, UNTRAINED = "trained", "frozen", "main", "random_sae"
+SAME = "pca"
+"""a kind whose units do not depend on the seed"""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {}, "batchtopk": {}, "matryoshka_batchtopk": {},
     "standard": {"l1_coefficient": 1.5, "l1_warm_up_steps": 100},
@@ -44,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def small_run(model: Model, hook: str, seed: int, architecture: str = "topk", frozen: bool = False) -> TrainConfig:
     """A small training, at the size of the prepared folder; the same but for what is named."""
     context, tokens = min(256, model.n_context), prepared.sized(TOKENS, 8192)
-    d_sae = min(2048, 4 * model.d_model)
+    d_sae = min(D_SAE, 4 * model.d_model)
     options = dict(ARCHITECTURES[architecture])
     if "topk" in architecture:
         options["k"] = min(32, max(1, d_sae // 16))
@@ -63,6 +70,7 @@ def small_run(model: Model, hook: str, seed: int, architecture: str = "topk", fr
         rows_per_shard=min(256, max(1, tokens // context)),
         batch=BATCH,
         lr=1e-3,
+        warmup=50,
         decay=0.4,
         seed=seed,
         frozen_decoder=frozen,
@@ -70,10 +78,16 @@ def small_run(model: Model, hook: str, seed: int, architecture: str = "topk", fr
     )
 
 
-def made(model: Model, config: TrainConfig) -> Any:
-    """The SAE of a small training, from the cache if it is there."""
+def made(model: Model, config: TrainConfig) -> TrainConfig:
+    """A configuration whose shards are there."""
     harvest(config.harvest, model)
-    work = assets.cache_dir() / "training" / f"{config.name}-{config.tokens}-{config.samples}"
+    return config
+
+
+def trained(model: Model, config: TrainConfig) -> Any:
+    """The SAE of a small training, from the cache if it is there."""
+    made(model, config)
+    work = assets.cache_dir() / "training" / f"{config.name}-{config.d_sae}-{config.tokens}-{config.samples}"
     train(config, work, device=model.device)
     export(config, work, work / "out", model)
     return load_sae(work / "out", model)
@@ -85,17 +99,13 @@ def texts_for(model: Model) -> corpora.Rows:
     return corpora.token_rows(model, documents, prepared.sized(ROWS, 24), min(256, model.n_context))
 
 
-def drawn(sae: Any, model: Model, rows: corpora.Rows, n: int, seed: int) -> tuple[list[int], torch.Tensor]:
-    """Features of an SAE drawn among those that are active in enough places, and how often each is active."""
-    site, median = site_of_sae(sae), sae.cfg.metadata.median_norm
-    everything = meaning.of_sae(sae, range(sae.cfg.d_sae))
-    fired = torch.zeros(sae.cfg.d_sae)
-    total = 0
-    for part in rows.tokens.split(8):
-        some = corpora.Rows(part, part)
-        values, usual = meaning.values_of(model, site, some, {"all": everything}, median)
-        fired, total = fired + (values["all"] > 0).sum(0), total + int(usual.sum())
-    density = fired / total
+def drawn(tool: Any, d_sae: int, seen: meaning.Seen, n: int, seed: int) -> tuple[list[int], torch.Tensor]:
+    """Features of a tool drawn among those that are active in enough places, and how often each is active."""
+    everything = meaning.of_sae(tool, range(d_sae))
+    fired = torch.zeros(d_sae)
+    for x, usual in zip(seen.x.split(2048), seen.usual.flatten().split(2048), strict=True):
+        fired += (meaning.values_of(meaning.Seen(x, usual), everything) > 0).sum(0)
+    density = fired / int(seen.usual.sum())
     enough = ((fired >= 2 * meaning.FITTED) & (density < 0.1)).nonzero()[:, 0]
     if len(enough) < n:  # a small text: the most active ones that are not on everywhere
         enough = (fired * (density < 0.5)).topk(min(n, len(fired))).indices
@@ -103,55 +113,84 @@ def drawn(sae: Any, model: Model, rows: corpora.Rows, n: int, seed: int) -> tupl
     return chosen.tolist(), density[chosen]
 
 
-def one_seed(model: Model, hook: str, seed: int) -> dict[str, list[dict[str, float]]]:
-    """All kinds of units under one seed, on the same texts."""
-    rows, n = texts_for(model), min(prepared.sized(UNITS, 8), 2 * model.d_model)
+@torch.inference_mode()
+def explained(tool: Any, seen: meaning.Seen) -> float:
+    """Share of the variance at ordinary positions that a tool's reconstruction keeps."""
+    usual, wrong = seen.x[seen.usual.flatten()], 0.0
+    for x in usual.split(2048):
+        wrong += float(exact(coding.decode(tool, coding.encode(tool, x)) - coding.seen(tool, x)).square().sum())
+    return 1 - wrong / float(exact(usual - usual.mean(0)).square().sum())
+
+
+def read_text(model: Model, site: Site, median: float) -> tuple[meaning.Texts, meaning.Seen]:
+    """The held-out rows as words, and what the model does at a site while it reads them."""
+    rows = texts_for(model)
+    seen = meaning.see(model, site, rows, median)
+    return meaning.texts_of(model, rows, seen.usual), seen
+
+
+def one_seed(model: Model, hook: str, seed: int, read: Callable[[], tuple[meaning.Texts, meaning.Seen]]) -> Any:
+    """All kinds of units under one seed, on the same texts, and what the four dictionaries among them explain."""
+    (texts, seen), n = read(), min(prepared.sized(UNITS, 8), 2 * model.d_model)
     config = small_run(model, hook, seed)
-    saes = {
-        MAIN: load_sae(prepared.sae("main"), model),
-        TRAINED: made(model, config),
-        FROZEN: made(model, small_run(model, hook, seed, frozen=True)),
+    main = load_sae(prepared.sae("main"), model)
+    x = read_shard(shard_path(made(model, config).harvest.folder, 0), hook).x
+    sample = x[ordinary(x, measure_scaling(x).median_norm)].float()[:65_536]
+    d_sae, k = main.cfg.d_sae, getattr(main.cfg, "k", 32)
+    tools: dict[str, Any] = {
+        MAIN: main,
+        TRAINED: trained(model, config),
+        FROZEN: trained(model, small_run(model, hook, seed, frozen=True)),
+        UNTRAINED: quality.baselines(sample, k, d_sae, seed)["random"],
     }
     encoders: dict[str, meaning.Encoder] = {}
     densities: dict[str, torch.Tensor] = {}
-    for name, sae in saes.items():
-        chosen, density = drawn(sae, model, rows, n, seed)
-        encoders[name] = meaning.of_sae(sae, chosen)
+    for name, tool in tools.items():
+        width = config.d_sae if name in (TRAINED, FROZEN) else d_sae
+        chosen, density = drawn(tool, width, seen, n, seed)
+        encoders[name] = meaning.of_sae(tool, chosen)
         if name == MAIN:
             densities = dict.fromkeys(("coordinates", "pca", "random"), density)
     n = min(n, *(len(d) for d in densities.values()))
-    x = read_shard(shard_path(config.harvest.folder, 0), hook).x
-    sample = x[ordinary(x, measure_scaling(x).median_norm)].float()[:65_536]
-    main = saes[MAIN].cfg
-    encoders |= meaning.opponents(sample, n, getattr(main, "k", 32), main.d_sae, seed)
-    return meaning.compared(model, saes[MAIN], rows, encoders, densities, seed)
+    encoders = meaning.opponents(sample, n, k, d_sae, seed) | encoders
+    units = meaning.compared(texts, seen, encoders, densities, seed)
+    return {"units": units, "explained": {name: round(explained(tool, seen), 4) for name, tool in tools.items()}}
 
 
 def study_meaning() -> Path:
-    """How far units of eight kinds have one meaning each, five seeds."""
+    """How far units of seven kinds have one meaning each, five seeds."""
     start, model = time.time(), load_subject()
-    hook = hook_of(site_of_sae(load_sae(prepared.sae("main"), model)))
-    seeds = list(range(prepared.sized(SEEDS, 2)))
-    main = identity_of(prepared.sae("main"))
+    main = load_sae(prepared.sae("main"), model)
+    site = site_of_sae(main)
+    hook, seeds = hook_of(site), list(range(prepared.sized(SEEDS, 2)))
+    read = cache(lambda: read_text(model, site, reading.median_norm(model, main)))
     kinds: dict[str, list[list[dict[str, float]]]] = {}
+    explained_by: dict[str, list[float]] = {}
     for seed in seeds:
         config = asdict(small_run(model, hook, seed))
-        key = ["meaning", main, config, prepared.sized(ROWS, 24), prepared.sized(UNITS, 8)]
-        for kind, units in resumed("sae_meaning", key, one_seed, model, hook, seed).items():
+        key = ["meaning", identity_of(prepared.sae("main")), config, prepared.sized(ROWS, 24), prepared.sized(UNITS, 8)]
+        found = resumed("sae_meaning", key, one_seed, model, hook, seed, read)
+        for kind, units in found["units"].items():
             kinds.setdefault(kind, []).append(units)
+        for kind, value in found["explained"].items():
+            explained_by.setdefault(kind, []).append(value)
     rows = [summary(kind, score, kinds) for kind in kinds for score in meaning.SCORES]
-    sizes = {"rows": prepared.sized(ROWS, 24), "units_of_each_seed": prepared.sized(UNITS, 8)}
+    small = {k: config[k] for k in ("d_sae", "options", "samples", "tokens", "lr", "batch")}
+    sizes = {"rows": prepared.sized(ROWS, 24), "units_of_each_seed": prepared.sized(UNITS, 8), "small_saes": small}
     seconds = time.time() - start
-    return write_table("sae_meaning", model, seconds, seeds=seeds, hook=hook, **sizes, summary=rows, units=kinds)
+    content: dict[str, Any] = {"seeds": seeds, "hook": hook, "sae": prepared.sae("main")} | sizes
+    return write_table("sae_meaning", model, seconds, **content, explained=explained_by, summary=rows, units=kinds)
 
 
 def summary(kind: str, score: str, kinds: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
     """One score of one kind: mean over units with its interval, the seeds' means, and the main SAE's lead over it.
 
-    Intervals resample units. ``ahead``: of the main SAE over this kind, None for itself and where there are too few.
+    Intervals resample units; the principal components are the same ones under every seed, and count once. ``ahead``: of
+    the main SAE over this kind, None for itself and where there are too few.
     """
     by_seed = [[unit[score] for unit in units] for units in kinds[kind]]
-    mine, main = [v for part in by_seed for v in part], [u[score] for units in kinds[MAIN] for u in units]
+    mine = [v for part in (by_seed[:1] if kind == SAME else by_seed) for v in part]
+    main = [u[score] for units in kinds[MAIN] for u in units]
     row: dict[str, Any] = {"kind": kind, "score": score, "n": len(mine)}
     row["mean"] = None if len(mine) < 2 else _three(bootstrap_ci(mine))
     row["seeds"] = [round(float(np.mean(part)), 4) if part else None for part in by_seed]
@@ -169,7 +208,7 @@ def _three(interval: Any) -> list[float]:
 def one_architecture(model: Model, hook: str, architecture: str, seed: int) -> dict[str, Any]:
     """One small SAE: what it rebuilds, and how far its features have one meaning each."""
     config = small_run(model, hook, seed, architecture)
-    sae, rows = made(model, config), texts_for(model)
+    sae, rows = trained(model, config), texts_for(model)
     x = read_shard(shard_path(config.harvest.folder, 0), hook).x
     scaling = measure_scaling(x)
     tokens = quality.held_out(model, config, prepared.sized(quality.HELD_ROWS, 8))
@@ -179,8 +218,10 @@ def one_architecture(model: Model, hook: str, architecture: str, seed: int) -> d
         "ce_rows": prepared.sized(16, 2),
     }
     report = quality.evaluate_sae(model, sae, tokens, site_of_sae(sae), **measure)
-    chosen, _ = drawn(sae, model, rows, prepared.sized(UNITS, 8), seed)
-    units = meaning.compared(model, sae, rows, {architecture: meaning.of_sae(sae, chosen)}, {}, seed)[architecture]
+    seen = meaning.see(model, site_of_sae(sae), rows, scaling.median_norm)
+    chosen, _ = drawn(sae, config.d_sae, seen, prepared.sized(UNITS, 8), seed)
+    texts, encoders = meaning.texts_of(model, rows, seen.usual), {architecture: meaning.of_sae(sae, chosen)}
+    units = meaning.compared(texts, seen, encoders, {}, seed)[architecture]
     numbers = {k: round(v, 4) for k, v in report.numbers.items()}
     scores = {s: round(float(np.mean([u[s] for u in units])), 4) if units else None for s in meaning.SCORES}
     return {"architecture": architecture, "seed": seed, **numbers, **scores, "n_units": len(units)}

@@ -103,6 +103,14 @@ def folder_of(name_or_path: str | Path) -> Path:
     return path
 
 
+def card_of(name_or_path: str | Path) -> dict[str, Any]:
+    """What ``train-sae`` measured of an SAE (``card.json``); empty for one that somebody else made. SaeError for a
+    damaged one."""
+    path = Path(name_or_path) / "card.json"
+    path = path if path.exists() else saes_folder() / str(name_or_path) / "card.json"
+    return schema.read_mapping(path, SaeError, "a folder that train-sae has written") if path.exists() else {}
+
+
 def load_sae(name_or_path: str | Path, model: Model | None = None) -> Any:
     """An SAE of the prepared folder by name, any folder in sae_lens format, or a published one as ``release/sae_id``
     (fetched from the hub), in float32; one of z reads all heads side by side.

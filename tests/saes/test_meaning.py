@@ -118,11 +118,12 @@ def test_all_kinds_of_units_are_measured_in_the_space_of_the_sae(model, shards, 
     x = read_shard(shard_path(shards, 0), HOOK).x[:, 1:].flatten(0, 1).float()
     rows = corpora.token_rows(model, corpora.load_corpus("landmarks", "held"), 24, 64)
     encoders = meaning.opponents(x, 6, 8, 64) | {"sae": meaning.of_sae(sae, range(6))}
-    values, usual = meaning.values_of(model, SITE, rows, encoders, sae.cfg.metadata.median_norm)
+    seen = meaning.see(model, SITE, rows, sae.cfg.metadata.median_norm)
+    values = {name: meaning.values_of(seen, encode) for name, encode in encoders.items()}
     assert {v.shape for v in values.values()} == {(24 * 64, 6)} and not any((v < 0).any() for v in values.values())
-    assert not any(v[~usual.flatten()].any() for v in values.values())
+    assert not any(v[~seen.usual.flatten()].any() for v in values.values())
     densities = dict.fromkeys(("coordinates", "pca", "random"), torch.full((6,), 0.05))
-    found = meaning.compared(model, sae, rows, encoders, densities)
+    found = meaning.compared(meaning.texts_of(model, rows, seen.usual), seen, encoders, densities)
     assert set(found) == {"coordinates", "pca", "random", "random_sae", "sae"}
     for kind in ("coordinates", "pca", "random"):
         assert len(found[kind]) >= 4 and all(0.02 < unit["density"] < 0.09 for unit in found[kind])
