@@ -131,7 +131,7 @@ def _blocks(weight: Tensor) -> tuple[NDArray, NDArray]:
         raise AskError(f"A weight has {width} inputs. Allowed for int8: a multiple of {BLOCK}. Take float16.")
     blocks = weight.detach().float().view(out, width // BLOCK, BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    whole = (blocks / scale).round().add(128).to(torch.uint8)
+    whole = (blocks / scale).round().add(128).type(torch.uint8)
     return whole.numpy(), scale[..., 0].numpy()
 
 
