@@ -8,6 +8,7 @@ taken. A step that can't be done on a model is recorded in ``refused.json`` with
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -326,7 +327,8 @@ def _next_size(plan: Plan, i: int, log: Mapping[str, Any]) -> float:
 
 
 def _refuse(folder: Path, name: str, reason: str) -> None:
-    path = folder / REFUSED
+    """Keep the reason, if there is one; files of the folder by their place in it, since the folder may be moved."""
+    path, reason = folder / REFUSED, reason.replace(f"{folder}{os.sep}", "")
     refused = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     refused = {k: v for k, v in refused.items() if k != name} | ({name: reason} if reason else {})
     with files.atomic_path(path) as partial:
