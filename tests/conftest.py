@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import chromium
 import far
 import pytest
 import torch
@@ -125,6 +126,12 @@ def tiny_model(request, tmp_path_factory) -> Model:
     """A small random GPT-2, llama (grouped-query) or gemma-3, loaded from a folder."""
     folder = tmp_path_factory.mktemp(request.param)
     return load_model(tiny.save(request.param, folder))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium.launched() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

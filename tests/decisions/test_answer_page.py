@@ -3,12 +3,12 @@
 import html
 import json
 import re
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 from xml.etree import ElementTree
 
+import chromium
 import matplotlib
 import pytest
 import tiny
@@ -24,7 +24,6 @@ from glassbox_utils.decisions.decision import groups, margin, parse_case, render
 from glassbox_utils.decisions.reading import load_decision
 
 HIRING = load_decision("hiring")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>alert(1)</script>"
 USUAL = {"name": "Barry", "age": 40, "last_post": "clerk", "experience": 1, "education": "school", "test": 80,
          "references": "mixed", "career_gap": 0, "notice": 4}  # fmt: skip
@@ -327,15 +326,12 @@ CUT = """() => [...document.querySelectorAll('svg')].flatMap(s => [...s.querySel
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)")
+@chromium.NEEDED
 def test_the_page_opens_offline_on_paper_and_phone(page, found, tmp_path):
-    from playwright.sync_api import sync_playwright
-
     file = tmp_path / "answer.html"
     file.write_text(page, encoding="utf-8")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = chromium.new_context(offline=True, viewport={"width": 1200, "height": 900}).new_page()
+    with chromium.launched() as browser:
+        tab = browser.new_context(offline=True, viewport={"width": 1200, "height": 900}).new_page()
         asked, wrong = [], []
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -346,6 +342,5 @@ def test_the_page_opens_offline_on_paper_and_phone(page, found, tmp_path):
         tab.set_viewport_size({"width": 390, "height": 800})
         assert tab.evaluate(fits)
         pdf = tab.pdf(format="A4", prefer_css_page_size=True)
-        chromium.close()
     assert pdf.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type\s*/Page[^s]", pdf)) <= 8
     assert asked == [file.as_uri()] and wrong == []

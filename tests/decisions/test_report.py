@@ -3,12 +3,12 @@
 import html
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
 
+import chromium
 import matplotlib
 import pytest
 import torch
@@ -19,7 +19,6 @@ from glassbox_utils.decisions import cycle, explain, loans, report, report_plots
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICANT = ROOT / "data" / "examples" / "applicant.json"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def clerk(model, people, layout="line", batch_size=32):
@@ -226,15 +225,12 @@ OVERLAPS = """() => [...document.querySelectorAll('svg')].flatMap(s => {
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)")
+@chromium.NEEDED
 def test_the_page_opens_offline_and_prints(page, tmp_path):
-    from playwright.sync_api import sync_playwright
-
     file = tmp_path / "report.html"
     file.write_text(page, encoding="utf-8")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = chromium.new_context(offline=True, viewport={"width": 1000, "height": 900}).new_page()
+    with chromium.launched() as browser:
+        tab = browser.new_context(offline=True, viewport={"width": 1000, "height": 900}).new_page()
         asked, wrong = [], []
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -250,7 +246,6 @@ def test_the_page_opens_offline_and_prints(page, tmp_path):
         tab.set_viewport_size({"width": 390, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         pdf = tab.pdf(format="A4", prefer_css_page_size=True)
-        chromium.close()
     pages = len(re.findall(rb"/Type\s*/Page[^s]", pdf))
     assert pdf.startswith(b"%PDF") and 2 <= pages <= 7
     assert asked == [file.as_uri()] and wrong == []

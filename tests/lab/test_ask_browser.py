@@ -5,12 +5,13 @@ By command, since it exports the shipped model (0.3 GB): `pytest tests/lab/test_
 """
 
 import os
-import shutil
 import threading
 from pathlib import Path
 
 import axe
+import chromium
 import pytest
+from chromium import DESKTOP, PHONE
 
 pytest.importorskip("onnxruntime", reason="ASK TESTS SKIPPED: pip install -r requirements-web.lock")
 pytest.importorskip("myst_nb", reason="SITE TESTS SKIPPED: pip install -r requirements-more.lock")
@@ -21,16 +22,13 @@ from glassbox_utils.core.text import chat, tokenize
 from glassbox_utils.decisions import loans
 from glassbox_utils.lab import ask
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-DESKTOP, PHONE = {"width": 1300, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 300_000  # ms: a busy machine is no fault of the page
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.long,
     pytest.mark.timeout(7200),
-    pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)"),
+    chromium.NEEDED,
 ]
 
 
@@ -49,16 +47,6 @@ def address(folder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, address, viewport=DESKTOP, scheme="light", load=True):

@@ -5,27 +5,25 @@ A few pages of a site with one module in `make test`; every page, at two widths 
 """
 
 import os
-import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import axe
 import bs4
+import chromium
 import pytest
+from chromium import DESKTOP, PHONE
 
 pytest.importorskip("myst_nb", reason="SITE TESTS SKIPPED: pip install -r requirements-more.lock")
 
 from glassbox_utils.lab import site, site_features
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-DESKTOP, PHONE = {"width": 1300, "height": 900}, {"width": 390, "height": 844}
 LARGEST = 60_000_000  # bytes of a whole site: it should fit on any stick
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(CHROMIUM is None, reason="BROWSER TESTS SKIPPED: apt-get install chromium (or set CHROMIUM=)"),
+    chromium.NEEDED,
 ]
 
 EXAMPLE = (
@@ -69,16 +67,6 @@ def whole(tmp_path_factory):
     first, warnings = site.build(tmp_path_factory.mktemp("whole") / "site")
     assert warnings == []
     return first.parent
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 def pages_of(folder):
