@@ -137,7 +137,7 @@ def ablation_curve(
     keys. ``matched``: draw the second kind of control too.
     """
     batch = patterns.repeated_tokens(model, n, length, seed)
-    other = patterns.repeated_tokens(model, min(n, 8), length, seed + 1000)
+    other = patterns.repeated_tokens(model, 8, length, seed + 1000)
     reference, norms = head_means(model, [other]), output_norms(model, Batch(*(t[:2] for t in other)))
     keep_out = [*ranking[: max(ks)], *avoid]
     sets: list[list[Head]] = [[]]
@@ -153,7 +153,7 @@ def ablation_curve(
 def cost_of_each(model: Model, found: Sequence[Head], n: int = 12, length: int = 50, seed: int = 12) -> Tensor:
     """Extra loss on the rows of ``ablation_curve`` without one head at a time, [head, row], nats."""
     batch = patterns.repeated_tokens(model, n, length, seed)
-    reference = head_means(model, [patterns.repeated_tokens(model, min(n, 8), length, seed + 1000)])
+    reference = head_means(model, [patterns.repeated_tokens(model, 8, length, seed + 1000)])
     losses = repeat_losses(model, batch, [[], *([h] for h in found)], reference)
     return losses[1:] - losses[0]
 

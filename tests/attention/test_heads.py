@@ -167,6 +167,16 @@ def test_ablating_the_wired_head_ends_copying(model):
     assert torch.allclose(induction.cost_of_each(model, [INDUCTION], n=6, length=12)[0], curve.top[0] - curve.clean)
 
 
+def test_the_averages_of_an_ablation_do_not_depend_on_the_number_of_rows(tiny_llama):
+    """A study of few rows and a notebook of some others measure the same: their mean outputs come from the same rows."""
+    few, many = (
+        induction.ablation_curve(tiny_llama, [(1, 0)], ks=[1], n=n, length=8, draws=1, matched=False) for n in (2, 12)
+    )
+    assert torch.allclose(few.top, many.top[:, :2], atol=1e-5)
+    cost = [induction.cost_of_each(tiny_llama, [(1, 0)], n=n, length=8) for n in (2, 12)]
+    assert torch.allclose(cost[0], cost[1][:, :2], atol=1e-5)
+
+
 def test_circuit_scores_agree_with_the_single_ones(model, repeats):
     scores = induction.circuit_scores(model, repeats)
     assert torch.allclose(scores.induction, induction_scores(model, repeats), atol=1e-5)

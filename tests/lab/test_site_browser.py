@@ -22,7 +22,7 @@ LARGEST = 60_000_000  # bytes of a whole site: it should fit on any stick
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(14_400),
     chromium.NEEDED,
 ]
 
