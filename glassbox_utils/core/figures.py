@@ -460,24 +460,35 @@ def thumbnails(pattern: Float[Tensor, "layer head dst src"], title: str) -> Any:
     return figure
 
 
-def mosaic(values: Mapping[str, Float[Tensor, "layer head"]], title: str, label: str, diverging: bool = False) -> Any:
-    """Layer x head heat maps side by side, one for each named score: an atlas of the model's heads."""
+def mosaic(
+    values: Mapping[str, Float[Tensor, "layer head"]],
+    title: str,
+    label: str,
+    diverging: bool = False,
+    limit: float | None = None,
+) -> Any:
+    """Layer x head heat maps side by side, one for each named score: an atlas of the model's heads.
+
+    ``limit``: the value of the last colour in every map, so that they can be compared; without, each has its own.
+    """
     import matplotlib.pyplot as plt
 
     if not values or any(scores.ndim != 2 or 0 in scores.shape for scores in values.values()):
         shapes = {name: list(scores.shape) for name, scores in values.items()}
         raise FigureError(f"There are scores of shape {shapes}. Allowed: at least one table [layers, heads].")
+    if limit is not None:
+        number("limit", limit, FigureError, above=0)
     figure, axes = plt.subplots(1, len(values), figsize=(1.0 + 1.75 * len(values), 4.8), squeeze=False, sharey=True)
     for axis, (name, scores) in zip(axes.flat, values.items(), strict=True):
         array = scores.detach().float().cpu().numpy()
-        limit = float(np.nanmax(np.abs(array)))
+        top = float(np.nanmax(np.abs(array))) if limit is None else limit
         image = axis.imshow(
             array,
             aspect="auto",
             origin="upper",
             cmap="RdBu_r" if diverging else "viridis",
-            vmin=-limit if diverging else 0,
-            vmax=limit,
+            vmin=-top if diverging else 0,
+            vmax=top,
         )
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("head")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from glassbox_utils.attention import figures, heads, looking_study, patterns, pronouns, semantic
+from glassbox_utils.attention import figures, heads, looking_study, looking_tables, patterns, pronouns, semantic
 from glassbox_utils.attention.ablation import head_means
 from glassbox_utils.attention.looking import (
     KINDS,
@@ -248,17 +248,67 @@ def test_the_live_measure_and_its_pictures(words):
     means = head_means(words, [to_batch(words, looking_study.some_prompts(words, "agreement", "select", 60)).batch])
     again = looking(words, looking_study.some_prompts(words, "agreement", "report", 12), means)
     assert torch.allclose(found.effect, again.effect, atol=1e-5)
-    table, here = comparison({"agreement": found}, 50), {"agreement": found}
-    x = Interval(0.5, 0.4, 0.6, 9)
+    here, chosen, x = {"agreement": found}, {"agreement": chosen}, Interval(0.5, 0.4, 0.6, 9)
+    table, sides = comparison(here, 50), {"agreement": both_sides(found, chosen["agreement"].heads)}
+    strong = {"agreement": push(found, chosen["agreement"].heads)}
+    alike = {"agreement": [push(found, draw) for draw in chosen["agreement"].alike]}
+    people, whats, lead = ["doctor", "baker", "lawyer"], ["patient", "parcel"], torch.rand(5, 2, 2)
+    lead[:, 0] += 2
+    contrasts = {"recency": torch.full((4, 6, 8), 1.5), "identity": torch.zeros(4, 6, 8)}
+    shares = {"attention": x, "moved": Interval(0.3, 0.2, 0.4, 9)}
     drawn = [
-        figures.looking_and_doing(here, {"agreement": chosen}, "a title " * 30),
-        figures.opponents(table, ("size, ranks", "sign, ranks"), "t"),
-        figures.against_alike({"agreement": (x, [0.1, 0.2])}, "t"),
-        figures.shares({"raw": x}, "t"),
-        figures.against_others({"a baker": (x, x)}, ("patient", "parcel"), "t"),
-        figures.before_and_after({"previous": (x, x)}, ("in order", "shuffled"), "t"),
-        figures.both_orders(torch.rand(2, 2), ("doctor", "nurse"), "him", torch.randn(2, 6, 8), "t"),
+        figures.looking_and_doing(here, chosen, sides),
+        figures.opponents(table, ("size, ranks", "sign, ranks")),
+        figures.against_alike(strong, alike),
+        figures.shares(shares, "attention", "moved"),
+        figures.against_others(lead, (9, 2), people, whats),
+        figures.before_and_after({"previous": (x, x, 0.1), "first": (x, Interval(0.1, 0, 0.2, 9), 0.1)}),
+        figures.both_orders(torch.tensor([[0.1, 0.2], [0.1, 0.2]]), ("doctor", "nurse"), "him", contrasts),
     ]
-    assert "a title a title" in alt_text(drawn[0]) and "\n" not in alt_text(drawn[0])
-    assert "\n" in drawn[0].get_suptitle() and all(alt_text(figure) for figure in drawn)
+    said = [alt_text(figure) for figure in drawn]
+    assert "of 2 help the right answer" in said[0] and "\n" not in said[0] and "\n" in drawn[0].get_suptitle()
+    assert "of 1 families by ranks" in said[1] and "of 1 families the heads" in said[2]
+    assert "In 9 sentences the first token gets 50% of all attention and gives 30%" in said[3]
+    assert "Head 9.2 prefers doctor more from patient than from parcel, against 2 of 2 other people" in said[4]
+    assert "1 of 2 heads keep" in said[5] and "in 1 of 2 orders" in said[6] and "+1.5 hundredths" in said[6]
+    assert looking_tables.both_sides(here, chosen, sides).index.tolist() == ["agreement"]
+    assert "of 2 help" in looking_tables.helping(sides) and looking_tables.leads(table).shape == (4, 3)
     matplotlib.pyplot.close("all")
+
+
+def test_tables_say_what_was_measured_and_what_can_not_be():
+    assert looking_tables.both_sides({}, {}, {}).index[0] == looking_tables.helping({}) == looking_tables.NOBODY
+    pair = (Interval(0.8, 0.7, 0.9, 24), Interval(0.4, 0.3, 0.5, 24), 0.15)
+    row = looking_tables.kinds({"previous, 16.0": pair}).loc["previous, 16.0"]
+    assert row["in order"] == "0.80 [0.70, 0.90]" and row["chance"] == "0.15" and row["sentences"] == 24
+    look = torch.zeros(4, 2, 3, 1, 1)
+    look[:, 0, 0], look[:, 1, 1] = 0.5, 0.3
+    row = looking_tables.meaning(look, [(0, 0)], ["doctor", "baker", "farmer"], ["patient", "parcel"]).loc["0.0"]
+    assert row["patient to doctor"] == "0.50" and row["patient to others"] == "0.00"
+    assert row["lead from patient"].startswith("0.50") and row["lead from parcel"].startswith("-0.15")
+    table = comparison({"one": planted(), "two": planted(seed=1)}, 50)
+    kept = {
+        family: {row: {kind: [x.value, x.low, x.high] for kind, x in by.items()} for row, by in rows.items()}
+        for family, rows in table.items()
+    }
+    again = looking_tables.stored(kept)
+    assert looking_tables.leads(again).equals(looking_tables.leads(table))
+    assert "ahead in 2, behind in 0" in looking_tables.leads(table).to_string()
+    beside = looking_tables.beside_study(table["mean"], again["mean"], [("decisive", "size, ranks")])
+    assert beside["here"].tolist() == beside["study"].tolist()
+
+
+def test_claims_are_judged_by_their_numbers():
+    high, low = Interval(0.9, 0.8, 1.0, 9), Interval(0.1, 0.0, 0.2, 9)
+    found = looking_tables.findings_of_looking(
+        high, low, (high, high, 0.1), {"recency": high, "identity": low}, (high, low)
+    )
+    assert [f.rung for f in found] == [1, 2, 2, 2, 2] and all(f.verdict == "held" for f in found)
+    turned = looking_tables.findings_of_looking(
+        low, high, (low, low, 0.5), {"recency": low, "identity": high}, (low, high)
+    )
+    assert {f.verdict for f in turned[1:]} == {"refuted"}
+    table = {name: {kind: high if name == "decisive" else low for kind in KINDS} for name in PREDICTORS}
+    assert {f.verdict for f in looking_tables.findings_of_acting(table, high, [0.1, 0.2])} == {"held"}
+    tie = {name: {kind: high for kind in KINDS} for name in PREDICTORS}
+    assert {f.verdict for f in looking_tables.findings_of_acting(tie, low, [0.1, 0.3])} == {"null"}

@@ -63,6 +63,7 @@ def test_wrong_shapes_are_errors_and_not_empty_figures():
         (lambda: figures.colored_tokens(TOKENS, torch.rand(3), 0), r"maximum is 0"),
         (lambda: figures.mosaic({}, "t", "score"), r"Allowed: at least one table"),
         (lambda: figures.mosaic({"x": torch.rand(3)}, "t", "score"), r"'x': \[3\]"),
+        (lambda: figures.mosaic({"x": torch.rand(4, 3)}, "t", "score", limit=-1), "limit is -1"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_is_drawn(draw, said):
@@ -131,6 +132,7 @@ def test_every_plot_draws():
         figures.pattern_grid(TOKENS, pattern[0], list("abc"), "t"),
         figures.mosaic({"x": torch.rand(4, 3), "y": torch.rand(4, 3)}, "t", "score"),
         figures.mosaic({"x": torch.randn(4, 3)}, "t", "gap", diverging=True),
+        figures.mosaic({"x": torch.rand(4, 3) / 2, "y": torch.rand(4, 3)}, "t", "score", limit=1.0),
     ):
         figure.canvas.draw()
         assert np.asarray(figure.canvas.buffer_rgba()).std() > 0

@@ -1,0 +1,236 @@
+"""Tables and findings of notebook 01, from what it measured; every claim with interval and control."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from glassbox_utils.attention.heads_tables import frame, named, shown
+from glassbox_utils.attention.looking import KINDS, OPPONENTS, PREDICTORS, BothSides, Lookers, Looking, by_word
+from glassbox_utils.attention.patterns import head_name
+from glassbox_utils.core.evidence import Control, Finding
+from glassbox_utils.core.interventions import Head
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci
+
+Correlations = Mapping[str, Mapping[str, Interval]]
+"""row (a predictor, ``decisive - another``, ...) -> kind of correlation -> its interval: one family of a comparison"""
+NOBODY = "no family of prompts can be asked with this tokenizer"
+
+
+def kinds(rows: Mapping[str, tuple[Interval, Interval, float]]) -> Any:
+    """The best head of each kind: its score on sentences in order and shuffled, beside chance."""
+    return frame(
+        [
+            {
+                "head": name,
+                "in order": shown(first),
+                "shuffled": shown(second),
+                "chance": f"{chance:.2f}",
+                "sentences": first.n,
+            }
+            for name, (first, second, chance) in rows.items()
+        ]
+    )
+
+
+def meaning(
+    look: Float[Tensor, "frame what person layer head"],
+    heads: Sequence[Head],
+    people: Sequence[str],
+    whats: Sequence[str],
+    seed: int = 0,
+) -> Any:
+    """For each head: attention from the first word to the first person, to the others, and the lead from both words."""
+    who, (first, second) = people[0], whats
+    rows = []
+    for layer, head in heads:
+        to = look[..., layer, head]
+        leads = [bootstrap_ci((to[:, i, :1] - to[:, i, 1:]).mean(1), seed=seed) for i in (0, 1)]
+        rows.append(
+            {
+                "head": head_name((layer, head)),
+                f"{first} to {who}": f"{to[:, 0, 0].mean():.2f}",
+                f"{first} to others": f"{to[:, 0, 1:].mean():.2f}",
+                f"lead from {first}": shown(leads[0]),
+                f"lead from {second}": shown(leads[1]),
+            }
+        )
+    return frame(rows)
+
+
+def shares(rows: Mapping[str, Interval]) -> Any:
+    """Shares with their intervals, one a line."""
+    return frame([{"share": name, "of the first token": shown(x), "sentences": x.n} for name, x in rows.items()])
+
+
+def both_sides(
+    families: Mapping[str, Looking],
+    chosen: Mapping[str, Lookers],
+    sides: Mapping[str, BothSides],
+    seed: int = 0,
+    k: int = 3,
+) -> Any:
+    """What speaks for "who looks, acts" in each family of prompts, and the heads that speak against it."""
+    rows = []
+    for family, found in families.items():
+        side, look, effect, head = sides[family], found.mean("decisive"), found.mean("effect"), chosen[family].heads[0]
+        mine = bootstrap_ci(by_word(found.effect, found.words)[:, head[0], head[1]], seed=seed)
+        rows.append(
+            {
+                "family": family.replace("_", " "),
+                "looks most": f"{head_name(head)} ({look[head]:.2f})",
+                "its effect": f"{shown(mine, '+.2f')}, place {side.place} of {effect.numel()}",
+                "act most": "; ".join(
+                    f"{head_name(h)} {side.effect[h]:+.2f} (looks {look[h]:.2f})" for h in side.actors[:k]
+                ),
+                "look, but act less than the typical head": named(side.idle),
+                "act, but look less than it": named(side.blind),
+            }
+        )
+    return frame(rows or [{"nothing": NOBODY}])
+
+
+def helping(sides: Mapping[str, BothSides]) -> str:
+    """How many of the two strongest lookers of each family help, beside the share of all heads that do."""
+    if not sides:
+        return NOBODY
+    found = [h for side in sides.values() for h in side.helping]
+    base_rate = sum(side.base_rate for side in sides.values()) / len(sides)
+    return (
+        f"of the two that look most in each family {sum(found)} of {len(found)} help: "
+        f"{shown(exact_ci(sum(found), len(found)))}; of all heads {base_rate:.2f}"
+    )
+
+
+def leads(table: Mapping[str, Correlations], kinds_shown: Sequence[str] = KINDS) -> Any:
+    """In how many families attention to the decisive word is ahead of each opponent, and behind it, with the whole
+    interval."""
+    families = [rows for name, rows in table.items() if name != "mean"]
+    rows = []
+    for kind in kinds_shown:
+        row = {f"of {len(families)} families": kind}
+        for name in OPPONENTS:
+            gaps = [family[f"decisive - {name}"][kind] for family in families]
+            ahead, behind = sum(x.low > 0 for x in gaps), sum(x.high < 0 for x in gaps)
+            row[PREDICTORS[name]] = f"ahead in {ahead}, behind in {behind}"
+        rows.append(row)
+    return frame(rows)
+
+
+def stored(correlations: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, Correlations]:
+    """The correlations of the table ``heads_looking`` as intervals; it does not keep over how many words, so n is 0."""
+    return {
+        family: {row: {kind: Interval(x[0], x[1], x[2], 0) for kind, x in by.items()} for row, by in rows.items()}
+        for family, rows in correlations.items()
+    }
+
+
+def beside_study(live: Correlations, study: Correlations, asked: Sequence[tuple[str, str]]) -> Any:
+    """Live correlations beside those of the full study, for pairs of a predictor and a kind."""
+    return frame(
+        [
+            {
+                "predictor": PREDICTORS[row],
+                "kind": kind,
+                "here": shown(live[row][kind], "+.2f"),
+                "study": shown(study[row][kind], "+.2f"),
+            }
+            for row, kind in asked
+        ]
+    )
+
+
+# --- findings -----------------------------------------------------------------------------------------
+
+
+def findings_of_looking(
+    seen: Interval, moved: Interval, shuffled: tuple[Interval, Interval, float], pronoun: Mapping[str, Interval],
+    patient: tuple[Interval, Interval],
+) -> list[Finding]:  # fmt: skip
+    """What was found without touching a head.
+
+    ``seen``, ``moved``: the first token's share of attention, and of what is moved. ``shuffled``: the best
+    previous-token head, as in ``kinds``. ``pronoun``: ``recency`` and ``identity``. ``patient``: the chosen head's lead
+    from patient, and from parcel.
+    """
+    measured = Finding.measured
+    return [
+        measured("share of attention that goes to the first token", 1, seen, "sentences"),
+        measured(
+            "of what all heads move, less comes from the first token than of their attention goes there (share)",
+            2,
+            moved,
+            "sentences",
+            Control.measured("other group", "attention of the same heads to it", seen),
+            side="below",
+            null=None,
+        ),
+        measured(
+            "the best previous-token head looks one token back in shuffled text too (score)",
+            2,
+            shuffled[1],
+            "sentences",
+            Control("base rate", "a head that spreads its attention evenly", shuffled[2]),
+            side="above",
+        ),
+        measured(
+            "heads look on average more at the later of two nouns than at the earlier (hundredths of attention, from a "
+            "pronoun)",
+            2,
+            pronoun["recency"],
+            "pairs of nouns",
+            Control.measured("other group", "more at the man's job than at the woman's", pronoun["identity"]),
+            side="above",
+        ),
+        measured(
+            "a head that was chosen for it looks from patient more at doctor than at other people (attention)",
+            2,
+            patient[0],
+            "sentences",
+            Control.measured("other group", "the same head from parcel", patient[1]),
+            side="above",
+        ),
+    ]
+
+
+def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[float]) -> list[Finding]:
+    """What was found by taking heads out: the strongest lookers against heads as busy, and looking against opponents.
+
+    ``mean``: of a ``comparison``. ``pushes``, ``draws``: what one of the strongest lookers takes away, and one of each
+    draw of heads that write as much.
+    """
+
+    def beats(opponent: str, kind: str, method: str, words: str) -> Finding:
+        return Finding.measured(
+            f"attention to the decisive word goes with the size of a head's effect better than {words} does ({method})",
+            3,
+            mean["decisive"][kind],
+            "decisive words",
+            Control.measured("other group", PREDICTORS[opponent], mean[opponent][kind]),
+            side="above",
+        )
+
+    return [
+        Finding.measured(
+            "heads that look most at the decisive word help the right answer more than equally busy ones (fall of the "
+            "logit difference)",
+            3,
+            pushes,
+            "decisive words",
+            Control.drawn("random units", "draws of heads that write as much", draws),
+            side="above",
+        ),
+        beats("another", "size, ranks", "Spearman", "attention to another word"),
+        beats("awake", "size, ranks", "Spearman", "being awake"),
+        beats("another", "size, values", "Pearson", "attention to another word"),
+        beats("length", "size, values", "Pearson", "the length of what it writes"),
+        Finding.measured(
+            "attention to the decisive word goes with helping the right answer (Pearson)",
+            3,
+            mean["decisive"]["sign, values"],
+            "decisive words",
+            Control.measured("other group", PREDICTORS["another"], mean["another"]["sign, values"]),
+            side="above",
+        ),
+    ]
