@@ -105,12 +105,13 @@ def losses(cost: Mapping[tuple[str, str], Float[Tensor, " row"]], whole: float, 
     """
     import matplotlib.pyplot as plt
 
-    names, places = list(dict.fromkeys(tool for tool, _ in cost)), ("ordinary positions", "everywhere")
+    names = list(dict.fromkeys(tool for tool, _ in cost))
+    places = {"ordinary positions": "at ordinary positions", "everywhere": "everywhere"}
     figure, axis = plt.subplots(figsize=(6.6, 0.9 + 0.55 * len(names)))
     for y, name in enumerate(reversed(names)):
         for shift, place, colour in zip((0.2, -0.2), places, (SKY, ORANGE), strict=True):
             value = float(cost[name, place].mean())
-            axis.barh(y + shift, value, height=0.38, color=colour, label=None if y else f"in place at {place}")
+            axis.barh(y + shift, value, height=0.38, color=colour, label=None if y else f"put in {places[place]}")
             axis.text(value + 0.1, y + shift, f"{value:.2f}", va="center", fontsize=8)
     axis.axvline(whole, color=BLUE, lw=1.2, label=f"the model as it is, {whole:.2f}")
     axis.axvline(mean, color=GREY, lw=1.2, linestyle=":", label=f"the mean at ordinary positions, {mean:.2f}")

@@ -1,5 +1,6 @@
 """Tables and findings of notebook 03, from what was measured there and from its studies; no number without control."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,31 @@ def costs(share: Mapping[str, tuple[float, float]], cost: Cost) -> Any:
         explained = {"explained: ordinary": f"{ordinary:.2f}", "explained: all": f"{everywhere:.2f}"}
         rows.append({"reconstruction": name, **explained, **losses})
     return frame(rows).fillna("")
+
+
+def beside_card(explained: float, as_it_is: Float[Tensor, " row"], cost: Cost, card: Table) -> tuple[Any, float]:
+    """What was measured by hand beside what ``evaluate_sae`` wrote into the SAE's card, and the largest difference.
+
+    NaN where somebody else's SAE has no card.
+    """
+    here, other = card.get("wiki_held_out", {}), card.get("metrics", {}).get("sae", {})
+    mine = {
+        ("explained_variance", "variance explained, ordinary positions"): explained,
+        ("ce", "loss of the model as it is"): float(as_it_is.mean()),
+        ("ce_spliced", "loss with the SAE at ordinary positions"): float(cost["SAE", "ordinary positions"].mean()),
+        ("ce_spliced_all", "loss with the SAE everywhere"): float(cost["SAE", "everywhere"].mean()),
+    }
+    rows = [
+        {
+            "measure": words,
+            "by hand": f"{value:.2f}",
+            "library, same rows": f"{here.get(name, math.nan):.2f}",
+            "library, mix of texts": f"{other.get(name, math.nan):.2f}",
+        }
+        for (name, words), value in mine.items()
+    ]
+    gaps = [abs(value - here.get(name, math.nan)) for (name, _), value in mine.items()]
+    return frame(rows), float(np.max(gaps))
 
 
 def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) -> list[Finding]:

@@ -61,6 +61,11 @@ def test_what_a_reconstruction_costs():
     assert found.verdict == "held" and found.effect == pytest.approx(0.99, abs=0.01)
     shown = tables.costs({"SAE": (0.9, 0.4), "PCA": (0.5, 0.7)}, cost)
     assert shown.loc["SAE", "loss: everywhere"] == "7.50" and shown.loc["PCA", "explained: all"] == "0.70"
+    numbers = {"explained_variance": 0.9, "ce": 3.5, "ce_spliced": 3.6, "ce_spliced_all": 7.4}
+    beside, gap = tables.beside_card(0.9, base, cost, {"wiki_held_out": numbers, "metrics": {"sae": numbers}})
+    assert gap == pytest.approx(0.1) and beside.loc["loss with the SAE everywhere"].tolist() == ["7.50", "7.40", "7.40"]
+    beside, gap = tables.beside_card(0.9, base, cost, {})  # an SAE of somebody else
+    assert np.isnan(gap) and set(beside["library, same rows"]) == {"nan"}
     title = figures.losses(cost, 3.5, 9.0).get_suptitle()
     assert "costs 0.10 nats, everywhere 4.0" in title
 
