@@ -79,7 +79,7 @@ def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed
     (mine, ours), (other, theirs) = found.items()
     gaps = (ours - theirs).mean(0).tolist()
     said = ", ".join(f"{gap:+.2f} at {p:g}" for p, gap in sorted(zip(presence, gaps, strict=True)))
-    return titled(figure, f"{mine} minus {other}: {said}")
+    return titled(figure, f"Correlation of the {mine} minus that of {other}, by p: {said}")
 
 
 def training(history: Sequence[tuple[int, float]], others: Mapping[str, float]) -> Any:
