@@ -51,7 +51,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     pd.set_option("display.max_colwidth", None)
     table = pd.DataFrame(rows)
-    return table.set_index(table.columns[0])
+    return table.set_index(table.columns[0]) if rows else table
 
 
 def median_head(part: Table) -> Control:

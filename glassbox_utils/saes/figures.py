@@ -1,54 +1,73 @@
-"""Pictures of notebook 03: each takes what was measured and a title that says what it shows."""
+"""Pictures of notebook 03. Each takes what was measured and says in its title what that shows, on any model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.attention.heads_tables import frame
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, SKY, titled
 from glassbox_utils.core.models import Model
-from glassbox_utils.core.statistics import bootstrap_ci
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.text import str_tokens
 from glassbox_utils.saes.dashboard import example_html
 from glassbox_utils.saes.features import Example
-
-KINDS = {
-    "main": "features of the SAE", "trained": "features of small SAEs",
-    "frozen": "small SAEs, decoder frozen at random",
-    "pca": "strongest principal components", "random_sae": "SAE that was never trained",
-    "random": "random directions", "coordinates": "coordinates of the stream",
-    "pca_any": "principal components of any rank", "neurons": "neurons of the MLP (another space)",
-}  # fmt: skip
-"""how the notebook's and the studies' kinds of units are called, in the order in which they are drawn"""
+from glassbox_utils.saes.tables import KINDS, SCORES, pooled
+from glassbox_utils.saes.toys import geometry
 
 
-def arrows(weights: Float[Tensor, "model 2 concept"], names: Sequence[str], title: str) -> Any:
-    """Concepts as arrows in two dimensions, one panel a model."""
+def arrows(squeeze: Float[Tensor, "toy 2 concept"], presence: Sequence[float]) -> Any:
+    """Concepts as arrows in two dimensions, one panel for each probability of presence."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(weights), figsize=(2.3 * len(weights), 2.7), squeeze=False)
-    limit = 1.15 * float(weights.norm(dim=1).max())
-    for axis, mine, name in zip(axes.flat, weights, names, strict=True):
-        for i, (x, y) in enumerate(array(mine).T):
+    found = geometry(squeeze[None])
+    figure, axes = plt.subplots(1, len(squeeze), figsize=(2.3 * len(squeeze), 2.7), squeeze=False)
+    limit = 1.25 * float(squeeze.norm(dim=1).max())
+    kept, opposite = found.kept[0].tolist(), found.opposite[0].tolist()
+    for axis, mine, p, long, against in zip(axes.flat, squeeze, presence, kept, opposite, strict=True):
+        tips = array(mine).T
+        for x, y in tips:
             axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 1.8})
-            axis.text(1.1 * x, 1.1 * y, "ABCDEFGHIJKLMNOPQRST"[i], fontsize=8, ha="center", va="center")
+        for near in _together(tips, 0.12 * limit):
+            x, y = tips[near].mean(0)
+            away = 1 + 0.12 * limit / max(float(np.hypot(x, y)), 1e-3)
+            names = ", ".join("ABCDEFGHIJKLMNOPQRST"[i] for i in near)
+            axis.text(away * x, away * y, names, fontsize=8, ha="center", va="center")
         axis.plot([0], [0], ".", color=GREY)
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal", title=name)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+        axis.set_title(f"p = {p:g}: {long} long,\n{against} pair{'s' if against != 1 else ''} opposite", fontsize=9)
         axis.set_xlabel("first number")
     axes[0, 0].set_ylabel("second number")
-    return titled(figure, title)
+    every = ", ".join(f"{p:g}" for p, long in zip(presence, kept, strict=True) if long == squeeze.shape[2])
+    return titled(figure, f"{squeeze.shape[2]} concepts in two numbers: all have a long arrow at p = {every or 'none'}")
 
 
-def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed model"]], title: str) -> Any:
-    """How well concepts are found again for each probability of presence: mean, and every seed."""
+def _together(points: NDArray, distance: float) -> list[list[int]]:
+    """Numbers of the points, those that lie near the first of a group in one group."""
+    groups: list[list[int]] = []
+    for i, point in enumerate(points):
+        mine = next((g for g in groups if np.linalg.norm(points[g[0]] - point) < distance), None)
+        if mine is None:
+            groups.append([i])
+        else:
+            mine.append(i)
+    return groups
+
+
+def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy"]]) -> Any:
+    """How well concepts are found again for each probability of presence: mean, and every seed.
+
+    ``found``: the one that the title is about comes first, then its opponent.
+    """
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.0))
-    for (name, values), colour in zip(found.items(), (BLUE, ORANGE, GREY), strict=False):
+    for (name, values), colour in zip(found.items(), (BLUE, ORANGE), strict=True):
         axis.plot(presence, values.mean(0).tolist(), "-o", color=colour, label=name)
         for row in values.tolist():
             axis.plot(presence, row, ".", color=colour, alpha=0.4)
@@ -57,74 +76,92 @@ def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed
     axis.minorticks_off()
     axis.set(xlabel="probability that a concept is present", ylabel="correlation with the best unit", ylim=(0, 1.03))
     axis.legend(loc="lower left")
-    return titled(figure, title)
+    (mine, ours), (other, theirs) = found.items()
+    gaps = (ours - theirs).mean(0).tolist()
+    said = ", ".join(f"{gap:+.2f} at {p:g}" for p, gap in sorted(zip(presence, gaps, strict=True)))
+    return titled(figure, f"Correlation of the {mine} minus that of {other}, by p: {said}")
 
 
-def training(history: Sequence[tuple[int, float]], others: Mapping[str, float], title: str) -> Any:
+def training(history: Sequence[tuple[int, float]], others: Mapping[str, float]) -> Any:
     """Explained variance on text that is not trained on, step by step, with what others reach as lines."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 2.8))
     axis.plot(*zip(*history, strict=True), "-o", color=BLUE, markersize=3, label="SAE, trained here")
-    for (name, value), colour in zip(others.items(), (ORANGE, GREY), strict=False):
+    for (name, value), colour in zip(others.items(), (ORANGE, GREY), strict=True):
         axis.axhline(value, color=colour, linestyle="--", label=name)
-    axis.set(xlabel="step", ylabel="explained variance, held-out text", ylim=(min(0, history[0][1]), 1))
+    axis.set(xlabel="step", ylabel="explained variance", ylim=(min(0, history[0][1]), 1))
     axis.legend(loc="lower right")
-    return titled(figure, title)
+    said = ", ".join(f"{name} {value:.2f}" for name, value in others.items())
+    return titled(
+        figure, f"Held-out text after {history[-1][0]} steps: {history[-1][1]:.2f} of the variance explained; {said}"
+    )
 
 
-def losses(rows: Mapping[str, Mapping[str, float]], whole: float, mean: float, title: str) -> Any:
-    """Loss of the model with each reconstruction at ordinary positions and at all, beside the model as it is."""
-    import matplotlib.pyplot as plt
+def losses(cost: Mapping[tuple[str, str], Float[Tensor, " row"]], whole: float, mean: float) -> Any:
+    """Loss of the model with each reconstruction at ordinary positions and at all, beside the model as it is.
 
-    figure, axis = plt.subplots(figsize=(6.6, 0.9 + 0.55 * len(rows)))
-    for place, values in enumerate(reversed(list(rows.values()))):
-        for shift, (where, value), colour in zip((0.2, -0.2), values.items(), (SKY, ORANGE), strict=True):
-            axis.barh(place + shift, value, height=0.38, color=colour, label=None if place else where)
-            axis.text(value + 0.1, place + shift, f"{value:.2f}", va="center", fontsize=8)
-    axis.axvline(whole, color=BLUE, lw=1.2, label=f"the model as it is, {whole:.2f}")
-    axis.axvline(mean, color=GREY, lw=1.2, linestyle=":", label=f"the mean at ordinary positions, {mean:.2f}")
-    axis.set_yticks(range(len(rows)), list(reversed(list(rows))))
-    axis.set_xlabel("loss on held-out text, nats per token")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return titled(figure, title)
-
-
-def meanings(
-    units: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
-    here: Mapping[str, Sequence[Mapping[str, float]]],
-    scores: Mapping[str, tuple[str, float]],
-    title: str,
-) -> Any:
-    """Each kind of unit under each score: mean and interval over units, the seeds' means, and what was measured live.
-
-    ``units``: kind -> seed -> unit -> score, of the study. ``scores``: name -> its title, and what chance gives.
+    ``cost``: (tool, place) -> loss of each row. ``whole``, ``mean``: of the unchanged model, and with the mean.
     """
     import matplotlib.pyplot as plt
 
+    names = list(dict.fromkeys(tool for tool, _ in cost))
+    places = {"ordinary positions": "at ordinary positions", "everywhere": "everywhere"}
+    figure, axis = plt.subplots(figsize=(6.6, 0.9 + 0.55 * len(names)))
+    for y, name in enumerate(reversed(names)):
+        for shift, place, colour in zip((0.2, -0.2), places, (SKY, ORANGE), strict=True):
+            value = float(cost[name, place].mean())
+            axis.barh(y + shift, value, height=0.38, color=colour, label=None if y else f"put in {places[place]}")
+            axis.text(value + 0.1, y + shift, f"{value:.2f}", va="center", fontsize=8)
+    axis.axvline(whole, color=BLUE, lw=1.2, label=f"the model as it is, {whole:.2f}")
+    axis.axvline(mean, color=GREY, lw=1.2, linestyle=":", label=f"the mean at ordinary positions, {mean:.2f}")
+    axis.set_yticks(range(len(names)), list(reversed(names)))
+    axis.set_xlabel("loss on held-out text, nats per token")
+    axis.margins(x=0.08)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    rise = [float(cost[names[0], place].mean()) - whole for place in places]
+    return titled(figure, f"At ordinary positions the {names[0]} costs {rise[0]:.2f} nats, everywhere {rise[1]:.1f}")
+
+
+def meanings(
+    study: Mapping[str, Any],
+    here: Mapping[str, Sequence[Mapping[str, float]]],
+    differences: Mapping[tuple[str, str], Mapping[str, Interval]],
+) -> Any:
+    """Each kind of unit under each score: mean and interval over units, the seeds' means, and what was measured live.
+
+    ``study``: the table ``sae_meaning``; ``differences``: what ``tables.differences`` says of it.
+    """
+    import matplotlib.pyplot as plt
+
+    units = study["units"]
     kinds = [kind for kind in KINDS if units.get(kind) or here.get(kind)]
-    figure, axes = plt.subplots(1, len(scores), figsize=(2.6 + 2.2 * len(scores), 3.4), sharey=True, squeeze=False)
-    for axis, (score, (name, chance)) in zip(axes.flat, scores.items(), strict=True):
+    figure, axes = plt.subplots(1, len(SCORES), figsize=(2.6 + 2.2 * len(SCORES), 3.6), sharey=True, squeeze=False)
+    for axis, (score, (name, chance)) in zip(axes.flat, SCORES.items(), strict=True):
         for place, kind in enumerate(reversed(kinds)):
-            parts, colour = (
-                [[u[score] for u in part] for part in units.get(kind, ())],
-                ORANGE if kind == "main" else BLUE,
-            )
-            seeds = [np.mean(part) for part in parts if part]
-            values = [v for part in (parts[:1] if kind == "pca" else parts) for v in part]  # the same under every seed
+            seeds = [np.mean([u[score] for u in part]) for part in units.get(kind, ()) if part]
             axis.plot(seeds, [place] * len(seeds), "|", color=GREY, markersize=9)
-            if len(values) > 1:
-                ci = bootstrap_ci(values)
+            if units.get(kind):
+                ci = bootstrap_ci(pooled(study, kind, score))
+                colour = ORANGE if kind == "main" else BLUE
                 axis.plot([ci.low, ci.high], [place] * 2, color=colour, lw=1.6)
                 axis.plot(ci.value, place, "o", color=colour, markersize=5)
             if here.get(kind):
                 axis.plot(np.mean([u[score] for u in here[kind]]), place, "x", color="black", markersize=6)
         axis.axvline(chance, color=GREY, lw=0.8, linestyle=":")
         axis.set_title(name)
+        axis.set_xlabel("share of strangers found" if score == "intruder" else "area under the curve")
     axes[0, 0].set_yticks(range(len(kinds)), [KINDS[kind] for kind in reversed(kinds)])
     figure.supxlabel("dot: study, mean and 95 % interval over units; bars: its seeds; cross: here; dotted: chance",
                      fontsize=9)  # fmt: skip
-    return titled(figure, title)
+    ahead = {pair: sum(gap.low > 0 for gap in scores.values()) for pair, scores in differences.items()}
+    behind = sum(gap.high < 0 for gap in differences["main", "pca"].values())
+    return titled(
+        figure,
+        f"Of {len(SCORES)} scores features are ahead of random directions in {ahead['main', 'random']}, behind the "
+        f"strongest principal components in {behind}; small SAEs are ahead of their frozen twins in "
+        f"{ahead['trained', 'frozen']}",
+    )
 
 
 def top_texts(
@@ -149,6 +186,49 @@ def top_texts(
         if len(chosen) == n:
             break
     return chosen
+
+
+def extremes(
+    model: Model,
+    rows: Rows,
+    documents: Sequence[Document],
+    units: Mapping[str, tuple[Sequence[Mapping[str, float]], Float[Tensor, "n unit"]]],
+) -> str:
+    """The best of the first kind of unit beside the worst of the second, and below the other way round, as HTML.
+
+    ``units``: name -> (scores of its units, their values at every token, flat); best and worst by ``words_top``.
+    """
+    tables = []
+    for ends in ((-1, 0), (0, -1)):
+        columns = {}
+        for (name, (scores, values)), end in zip(units.items(), ends, strict=True):
+            if not scores:
+                continue
+            one = sorted(scores, key=lambda u: u["words_top"])[end]
+            title = f"{'best' if end else 'worst'} {name}: {one['words_top']:.2f}"
+            columns[title] = top_texts(model, rows, documents, values[:, int(one["unit"])])
+        tables.append(side_by_side(columns))
+    return "".join(tables)
+
+
+def some(
+    model: Model,
+    rows: Rows,
+    documents: Sequence[Document],
+    units: Sequence[Mapping[str, float]],
+    values: Float[Tensor, "n unit"],
+    names: Sequence[int],
+) -> Any:
+    """The first units of a drawn list with their score and strongest text, the strongest token in brackets."""
+    table = [
+        {
+            "feature": names[int(u["unit"])],
+            "strongest activity": f"{u['words_top']:.2f}",
+            "strongest text": plain(top_texts(model, rows, documents, values[:, int(u["unit"])], n=1)[0]),
+        }
+        for u in units
+    ]
+    return frame(table)
 
 
 def side_by_side(columns: Mapping[str, Sequence[Example]]) -> str:

@@ -335,6 +335,12 @@ def opponents(x: Float[Tensor, "sample d_model"], n: int, k: int, d_sae: int, se
     }
 
 
+def of_any_rank(x: Float[Tensor, "sample d_model"], n: int, draw: torch.Generator) -> Encoder:
+    """``n`` principal components drawn from all of them, weak ones too: PCA without the choice of the strongest."""
+    axes = torch.linalg.eigh(torch.cov(x.t())).eigenvectors.t()
+    return of_directions(axes[torch.randperm(len(axes), generator=draw)[:n]], x.mean(0))
+
+
 class Seen(NamedTuple):
     """What stands at one place of the model while it reads some rows; computed once, used by every unit."""
 
@@ -363,15 +369,21 @@ def values_of(seen: Seen, encode: Encoder, batch: int = 2048) -> Float[Tensor, "
 
 
 def compared(
-    texts: Texts, seen: Seen, encoders: Mapping[str, Encoder], densities: Mapping[str, Tensor], seed: int = 0
+    texts: Texts,
+    seen: Seen,
+    encoders: Mapping[str, Encoder | Float[Tensor, "n unit"]],
+    densities: Mapping[str, Tensor],
+    seed: int = 0,
 ) -> dict[str, list[dict[str, float]]]:
     """The scores of all units of several kinds at one place, on the same texts.
 
+    ``encoders``: what reads the place, or the values themselves at every token (of units that stand elsewhere).
     ``densities``: for each kind how often its units count as active; a kind without is active where it is above zero.
     """
     found = {}
     for name, encode in encoders.items():
-        table, density = values_of(seen, encode), densities.get(name)
+        table = encode if isinstance(encode, Tensor) else values_of(seen, encode)
+        density = densities.get(name)
         active = (table > 0).numpy() if density is None else active_like(table, density, texts.fit)
         found[name] = [rounded(one) for one in meanings(texts, table, active, seed)]
     return found

@@ -1,4 +1,4 @@
-"""Exercises of notebook 03: TopK, its loss, splicing, loss recovered, dead features, a description put to the test."""
+"""Exercises of notebook 03: BatchTopK, a gradient by hand, splicing, loss recovered, dead features, a test of words."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,84 +16,82 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- A: TopK ------------------------------------------------------------------------------------------
+# --- A: BatchTopK -------------------------------------------------------------------------------------
 
 
-def solve_topk(hidden: Float[Tensor, "token d_sae"], k: int) -> Float[Tensor, "token d_sae"]:
-    """The k largest values of each token, none below zero, in their own places; zero elsewhere."""
-    values, chosen = hidden.topk(k, dim=-1)
-    return torch.zeros_like(hidden).scatter(-1, chosen, values.relu())
+def solve_batch_topk(hidden: Float[Tensor, "token d_sae"], k: int) -> Float[Tensor, "token d_sae"]:
+    """The k largest values for each token *on average*, wherever they stand, none below zero; zero elsewhere."""
+    values, chosen = hidden.flatten().topk(k * len(hidden))
+    return torch.zeros_like(hidden.flatten()).scatter(0, chosen, values.relu()).view_as(hidden)
 
 
 @checker
-def check_topk(function: Function) -> None:
-    """Each token its own k, in their places, by value and not by size, and never below zero."""
+def check_batch_topk(function: Function) -> None:
+    """k times the number of tokens over the whole batch, in their places, by value, and never below zero."""
     hidden, k = _random(9, 12, seed=1), 3
     hidden[8] = -hidden[8].abs()  # a token to which nothing applies
+    hidden[0] = hidden[0].abs() + 1.5  # and one to which nearly all does
     hidden[0, 5] = -9.0
     found = answer(function, hidden, k)
     shape = tuple(getattr(found, "shape", ()))
-    wrong_if(shape == (9, k), "these are the k values alone: put them back where they were, zero everywhere else.")
-    value, wanted = tensor(found, (9, 12)), solve_topk(hidden, k)
+    wrong_if(shape in ((9, k), (9 * k,)), "these are the values alone: put them back where they were, zero elsewhere.")
+    value, wanted = tensor(found, (9, 12)), solve_batch_topk(hidden, k)
+    by_token = torch.zeros_like(hidden).scatter(1, hidden.topk(k, dim=1).indices, hidden.topk(k, dim=1).values.relu())
     wrong_if(
-        bool((value < 0).any()),
-        "a negative value came through: the largest of a token's values may still be below zero. Apply relu.",
+        near(value, by_token),
+        "each token has k of its own (that is TopK): here a token may have more, if another one has fewer.",
+    )
+    over_all = hidden * (hidden >= hidden.flatten().topk(k).values[-1])
+    wrong_if(
+        near(value, over_all), f"only {k} are left in the whole batch: k for each token on average, k * len(hidden)."
     )
     by_feature = torch.zeros_like(hidden).scatter(0, hidden.topk(k, dim=0).indices, hidden.topk(k, dim=0).values.relu())
+    wrong_if(near(value, by_feature), "each feature kept its best k tokens: choose among all numbers of the batch.")
+    wrong_if(bool((value < -1).any()), "the largest by size were kept: a strong negative number is no activity.")
+    short = _random(4, 6, seed=9) - 2.0
     wrong_if(
-        near(value, by_feature),
-        "each feature kept its best k tokens: choose among a token's features, along the last dimension.",
-    )
-    over_all = hidden * (hidden >= hidden.flatten().topk(k * 9).values[-1])
-    wrong_if(
-        near(value, over_all.relu()),
-        "the k were chosen over the whole batch (that is BatchTopK): each token has k of its own.",
+        bool((tensor(answer(function, short, k), (4, 6)) < 0).any()),
+        "a negative value came through: where few numbers are positive, the k-th largest is below zero. Apply relu.",
     )
     wrong_if(
         near(value.bool().float(), wanted.bool().float()) and not near(value, wanted),
-        "the right features, with other values: those that are kept stay what they were.",
+        "the right places, with other values: those that are kept stay what they were.",
     )
-    active = (value != 0).sum(-1)
-    wrong_if(bool((active > k).any()), f"a token has {int(active.max())} active features, and may have {k} at most.")
-    wrong_if(not near(value, wanted), "these are not the k largest values of each token in their own places.")
+    wrong_if(not near(value, wanted), f"these are not the {k * 9} largest values of the batch in their own places.")
 
 
-# --- B: the loss --------------------------------------------------------------------------------------
+# --- B: a gradient by hand ----------------------------------------------------------------------------
 
 
-def solve_sae_loss(
+def solve_decoder_gradient(
     x: Float[Tensor, "token d_model"],
     code: Float[Tensor, "token d_sae"],
     W_dec: Float[Tensor, "d_sae d_model"],
     b_dec: Float[Tensor, " d_model"],
-) -> Float[Tensor, ""]:
-    """Squared error of the reconstruction, summed over dimensions, averaged over tokens."""
-    return (code @ W_dec + b_dec - x).square().sum(-1).mean()
+) -> Float[Tensor, "d_sae d_model"]:
+    """Gradient of the loss (squared error, summed over dimensions, averaged over tokens) by the decoder's rows."""
+    return 2 / len(x) * code.mT @ (code @ W_dec + b_dec - x)
 
 
 @checker
-def check_sae_loss(function: Function) -> None:
-    """Decoded with the bias; squared; summed over dimensions, averaged over tokens; with a gradient."""
+def check_decoder_gradient(function: Function) -> None:
+    """2 over the number of tokens, times each unit's activity times the error; the bias is part of the error."""
     x, code, rows, bias = _random(7, 6, seed=2), _random(7, 9, seed=3).relu(), _random(9, 6, seed=4), _random(6, seed=5)
+    code[:, 4] = 0  # a unit that is silent on all tokens
     found = answer(function, x, code, rows, bias)
-    value, wanted = number(found), number(solve_sae_loss(x, code, rows, bias))
-    left = code @ rows + bias - x
-    wrong_if(near(value, number((code @ rows - x).square().sum(-1).mean())), "the decoder's bias is missing: + b_dec.")
+    wrong_if(tuple(getattr(found, "shape", ())) == (6, 9), "this is transposed: one row for each unit, as W_dec has.")
+    value, wanted = tensor(found, rows.shape), solve_decoder_gradient(x, code, rows, bias)
+    error = code @ rows + bias - x
+    wrong_if(near(value, -wanted), "the sign is turned: the gradient points to where the loss *rises*.")
+    wrong_if(near(value, wanted / 2), "the 2 of the square is missing.")
+    wrong_if(near(value, wanted * len(x)), "this is the sum over tokens: the loss is their average.")
+    wrong_if(near(value, wanted / 6), "this is averaged over dimensions too: the loss sums over them.")
+    wrong_if(near(value, 2 / len(x) * code.mT @ (error - bias)), "the decoder's bias is missing in the reconstruction.")
     wrong_if(
-        near(value, number(left.square().mean())),
-        "this is averaged over dimensions too: it would be smaller in a wider model. Sum over the last dimension.",
+        bool((value[4] != 0).any()),
+        "unit 4 is silent at every token, and its row changes nothing: its gradient is zero.",
     )
-    wrong_if(near(value, number(left.square().sum())), "this is the sum over all tokens: average over them.")
-    wrong_if(near(value, number(left.norm(dim=-1).mean())), "this is the length of the error: square it, no root.")
-    wrong_if(near(value, number(left.abs().sum(-1).mean())), "these are absolute errors: square them.")
-    wrong_if(not near(value, wanted), f"for these inputs it is {wanted:.3f}, not {value:.3f}.")
-    with torch.enable_grad():
-        leaf = rows.clone().requires_grad_()
-        again = function(x, code, leaf, bias)
-    wrong_if(
-        not isinstance(again, Tensor) or not again.requires_grad,
-        "the value is right, but nothing can be learnt from it: no .item(), no detach, no numpy on the way.",
-    )
+    wrong_if(not near(value, wanted), "this is not the gradient. Compare with what backward() leaves in W_dec.grad.")
 
 
 # --- C: splicing --------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def check_dead_features(function: Function) -> None:
 # --- F: a description put to the test -----------------------------------------------------------------
 
 
-def solve_detection(active: Float[Tensor, " text"], silent: Float[Tensor, " other"]) -> float:
+def solve_detection_score(active: Float[Tensor, " text"], silent: Float[Tensor, " other"]) -> float:
     """Chance that a text on which the unit is active scores above one on which it is silent; ties count half."""
     above = (active[:, None] > silent[None]).float()
     ties = (active[:, None] == silent[None]).float()
@@ -231,11 +229,11 @@ def solve_detection(active: Float[Tensor, " text"], silent: Float[Tensor, " othe
 
 
 @checker
-def check_detection(function: Function) -> None:
+def check_detection_score(function: Function) -> None:
     """All pairs, ties half, .5 for a description that says nothing."""
     nothing = number(answer(function, torch.zeros(4), torch.zeros(6)))
     active, silent = torch.tensor([0.0, 2.0, 3.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 1.0, 0.0, 9.0, 0.0, 0.0])
-    value, wanted = number(answer(function, active, silent)), solve_detection(active, silent)
+    value, wanted = number(answer(function, active, silent)), solve_detection_score(active, silent)
     above = (active[:, None] > silent[None]).float()
     wrong_if(near(nothing, 0.0) and near(value, number(above.mean())), "ties count half: a description whose words "
              "stand in no text at all scores 0 everywhere, and that is chance, .5.")  # fmt: skip

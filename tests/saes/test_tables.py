@@ -1,0 +1,98 @@
+"""What notebook 03 says of its numbers: on made-up ones whose verdict is known, and where parts are missing."""
+
+import numpy as np
+import pytest
+import torch
+
+from glassbox_utils.saes import figures, tables, toys
+
+
+def made_study(shift=0.2, n=30):
+    """A study in which the features of both sizes are ahead of everything by a shift."""
+    draw = np.random.default_rng(0)
+
+    def part(mean):
+        return [{s: float(mean + 0.05 * draw.normal()) for s in tables.SCORES} for _ in range(n)]
+
+    of = {"main": 0.6 + shift, "trained": 0.6 + shift}
+    kinds = ("main", "trained", "frozen", "pca", "random_sae", "random", "coordinates")
+    return {
+        "seeds": [0, 1],
+        "sae": "one",
+        "small_saes": {"d_sae": 64, "samples": 1000, "tokens": 100},
+        "explained": {key: [0.5, 0.7] for key in ("main", "trained", "frozen", "random_sae")},
+        "units": {kind: [part(of.get(kind, 0.6)) for _ in range(2)] for kind in kinds},
+    }
+
+
+def test_arrows_are_dropped_kept_and_opposite():
+    square = torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.1], [0.0, 0.0, 1.0, -1.0, 0.0]])
+    star = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in 2 * np.pi * np.arange(5) / 5], dim=1).float()
+    found = toys.geometry(torch.stack([square, star])[None])
+    assert found.dropped.tolist() == [[1, 0]] and found.kept.tolist() == [[4, 5]]
+    assert found.opposite.tolist() == [[2, 0]]
+    assert tables.arrows(found, [0.2, 0.05])["opposite pairs (each seed)"].tolist() == ["2", "0"]
+
+
+def test_letters_of_arrows_that_lie_on_each_other_stand_side_by_side():
+    squeeze = torch.tensor([[[1.0, 0.98, 0.0, 0.0], [0.0, 0.02, 1.0, 0.0]]])
+    figure = figures.arrows(squeeze, [0.5])
+    assert [t.get_text() for t in figure.axes[0].texts if t.get_text()] == ["A, B", "C", "D"]
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.3, "held"), (0.0, "null"), (-0.3, "refuted")])
+def test_concepts_found_again(gap, verdict):
+    others = torch.full((5, 2), 0.5) + 0.01 * torch.arange(5.0)[:, None]
+    rare, often = tables.found_again([0.3, 0.01], others + gap, others)
+    assert "p = 0.01" in rare.claim and "p = 0.3" in often.claim and rare.verdict == verdict
+    both = {"SAE": others + gap, "random": others}
+    assert f"{gap:+.2f} at 0.01, {gap:+.2f} at 0.3" in figures.recovered([0.3, 0.01], both).get_suptitle()
+
+
+def test_what_a_reconstruction_costs():
+    base = torch.tensor([2.0, 3.0, 4.0, 5.0])
+    cost = {("SAE", "ordinary positions"): base + 0.1, ("SAE", "everywhere"): base + 4}
+    cost |= {("PCA", "ordinary positions"): base + 1, ("PCA", "everywhere"): base + 4}
+    usual, everywhere = tables.spliced(cost, base, 8)
+    assert (usual.verdict, everywhere.verdict) == ("held", "null") and usual.effect == pytest.approx(0.1)
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    rebuilt = {"SAE": 0.9 * x, "PCA": 0.5 * x}
+    found = tables.over_all(x, rebuilt, 8)
+    assert found.verdict == "held" and found.effect == pytest.approx(0.99, abs=0.01)
+    shown = tables.costs({"SAE": (0.9, 0.4), "PCA": (0.5, 0.7)}, cost)
+    assert shown.loc["SAE", "loss: everywhere"] == "7.50" and shown.loc["PCA", "explained: all"] == "0.70"
+    numbers = {"explained_variance": 0.9, "ce": 3.5, "ce_spliced": 3.6, "ce_spliced_all": 7.4}
+    beside, gap = tables.beside_card(0.9, base, cost, {"wiki_held_out": numbers, "metrics": {"sae": numbers}})
+    assert gap == pytest.approx(0.1) and beside.loc["loss with the SAE everywhere"].tolist() == ["7.50", "7.40", "7.40"]
+    beside, gap = tables.beside_card(0.9, base, cost, {})  # an SAE of somebody else
+    assert np.isnan(gap) and set(beside["library, same rows"]) == {"nan"}
+    title = figures.losses(cost, 3.5, 9.0).get_suptitle()
+    assert "costs 0.10 nats, everywhere 4.0" in title
+
+
+def test_who_is_ahead_of_whom():
+    study = made_study()
+    assert [f.verdict for f in tables.one_meaning(study)] == ["held"] * 9
+    assert all(gap.low > 0 for scores in tables.differences(study).values() for gap in scores.values())
+    assert {f.verdict for f in tables.one_meaning(made_study(-0.2))} == {"refuted"}
+    here = {"main": study["units"]["main"][0], "pca": [], "random": [dict.fromkeys(tables.SCORES, 0.9)]}
+    assert tables.near_study(here, study) == (4, 8)
+    assert tables.scores(here).index.tolist() == [tables.KINDS["main"], tables.KINDS["random"]]
+    assert "0.60 of the variance" in tables.setup(study)
+    title = figures.meanings(study, here, tables.differences(study)).get_suptitle().replace("\n", " ")
+    assert "ahead of random directions in 4" in title and "components in 0" in title
+
+
+def test_letters_and_the_bridge():
+    report = {"n_split": 1, "probe_f1": 0.6, "f1": (0.3, 0.4), "control_f1": 0.0}
+    shown = tables.letters({"one": [report, report | {"n_split": 2}], "none": []})
+    assert shown.index.tolist() == ["one"] and shown.loc["one", "exactly one feature"].startswith("0.50 [")
+    found = {"n_positive": 8, "n_negative": 51, "false_alarms": ("a", "b"), "missed": ("c",)}
+    table, finding = tables.bridge(found)
+    assert table["fires on"].tolist() == ["7 of 8", "2 of 51"] and finding.verdict == "held"
+    counted, _ = tables.bridge(found | {"false_alarms": 2, "missed": 1})
+    assert counted.equals(table)
+
+
+def test_a_model_without_a_single_unit_gives_an_empty_table():
+    assert len(tables.scores({"main": [], "pca": []})) == 0 and len(tables.letters({})) == 0
