@@ -171,7 +171,8 @@ def test_claims_of_any_decision_have_their_verdict_and_control():
     assert turned.verdict == "held" and "('first' minus 'order', logits)" in turned.claim and turned.n == 30
     assert turned.control.what == "'first' minus 'facts'"
     areas = {"mean": about(0.4, 0.3, 0.5, 60), "table": about(0.7, 0.6, 0.8, 60)}
-    assert bench_claims.ranking(areas, "mean", "table", "").verdict == "refuted"
+    ranks = bench_claims.ranking(areas, "mean", "table", "")
+    assert ranks.verdict == "refuted" and ranks.claim.endswith("does (AUC, mean of its wordings)")
     assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), None, "").verdict == "held"
     assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), 0.7, "").verdict == "null"
     heads, neurons = bench_claims.carried(
