@@ -30,7 +30,7 @@ def order(scores: Mapping[str, NDArray], source: str, seed: int = 0) -> Finding:
 
 
 def ranking(areas: Mapping[str, Interval], model: str, opponent: str, source: str) -> Finding:
-    """Does the model (the scorer ``model``: its mean over wordings) rank better than an opponent with a table of facts?"""
+    """Does the model (the scorer of that name) rank people better than an opponent who has a table of their facts?"""
     control = Control.measured("trained opponent", opponent, areas[opponent])
     claim = "the model ranks people better than a table of their facts does (AUC, mean of its wordings)"
     return Finding.measured(claim, 4, areas[model], UNIT, control, null=0.5, side="above", source=source)
