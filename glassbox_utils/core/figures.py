@@ -407,6 +407,7 @@ def forest(rows: Sequence[tuple[str, Interval | float, str]], label: str, title:
             axis.barh(i, 2 * x, left=-x, color=colour, alpha=0.35, height=0.5)
         else:
             axis.errorbar(x.value, i, xerr=[[x.value - x.low], [x.high - x.value]], fmt="o", color=colour)
+    axis.use_sticky_edges = False  # else a bar ends where the picture does
     axis.axvline(at, color="black", lw=0.8, ls="--")
     axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axis.invert_yaxis()

@@ -1,10 +1,13 @@
 from . import answer as answer
 from . import answer_page as answer_page
 from . import answer_plots as answer_plots
+from . import answer_tables as answer_tables
 from . import applicants as applicants
 from . import arms as arms
 from . import asking as asking
 from . import audit as audit
+from . import bench_claims as bench_claims
+from . import bench_figures as bench_figures
 from . import cases as cases
 from . import cause_study as cause_study
 from . import counterfactual as counterfactual

@@ -25,6 +25,7 @@ from glassbox_utils.core.arguments import items, number, shown
 from glassbox_utils.core.devices import array, like, result
 from glassbox_utils.core.interventions import check_rows, edits, not_first, recording
 from glassbox_utils.core.models import Model, Site, check_layer
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.text import tokenize
 from glassbox_utils.decisions import mitigation, scoring
 from glassbox_utils.decisions.cases import Case
@@ -373,10 +374,20 @@ def perplexity_ratio(
     arm: Arm, model: Model, texts: Sequence[str], plain: tuple[Any, Any], max_tokens: int = 128
 ) -> float:
     """Perplexity with the arm left on over that without (``plain``: ``text_losses`` of the model as it is)."""
+    return losses.perplexity_ratio(*plain, *_left_on(arm, model, texts, max_tokens))
+
+
+def price(
+    arm: Arm, model: Model, texts: Sequence[str], plain: tuple[Any, Any], max_tokens: int = 128, seed: int = 0
+) -> Interval:
+    """``perplexity_ratio`` with an interval over the texts."""
+    return bootstrap_ci((*plain, *_left_on(arm, model, texts, max_tokens)), losses.perplexity_ratio, seed=seed)
+
+
+def _left_on(arm: Arm, model: Model, texts: Sequence[str], max_tokens: int) -> tuple[Any, Any]:
     used = arm.model or model
     with arm.on(used, True):
-        found = losses.text_losses(used, texts, max_tokens)
-    return losses.perplexity_ratio(*plain, *found)
+        return losses.text_losses(used, texts, max_tokens)
 
 
 @dataclass(frozen=True)

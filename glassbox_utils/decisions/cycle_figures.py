@@ -11,9 +11,10 @@ from torch import Tensor
 from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
 from glassbox_utils.core.statistics import Interval
 from glassbox_utils.decisions import arms, units
-from glassbox_utils.decisions.locate import Link, Specificity
+from glassbox_utils.decisions.cases import Case
+from glassbox_utils.decisions.locate import Link, Point, Specificity
 from glassbox_utils.decisions.outcomes import Outcome
-from glassbox_utils.decisions.pairs import PLACES
+from glassbox_utils.decisions.pairs import PLACES, Pairs
 from glassbox_utils.decisions.units import Attribution
 
 
@@ -39,26 +40,30 @@ def framed(page: str) -> dict[str, str]:
     return {"text/html": frame, "text/plain": "the page for the file"}
 
 
-def twins_table(
-    names: Sequence[tuple[str, str]], own: Tensor, donor: Tensor, answers: tuple[str, str], seed: int, n: int = 8
-) -> Any:
+def carriers(own: Case, donor: Case) -> tuple[str, str]:
+    """What twins differ in, as words: two names, or two districts."""
+    names = [name for name in own.values if own[name] != donor[name]]
+    first, second = (" / ".join(str(one[name]) for name in names) or own.id for one in (own, donor))
+    return first, second
+
+
+def twins_table(some: Pairs, own: Tensor, donor: Tensor, seed: int, n: int = 8) -> Any:
     """Some pairs of names, drawn at random: what either is answered, with the score in logits."""
     import pandas as pd
 
-    said = lambda x: f"{answers[int(x < 0)].strip()} ({x:+.1f})"  # noqa: E731
-    drawn = np.random.default_rng(seed).permutation(len(names))[:n]
-    return pd.DataFrame(
-        [{"her name": names[i][0], "his": names[i][1], "she": said(own[i]), "he": said(donor[i])} for i in drawn]
-    )
+    said = lambda x: f"{some.answers[int(x < 0)].strip()} ({x:+.1f})"  # noqa: E731
+    drawn = np.random.default_rng(seed).permutation(len(some))[:n].tolist()
+    rows = [(*carriers(some.twins[i].own, some.twins[i].donor), said(own[i]), said(donor[i])) for i in drawn]
+    return pd.DataFrame(rows, columns=["her name", "his", "she", "he"])
 
 
 def draw_twins(
-    names: Sequence[tuple[str, str]], own: Sequence[float], donor: Sequence[float], which: int, answers: tuple[str, str]
+    some: Sequence[tuple[Case, Case]], own: Tensor, donor: Tensor, which: int, answers: tuple[str, str]
 ) -> Any:
     """Each case as itself and as its twin: two dots on one line, the decision between them at 0; one of them in red."""
     import matplotlib.pyplot as plt
 
-    a, b = np.array(own), np.array(donor)
+    names, a, b = [carriers(*pair) for pair in some], np.array(own), np.array(donor)
     order = list(np.argsort(a))
     figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.17 * len(order)))
     for y, i in enumerate(order):
@@ -66,13 +71,15 @@ def draw_twins(
         axis.plot([a[i], b[i]], [y, y], color=colour, lw=2.5 if i == which else 1, zorder=1)
     turned = int(((a > 0) != (b > 0)).sum())
     axis.scatter(a[order], range(len(order)), color=BLUE, s=16, zorder=2, label="as it is")
-    axis.scatter(b[order], range(len(order)), color=ORANGE, s=16, zorder=2, label="with the other name, nothing else")
+    axis.scatter(
+        b[order], range(len(order)), color=ORANGE, s=16, zorder=2, label="under the other name, all else the same"
+    )
     axis.set_yticks(range(len(order)), [names[i][0] for i in order], fontsize=6.5)
     axis.get_yticklabels()[order.index(which)].set_color(RED)
     axis.axvline(0, color="black", lw=0.8)
     good, bad = (word.strip() for word in answers)
     axis.set_xlabel(f"← {bad}      logit({good}) - logit({bad})      {good} →")
-    axis.set_title(f"{turned} of {len(order)} decisions are others under another name; {names[which][0]} in red")
+    axis.set_title(f"{turned} of {len(order)} decisions turn under the other name; {names[which][0]} in red")
     axis.legend(loc="lower right")
     return figure
 
@@ -114,6 +121,23 @@ def draw_parts(layers: Sequence[float], heads: Sequence[float], layer: int) -> A
     return figure
 
 
+def carried_table(points: Sequence[Point], ks: Sequence[int] = (1, 10)) -> Any:
+    """What the first k units of each basis carry, what is left without them, and each draw of as many random ones."""
+    import pandas as pd
+
+    rows = [
+        {
+            "units": f"{p.k} {p.basis if p.k > 1 else p.basis.removesuffix('s')}",
+            "carried": _said(p.carried, 2),
+            "left": _said(p.left, 2),
+            "carried by random ones of like activity": " and ".join(f"{x + 0.0:.2f}" for x in p.random_carried),
+        }
+        for p in points
+        if p.k in ks
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["units"]).set_index("units")
+
+
 # --- the path -----------------------------------------------------------------------------------------
 
 
@@ -141,12 +165,13 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
             at = list(found[name].space.layers).index(unit[0])
             effect = float(found[name].effect[:, at, unit[1]].sum()) / found[name].gap
             across = columns[place] + side * (0.08 + 0.05 * (i % 4))
-            label = f"{len(order)} {name}" if i == 0 else None
-            axis.scatter(across, unit[0], s=25 + 700 * abs(effect), color=colour, marker=marker, label=label, alpha=0.7,
+            label, area = f"{len(order)} {name}" if i == 0 else None, 25 + 700 * abs(effect)
+            axis.scatter(across, unit[0], s=area, color=colour, marker=marker, label=label, alpha=0.7,
                          zorder=3, edgecolor="white")  # fmt: skip
             if i < 3:
-                axis.annotate(f"{unit[0]}.{unit[1]}", (across, unit[0]), (9 * side, 2), textcoords="offset points",
-                              fontsize=7.5, ha="right" if side < 0 else "left", zorder=4)  # fmt: skip
+                away = (-3, 2 + area**0.5 / 2) if side < 0 else (4 + area**0.5 / 2, -3)  # heads have arrows beside them
+                axis.annotate(f"{unit[0]}.{unit[1]}", (across, unit[0]), away, textcoords="offset points", fontsize=7.5,
+                              ha="right" if side < 0 else "left", zorder=4)  # fmt: skip
             if name == "heads" and columns[place] > 0 and abs(effect) > 0.03:
                 arrow = {"arrowstyle": "->", "color": colour, "lw": 0.8 + 5 * abs(effect)}
                 axis.annotate("", (across, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
@@ -181,15 +206,36 @@ def beside_stored(links: Sequence[Link], stored: Any) -> Any:
     return pd.DataFrame(rows)
 
 
+def frozen_table(links: Sequence[Link]) -> Any:
+    """What units carry that are patched at the carrier, and what they still carry while later units are frozen."""
+    import pandas as pd
+
+    free = {x.what: x.carried for x in links if x.frozen is None and x.place == "carrier" and x.what != "stream"}
+    rows = [
+        {
+            "patched at the name": x.what,
+            "carries": _said(free[x.what], 2),
+            "frozen meanwhile": x.frozen,
+            "carries then": _said(x.carried, 2),
+        }
+        for x in links
+        if x.frozen
+    ]
+    return pd.DataFrame(rows)
+
+
 def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -> Any:
-    """What the units of each basis carry of their own gap (first row), and of every other effect, with the verdict."""
+    """What the units of each basis carry of their own gap (first row), and of every other effect, with the verdict.
+
+    *clusters*: what was resampled, such as pairs of names.
+    """
     import pandas as pd
 
     found: dict[str, dict[str, str]] = {}
     for r in [*own, *rows]:
         said = "no effect to carry" if r.carried is None else f"{r.carried.value:.2f}"
         said += "" if r in own or r.carried is None else f" {r.verdict}"
-        effect = {"effect, logits": f"{r.effect.value:+.1f}"}
+        effect = {"effect, logits": f"{r.effect.value:+.1f}", "clusters": str(r.effect.n)}
         found.setdefault(r.what, effect)[f"{r.k} {r.basis} carry"] = said
     return pd.DataFrame.from_dict(found, orient="index")
 
@@ -209,7 +255,7 @@ def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval]) -> A
             "gap, points": _said(one.gap, 0), "gap, logits": _said(one.logits, 2),
             "approved %": _two(one.approved), "of the undeserving": _two(one.wrongly_approved),
             "right": f"{one.merit.value:.2f}", "perplexity ×": "–" if cost is None else _said(cost, 2),
-        })  # fmt: skip
+        } | ({} if one.decides else {"decides": "no"}))  # fmt: skip
     return pd.DataFrame(rows).set_index("arm")
 
 
@@ -244,18 +290,26 @@ def draw_arms(found: Mapping[str, Outcome], costs: Mapping[str, Interval], plain
     return figure
 
 
-def draw_pushed(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], strengths: Sequence[float]) -> Any:
-    """Logits by which a pushed-in difference moves decisions under each arm (line), and a random vector (dotted)."""
+def draw_pushed(moves: Mapping[tuple[str, str, float], Tensor]) -> Any:
+    """Logits by which a pushed-in difference moves decisions under each arm (line), and a random vector (dotted).
+
+    ``moves``: (arm, "difference" or "random", strength) -> logits of each pair, the first arm before the mend.
+    """
     import matplotlib.pyplot as plt
 
+    names, strengths = list(dict.fromkeys(name for name, _, _ in moves)), sorted({s for _, _, s in moves})
+    mean = {key: float(x.mean()) for key, x in moves.items()}
     figure, axis = plt.subplots(figsize=(6.0, 2.8))
-    for (name, (difference, random)), colour in zip(rows.items(), PALETTE, strict=False):
-        axis.plot(strengths, difference, color=colour, marker="o", ms=4, label=name)
-        axis.plot(strengths, random, color=colour, ls=":", marker="_")
+    for name, colour in zip(names, PALETTE, strict=False):
+        axis.plot(
+            strengths, [mean[name, "difference", s] for s in strengths], color=colour, marker="o", ms=4, label=name
+        )
+        axis.plot(strengths, [mean[name, "random", s] for s in strengths], color=colour, ls=":", marker="_")
     axis.axhline(0, color="black", lw=0.6)
     axis.set_xlabel("times the groups' difference, pushed in at the name")
     axis.set_ylabel("logits")
-    first, last = next(iter(rows.values()))[0][-1], list(rows.values())[-1][0][-1]
-    axis.set_title(f"pushed back in it moves {first:+.2f} logits before the mend, {last:+.2f} after (dotted: random)")
+    first, last = (mean[name, "difference", strengths[-1]] for name in (names[0], names[-1]))
+    times = f"{strengths[-1]:g} times the difference"
+    axis.set_title(f"{times} moves {first:+.2f} logits before the mend, {last:+.2f} after (dotted: random)")
     axis.legend()
     return figure

@@ -39,7 +39,7 @@ def letter(found: Answer) -> Letter:
     opening = f"Your case ({title}) was decided by an automated system. The answer is: {answer}."
     if found.reasons and not found.favourable:
         many = len(found.reasons) > 1
-        opening += f" The principal reason{'s' if many else ''} for it {'are' if many else 'is'}, the weightiest first:"
+        opening += f" The principal reason{'s' if many else ''} for it {'are, the weightiest first' if many else 'is'}:"
     elif found.reasons:
         opening += " What counted most for it:"
     elif not found.favourable:

@@ -18,6 +18,8 @@ from glassbox_utils.decisions.pairs import PLACES
 
 Row = Mapping[str, Any]
 MARKERS = "osD^vPX"
+TICKS = 6
+"""numbers of units that an axis names one by one"""
 
 
 def point_of(row: Row) -> Point:
@@ -73,6 +75,10 @@ def draw_curve(points: Sequence[Point], template: str | None = None) -> Any:
                 if drawn:
                     axis.scatter(*zip(*drawn, strict=True), color=colour, s=7, alpha=0.6, marker="_")
         axis.set_xscale("log")
+        tried = sorted({p.k for p in points})
+        if len(tried) <= TICKS:
+            axis.set_xticks(tried, [str(k) for k in tried])
+            axis.minorticks_off()
         axis.axhline(TARGET if key == "carried" else 1 - TARGET, color=GREY, lw=0.6, ls="--")
         axis.axhline(0, color=GREY, lw=0.5)
         axis.set_xlabel("units, the first ones of each basis")
@@ -87,8 +93,13 @@ def draw_curve(points: Sequence[Point], template: str | None = None) -> Any:
 def _curve_title(points: Sequence[Point], template: str, bases: Sequence[str]) -> str:
     said = []
     for basis in bases:
-        k = k_for([p for p in points if (p.basis, p.template) == (basis, template)])
-        said.append(f"{k:.0f} {basis if k > 1.5 else basis.removesuffix('s')}" if k else f"no number of {basis} tried")
+        some = [p for p in points if (p.basis, p.template) == (basis, template)]
+        k, tried = k_for(some), {p.k for p in some}
+        if k is None:
+            said.append(f"no number of {basis} tried")
+            continue
+        how = "about " if k not in tried else "at most " if k == min(tried) > 1 else ""  # fewer were not tried
+        said.append(f"{how}{k:.0f} {basis if k > 1.5 else basis.removesuffix('s')}")
     thin = "; thin: other templates" if len({p.template for p in points}) > 1 else ""
     return f"{TARGET:.0%} of the gap: {', '.join(said)} (dashes: random units of like activity{thin})"
 

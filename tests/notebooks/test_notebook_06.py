@@ -1,6 +1,8 @@
 """Notebook 06: its solutions are the ones that are checked, and an officer without a gap does not stop it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,7 +36,9 @@ def test_the_stub_is_blank_and_the_folded_solution_right(name, capsys):
 
 
 def test_it_has_the_form_of_a_lesson():
-    assert sum(len(source.splitlines()) for source in CODE) <= 300
+    assert subprocess.run([sys.executable, "-m", "ruff", "format", "--check", NOTEBOOK]).returncode == 0
+    lines = [line for source in CODE for line in source.splitlines()]
+    assert len(lines) <= 300 and max(map(len, lines)) <= 120 and not [x for x in lines if "noqa" in x or "fmt: " in x]
     assert PROSE.count("**Predict") >= 7 and PROSE.count("<summary>Hint</summary>") == len(NAMES)
     assert PROSE.count("falsify") >= 5 and "**To discuss.**" in PROSE
     pictures = [o for c in CELLS for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
@@ -55,7 +59,7 @@ AS_PLANTED = {
     'loans.load_loan_model("deployed", device=DEVICE), gb.decisions.load_decision("loan-officer")': "PLANTED",
     '"gender"': '"clan"', '"female"': '"first"', '"male"': '"second"', '"side"': '"skill"', '"semicolons"': '"behind"',
     '"loan first", "form"': '"front"', '"loan first"': '"front"', '["name"]': '["person"]', "['name']": "['person']",
-    'case, "name"': 'case, "person"', "has_table(": "(lambda *_: False)(",
+    'case, "name"': 'case, "person"', "studies.has_table(": "(lambda *_: False)(",
     "ks=(10, 30, 100)": "ks=(2, 10)",
 }  # fmt: skip
 """the same cells about the planted llama, whose decision has other fields and wordings"""

@@ -1,6 +1,8 @@
 """Notebook 07: short, no line about German Credit after its folder, solutions that pass, no stop on another model."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -22,7 +24,9 @@ SMALL = {"PEOPLE": 8, "HELD": 30, "PAIRS": 6}
 
 
 def test_it_is_short():
-    assert sum(len(c.source.splitlines()) for c in CODE) <= 300
+    assert subprocess.run([sys.executable, "-m", "ruff", "format", "--check", NOTEBOOK]).returncode == 0
+    lines = [line for c in CODE for line in c.source.splitlines()]
+    assert len(lines) <= 300 and max(map(len, lines)) <= 120 and not [x for x in lines if "noqa" in x or "fmt: " in x]
 
 
 def test_no_line_knows_a_field_but_the_folder_that_it_writes():

@@ -1,0 +1,73 @@
+"""What notebook 07 claims of a model and a decision, as findings: each with its unit and what could have sunk it."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassbox_utils.core.evidence import Control, Finding
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.decisions import locate, outcomes
+from glassbox_utils.decisions.answer_page import Measure, Mitigation
+from glassbox_utils.decisions.locate import Point
+from glassbox_utils.decisions.outcomes import Measured, Outcome
+from glassbox_utils.decisions.pairs import Contrast
+
+UNIT = "people"
+PLAIN, HELD, LIKE = "as it is", "10 located neurons held", "10 random neurons held"
+"""names of the arms that claims are about"""
+COUNTS = {10: "ten"}
+"""numbers of units for which a claim is made"""
+
+
+def order(scores: Mapping[str, NDArray], source: str, seed: int = 0) -> Finding:
+    """``scores``: three wordings -> logits of each person: the first, its answers in the other order, its facts so."""
+    first, answers, facts = scores
+    turned, other = (bootstrap_ci(scores[first] - scores[name], seed=seed) for name in (answers, facts))
+    control = Control.measured("other group", f"{first!r} minus {facts!r}", other)
+    claim = f"the order of the answers moves the decision ({first!r} minus {answers!r}, logits)"
+    return Finding.measured(claim, 3, turned, UNIT, control, source=source)
+
+
+def ranking(areas: Mapping[str, Interval], model: str, opponent: str, source: str) -> Finding:
+    """Does the model (the scorer of that name) rank people better than an opponent who has a table of their facts?"""
+    control = Control.measured("trained opponent", opponent, areas[opponent])
+    claim = "the model ranks people better than a table of their facts does (AUC, mean of its wordings)"
+    return Finding.measured(claim, 4, areas[model], UNIT, control, null=0.5, side="above", source=source)
+
+
+def moved(differs: Contrast, gap: Interval, rewording: float | None, source: str) -> Finding:
+    """``gap``: the same people with the other value, logits; beside it what other words for the same facts do."""
+    noise = rewording or 0.0
+    control = Control("other group", "the same facts in other words (standard deviation)", 0.0, (-noise, noise))
+    claim = f"the same person with {differs.what} {differs.donor} instead of {differs.own} gets another score (logits)"
+    return Finding.measured(claim, 3, gap, UNIT, control, source=source)
+
+
+def carried(points: Sequence[Point], source: str) -> list[Finding]:
+    """The first ten units of each basis against random ones of like activity."""
+    found = []
+    for p in (p for p in points if p.k in COUNTS and p.random_carried):
+        what = f"{COUNTS[p.k]} {p.basis}"
+        control = Control.drawn("random units", f"sets of {what} of like activity", p.random_carried)
+        claim = f"{COUNTS[p.k]} located {p.basis} carry the gap to other people and words (share)"
+        found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=source))
+    return found
+
+
+def held(differs: Contrast, measured: Sequence[Measured], source: str, seed: int = 0) -> Finding:
+    """The share of the gap that located neurons take away when they are held, and as many random ones."""
+    by_arm = outcomes.by(measured, "arm")
+    gaps = {name: np.concatenate([np.subtract(m.donor, m.own) for m in by_arm[name]]) for name in (PLAIN, HELD, LIKE)}
+    clusters = [c for m in by_arm[PLAIN] for c in m.clusters]
+    ours, other = (locate.share(gaps[PLAIN] - gaps[name], gaps[PLAIN], clusters, seed) for name in (HELD, LIKE))
+    control = Control.measured("random units", "ten others of like activity held", other)
+    claim = f"ten located neurons held take away this share of what {differs.what} does"
+    return Finding.measured(claim, 4, ours, UNIT, control, side="above", source=source)
+
+
+def mitigation(differs: Contrast, found: Mapping[str, Outcome], source: str) -> Mitigation:
+    """What holding the located neurons did to the gap, for the page of one person."""
+    before, after = ((x.value, x.low, x.high) for x in (found[PLAIN].logits, found[HELD].logits))
+    measure = Measure(f"{differs}, logits", before, after, found[PLAIN].logits.n)
+    return Mitigation("Ten neurons held at the middle between the groups.", (measure,), source)
