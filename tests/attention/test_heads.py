@@ -168,7 +168,7 @@ def test_ablating_the_wired_head_ends_copying(model):
 
 
 def test_the_averages_of_an_ablation_do_not_depend_on_the_number_of_rows(tiny_llama):
-    """A study of few rows and a notebook of some others measure the same: their mean outputs come from the same rows."""
+    """A study of few rows and a notebook of others measure the same: their mean outputs come from the same rows."""
     few, many = (
         induction.ablation_curve(tiny_llama, [(1, 0)], ks=[1], n=n, length=8, draws=1, matched=False) for n in (2, 12)
     )
