@@ -11,20 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from glassbox_utils.core import figures
-from glassbox_utils.core.devices import result
-from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, difference_ci, spearman
 from glassbox_utils.core.studies import SEED
-from glassbox_utils.steering import contrast, style
-from glassbox_utils.steering.fit import direction_of, pooled
+from glassbox_utils.steering import style
 from glassbox_utils.steering.report_study import SIDE_EFFECTS, at_effect, extra
 from glassbox_utils.steering.study import N_RANDOM
-from glassbox_utils.steering.vectors import Direction
 
 Table = Mapping[str, Any]
 
@@ -45,50 +39,6 @@ def ruler_table(n: int = 1000, seed: int = SEED) -> Any:
         rho = spearman(style.tone([texts[i] for i in chosen]), rating[chosen], n_resamples=500).rho
         rows.append({"sentences": source, "n": n, "rank correlation": cell(rho, sign="")})
     return pd.DataFrame(rows).set_index("sentences")
-
-
-# --- fitting ------------------------------------------------------------------------------------------
-
-
-def order_of(model: Model, direction: Direction, name: str) -> tuple[int, int]:
-    """How many held-out pairs of a contrast set a direction puts in the right order, and of how many."""
-    vectors = [pooled(model, texts, [direction.layer])[0][0] for texts in contrast.pairs(name, "report")]
-    positive, negative = (v @ result(direction.vector) for v in vectors)
-    return int((positive > negative).sum()), len(positive)
-
-
-def shuffled(positive: Tensor, negative: Tensor, held: Sequence[Tensor], n: int = 200) -> tuple[Interval, Interval]:
-    """The control of a fit, labels shuffled within the pairs: stability of what is found, and held-out pairs right."""
-    rng = np.random.default_rng(SEED)
-    stable, right = [], []
-    for _ in range(n):
-        flip = torch.from_numpy(rng.random(len(positive)) < 0.5)[:, None]
-        a, b = torch.where(flip, negative, positive), torch.where(flip, positive, negative)
-        v = direction_of(a, b)
-        draws = [torch.from_numpy(rng.integers(len(a), size=len(a))) for _ in range(10)]
-        stable.append(np.mean([float(direction_of(a[i], b[i]) @ v) for i in draws]))
-        right.append(int((held[0] @ v > held[1] @ v).sum()))
-    low, high = np.quantile(stable, [0.025, 0.975])
-    fewest, most = np.quantile(right, [0.025, 0.975])
-    return Interval(float(np.mean(stable)), low, high, n), Interval(float(np.mean(right)), fewest, most, n)
-
-
-def fit_table(model: Model, fitted: Mapping[str, Direction], points: Sequence[Tensor]) -> tuple[Any, Interval]:
-    """Stability and held-out order of each attribute's direction, shuffled tone labels last; and their stability.
-
-    ``points``: pooled vectors of tone's positive and negative texts, of the train and of the report split.
-    """
-    import pandas as pd
-
-    rows: dict[str, Any] = {}
-    for name, d in fitted.items():
-        right, n = order_of(model, d, name)
-        rows[name] = [d.n_texts[0], cell(d.stability, sign="") if d.stability else "", f"{right} of {n}"]
-    stable, ordered = shuffled(points[0], points[1], points[2:])
-    last = [len(points[0]), cell(stable, sign=""), f"{cell(ordered, 0, '')} of {len(points[2])}"]
-    rows["tone, labels shuffled (200 times)"] = last
-    columns = ["pairs", "stability", "held-out pairs in the right order"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns), stable
 
 
 # --- choosing -----------------------------------------------------------------------------------------

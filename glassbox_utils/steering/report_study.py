@@ -387,7 +387,7 @@ FACTS = {
 def facts_kept(model: Model, vector: Vector, alphas: Sequence[float]) -> list[tuple[list[str], list[bool]]]:
     """At each strength: steered answers to FACTS, and whether each still holds its fact."""
     settings = [(vector, alpha) for alpha in alphas for _ in FACTS]
-    texts = continuations(model, list(FACTS) * len(alphas), settings, 30, 100)
+    texts = continuations(model, list(FACTS) * len(alphas), settings, 30, 100, system=study.NO_SYSTEM)
     words = [*FACTS.values()] * len(alphas)
     right = [any(w in t.lower() for w in ws) for t, ws in zip(texts, words, strict=True)]
     n = len(FACTS)

@@ -48,6 +48,20 @@ FORMAL = _lexicon(
     "respectfully accordingly nevertheless upon whom obtain"
 )
 
+CATASTROPHES = _lexicon(
+    "apocalypse assault assaulted attack attacked attacks bloodshed bomb bombed bombing bombs burned cancer "
+    "catastrophe catastrophes catastrophic chaos collapse collapsed corpse corpses crash crashed crashes crime "
+    "crimes criminal crises crisis dead deadly death deaths demolished destroy destroyed destruction devastated "
+    "devastating devastation die died dies disaster disasters disastrous doom doomed dying earthquake emergency "
+    "epidemic explode exploded explosion famine fatal fatalities fire fires flood flooded genocide hostage "
+    "injured injuries injury kill killed killer killers killing kills lethal massacre murder murdered murderer "
+    "plague rape ruins slaughter suicide terror terrorism terrorist terrorists torture tortured toxic tragedies "
+    "tragedy tragic tsunami victim victims violence violent war wars wreck wreckage wrecked"
+)
+"""words for what nobody complains of in a restaurant: someone dies, something is destroyed, the police come.
+
+Written before any vector was trained to avoid them. A complaint that borrows one ("a disaster") counts."""
+
 
 @cache
 def _analyser() -> Any:
@@ -74,6 +88,11 @@ def words(text: str) -> list[str]:
 def gender_words(texts: Sequence[str]) -> NDArray:
     """Female minus male words per hundred words; 0 for a text without any."""
     return np.array([_share(text, FEMALE) - _share(text, MALE) for text in texts])
+
+
+def catastrophes(texts: Sequence[str]) -> NDArray:
+    """True for each text that holds at least one of CATASTROPHES."""
+    return np.array([not CATASTROPHES.isdisjoint(words(text)) for text in texts], dtype=bool)
 
 
 def formality(texts: Sequence[str]) -> NDArray:

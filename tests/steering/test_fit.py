@@ -12,7 +12,7 @@ from glassbox_utils.core.interventions import capture, not_first
 from glassbox_utils.core.losses import answer_losses
 from glassbox_utils.core.models import Site
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.steering import contrast, figures, training
+from glassbox_utils.steering import contrast, fit_figures, training
 from glassbox_utils.steering.apply import steer
 from glassbox_utils.steering.fit import direction_of, fit_direction, gradients, pooled
 from glassbox_utils.steering.vectors import (
@@ -189,7 +189,7 @@ def test_the_combined_direction_is_half_way(llama):
 def test_shuffled_labels_are_the_control_of_a_fit():
     positive, negative, truth = clouds(shift=1.0)
     held = clouds(20, shift=1.0, seed=5)[:2]
-    stable, right = figures.shuffled(positive, negative, held, n=40)
+    stable, right = fit_figures.shuffled(positive, negative, held, n=40)
     assert stable.value < 0.85 and right.low < 10 < right.high
     assert (held[0] @ truth > held[1] @ truth).sum() >= 17
 

@@ -9,7 +9,7 @@ import torch
 from worded import build, direction
 
 from glassbox_utils.core import models, prepared, studies
-from glassbox_utils.steering import figures, report_study, selection, study, style
+from glassbox_utils.steering import figures, prompt_figures, report_study, selection, study, style
 from glassbox_utils.steering.vectors import load_vector, save_direction
 
 SIZE = 0.02
@@ -58,6 +58,9 @@ def draw(tables):
     for show in (figures.dial_figure, figures.control_table, figures.methods_table, figures.frontier_figure):
         show(report)
     figures.rulers_table(report, tables["layers"]["turn"])
+    prompt_figures.prompts_figure(report)
+    prompt_figures.shares_table(report)
+    assert len(prompt_figures.random_answers(report, 4, 0).splitlines()) == 16
     figures.words_table(figures.telling_words(report))
     figures.seeds_table(tables["seeds"])
     figures.costs_table(tables["costs"])
