@@ -483,14 +483,8 @@ def mosaic(
     for axis, (name, scores) in zip(axes.flat, values.items(), strict=True):
         array = scores.detach().float().cpu().numpy()
         top = float(np.nanmax(np.abs(array))) if limit is None else limit
-        image = axis.imshow(
-            array,
-            aspect="auto",
-            origin="upper",
-            cmap="RdBu_r" if diverging else "viridis",
-            vmin=-top if diverging else 0,
-            vmax=top,
-        )
+        colours, low = ("RdBu_r", -top) if diverging else ("viridis", 0.0)
+        image = axis.imshow(array, aspect="auto", origin="upper", cmap=colours, vmin=low, vmax=top)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("head")
         axis.set_xticks(range(0, array.shape[1], max(1, array.shape[1] // 6)))
