@@ -12,6 +12,11 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "05_steering_vect
 DRAWN = ("tables[", "report.", "costs", "many[", "report_study.setting_of")
 
 
+def test_it_is_short():
+    lines = [x for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" for x in c.source.splitlines()]
+    assert len(lines) <= 300 and max(map(len, lines)) <= 120 and not [x for x in lines if "noqa" in x or "fmt: " in x]
+
+
 def test_every_cell_that_draws_a_study_says_that_it_needs_it():
     """What is drawn from a table is skipped on a model that has none: the runner goes by the tags."""
     for cell in nbformat.read(NOTEBOOK, 4).cells:
