@@ -60,7 +60,7 @@ lab: assets  ## JupyterLab on the notebooks
 
 lint: $(DONE)  ## style, types, and the order of the rooms
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check glassbox_utils tests
+	$(BIN)/ruff format --check glassbox_utils tests notebooks
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
