@@ -6,6 +6,7 @@ import nbformat
 import pytest
 import tiny
 
+from glassbox_utils import cli
 from glassbox_utils.core import assets, prepared
 from glassbox_utils.core.models import EMBEDDED, load_model
 from glassbox_utils.core.prepared import Card, write_card
@@ -175,3 +176,19 @@ def test_another_folder_that_was_prepared_for_the_embedded_model_can_be_named(ot
     assert subject_of().folder == assets.DATA  # it belongs to other weights
     write_card(Card(EMBEDDED, subject_of().hash, size=0.1), other.folder)
     assert subject_of().folder == other.folder and subject_of().is_embedded
+
+
+def test_what_makes_a_missing_table_is_said_rightly(other):
+    """By `prepare`, or by a study that `prepare` leaves out: no third kind is read by a notebook."""
+    needs = {
+        tag.removeprefix(subjects.NEEDS)
+        for path in (assets.ROOT / "notebooks").glob("*.ipynb")
+        for cell in nbformat.read(path, 4).cells
+        for tag in cell.metadata.get("tags", [])
+        if tag.startswith("needs:studies/")
+    }
+    by_prepare = {f"studies/{name.replace('-', '_')}" for name in cli.studies()}
+    assert needs - by_prepare == set(subjects.BY_STUDY)
+    assert {name.split("/")[1].replace("_", "-") for name in subjects.BY_STUDY} <= set(cli.every_study())
+    assert "glassbox study sae-meaning --prepared" in why_not(other, ["studies/sae_meaning"])
+    assert "`glassbox prepare" in why_not(other, ["studies/saes"])
