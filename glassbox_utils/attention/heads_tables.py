@@ -19,6 +19,7 @@ from glassbox_utils.core.statistics import (
     permutation_test,
     spearman,
 )
+from glassbox_utils.core.tables import frame, shown
 
 SAME = "sets of the same layers"
 Table = Mapping[str, Any]
@@ -27,11 +28,6 @@ Table = Mapping[str, Any]
 def named(found: Sequence[Any]) -> str:
     """``18.6, 17.3``, or none."""
     return ", ".join(head_name(tuple(h)) for h in found) or "none"
-
-
-def shown(x: Interval, form: str = ".2f") -> str:
-    """``0.31 [0.22, 0.40]``."""
-    return f"{x.value:{form}} [{x.low:{form}}, {x.high:{form}}]"
 
 
 def spread(draws: Sequence[float] | NDArray, form: str = "+.2f") -> str:
@@ -43,15 +39,6 @@ def entry(part: Table, head: Sequence[int], n: int | None = None) -> Interval:
     """One head of a map, with its interval."""
     mean, low, high = (float(part[key][head[0]][head[1]]) for key in ("mean", "low", "high"))
     return Interval(mean, low, high, n or part["n"])
-
-
-def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The rows as a pandas table without its running numbers."""
-    import pandas as pd
-
-    pd.set_option("display.max_colwidth", None)
-    table = pd.DataFrame(rows)
-    return table.set_index(table.columns[0]) if rows else table
 
 
 def median_head(part: Table) -> Control:

@@ -6,12 +6,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.attention.heads_tables import frame, named, shown
+from glassbox_utils.attention.heads_tables import named
 from glassbox_utils.attention.looking import KINDS, OPPONENTS, PREDICTORS, BothSides, Lookers, Looking, by_word
 from glassbox_utils.attention.patterns import head_name
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci
+from glassbox_utils.core.tables import frame, shown
 
 Correlations = Mapping[str, Mapping[str, Interval]]
 """row (a predictor, ``decisive - another``, ...) -> kind of correlation -> its interval: one family of a comparison"""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glassbox_utils.core.statistics import Interval
+from glassbox_utils.core.tables import frame
 from glassbox_utils.decisions.answer import Answer, plain, printed
 from glassbox_utils.decisions.letter import with_unit
 
@@ -61,10 +62,8 @@ def changes(found: Answer) -> Any:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], none: str) -> Any:
+    if rows:
+        return frame(rows)
     import pandas as pd
 
-    pd.set_option("display.max_colwidth", None)
-    if not rows:
-        return pd.DataFrame({"": [none]}, index=[""])
-    frame = pd.DataFrame(rows)
-    return frame.set_index(frame.columns[0])
+    return pd.DataFrame({"": [none]}, index=[""])

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassbox_utils.attention.heads_tables import frame
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, SKY, titled
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
+from glassbox_utils.core.tables import frame
 from glassbox_utils.core.text import str_tokens
 from glassbox_utils.saes.dashboard import example_html
 from glassbox_utils.saes.features import Example

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from glassbox_utils.attention.heads_tables import frame, shown
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.evidence import Control, Finding, Kind
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, difference_ci, exact_ci
+from glassbox_utils.core.tables import frame, shown
 from glassbox_utils.saes.toys import Geometry
 
 KINDS = {
