@@ -3,6 +3,7 @@
 Needs Debian's chromium: apt-get install chromium
 """
 
+import ast
 import os
 import re
 import socket
@@ -133,6 +134,25 @@ def test_a_live_jupyterlab_draws_and_answers(browser, lab):
     assert not [w for w in wrong if re.search(r"https?://(?!127\.0\.0\.1)", w)], wrong
 
 
+def slice_of(code, last):
+    """The cells that bind what cell `last` reads, what those read, and so on: the shortest notebook that runs it."""
+    trees = [[n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Name, ast.alias))] for source in code]
+    bound = [
+        {
+            (n.asname or n.name) if isinstance(n, ast.alias) else n.id
+            for n in tree
+            if not isinstance(vars(n).get("ctx"), ast.Load)
+        }
+        for tree in trees
+    ]
+    wanted, open_names = {last}, {n.id for n in trees[last] if isinstance(n, ast.Name)} - bound[last]
+    for i in reversed(range(last)):
+        if bound[i] & open_names:
+            wanted.add(i)
+            open_names = (open_names - bound[i]) | {n.id for n in trees[i] if isinstance(n, ast.Name)} - bound[i]
+    return [code[i] for i in sorted(wanted)]
+
+
 ANSWERS = "() => [...document.querySelectorAll('.steering-answers td:last-child')].map(cell => cell.textContent)"
 
 
@@ -140,9 +160,9 @@ def test_the_steering_panel_answers_when_its_slider_moves(browser, lab):
     """Notebook 05's panel: three answers differ at full strength, and are one and the same with the dial at zero."""
     folder, address = lab
     notebook = nbformat.read(ROOT / "notebooks" / "05_steering_vectors.ipynb", 4)
-    code = [c for c in notebook.cells if c.cell_type == "code"]
-    wanted = [*code[:2], next(c for c in code if "FloatSlider" in c.source)]  # parameters, setup, panel
-    notebook.cells = [nbformat.v4.new_code_cell(c.source) for c in wanted]
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    panel = next(i for i, source in enumerate(code) if "FloatSlider" in source)
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in slice_of(code, panel)]
     nbformat.write(notebook, folder / "live.ipynb")
     page, wrong = watched(browser)
     run_all(page, address("live.ipynb"))
