@@ -197,29 +197,31 @@ def studies() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.attention.looking_study import STUDIES_OF_LOOKING
     from glassbox_utils.attention.outcomes_study import STUDIES_OF_HEADS
     from glassbox_utils.decisions.cause_study import STUDIES_OF_LOANS
+    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.reality_study import STUDIES_OF_REALITY
     from glassbox_utils.decisions.safety_study import STUDIES_OF_SAFETY
     from glassbox_utils.saes.clamping_report_study import STUDIES_OF_CLAMPING
+    from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
     from glassbox_utils.saes.study import STUDIES_OF_SAES
     from glassbox_utils.steering.report_study import STUDIES_OF_STEERING
 
     heads = {**STUDIES_OF_LOOKING, **STUDIES_OF_HEADS}
-    first = {**heads, **STUDIES_OF_SAES, **STUDIES_OF_CLAMPING, **STUDIES_OF_STEERING}
-    return {**first, **STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_SAFETY}
+    features = {**STUDIES_OF_SAES, **STUDIES_OF_MEANING, **STUDIES_OF_CLAMPING}
+    loans = {**STUDIES_OF_LOANS, **STUDIES_OF_REALITY, **STUDIES_OF_ANSWERS}
+    return {**heads, **features, **STUDIES_OF_STEERING, **loans, **STUDIES_OF_SAFETY}
 
 
 def every_study() -> dict[str, Callable[[], Path]]:
     """Those, and the long runs that ``prepare`` does not repeat on another model."""
     from glassbox_utils.attention.forming_study import STUDIES_OF_FORMING
-    from glassbox_utils.decisions.fidelity_study import STUDIES_OF_ANSWERS
     from glassbox_utils.decisions.locate_study import STUDIES_OF_LOCATE
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
-    from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
+    from glassbox_utils.saes.meaning_study import STUDIES_OF_ARCHITECTURES
 
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING}
-    return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_ARCHITECTURES}
+    return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE}
 
 
 def parser() -> argparse.ArgumentParser:

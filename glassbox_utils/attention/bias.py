@@ -74,10 +74,15 @@ def attention_gap(model: Model, pairs: Sequence[Swap]) -> Float[Tensor, "pair la
     return _gap(model, *texts, [p.male for p in pairs], [p.female for p in pairs])
 
 
+def job_pairs(pairs: Sequence[Swap]) -> list[tuple[str, str]]:
+    """(man's job, woman's job) of each row of ``by_occupations``. They share jobs: crossed, not independent."""
+    return sorted({(p.male, p.female) for p in pairs})
+
+
 def by_occupations(values: Tensor | NDArray, pairs: Sequence[Swap]) -> NDArray:
-    """Means over templates and orders: one row for each pair of occupations, the unit that is resampled."""
+    """Means over templates and orders: one row for each pair of occupations (``job_pairs``)."""
     values = array(values) if isinstance(values, Tensor) else np.asarray(values)
-    keys = sorted({(p.male, p.female) for p in pairs})
+    keys = job_pairs(pairs)
     groups = {key: [i for i, p in enumerate(pairs) if (p.male, p.female) == key] for key in keys}
     return np.stack([values[rows].mean(0) for rows in groups.values()])
 
@@ -108,6 +113,7 @@ class PronounChoice(NamedTuple):
     is_male: list[bool]
     job: list[int]
     """which of its group's occupations each row is about"""
+    template: list[int]
     batch: Batch
     he: Tensor
     she: Tensor
@@ -124,16 +130,16 @@ def pronoun_choice(model: Model, split: Choice, units: int = 36) -> PronounChoic
     ``units``: how many of the pairs (a man's and a woman's job in one template) are asked, evenly spread.
     """
     content = read_prompts("occupations")
-    texts: list[tuple[str, bool, int]] = []
+    texts: list[tuple[str, bool, int, int]] = []
     templates = content["fresh_templates" if split == "fresh" else "single_templates"]
     for group in ("male", "female"):
         jobs = enumerate(content[group][split])
-        made = [(t.format(a=job), group == "male", i) for i, job in jobs for t in templates]
+        made = [(t.format(a=job), group == "male", i, j) for i, job in jobs for j, t in enumerate(templates)]
         texts += [made[i * len(made) // units] for i in range(units)] if units < len(made) else made
-    sentences, is_male, job = (list(column) for column in zip(*texts, strict=True))
+    sentences, is_male, job, template = (list(column) for column in zip(*texts, strict=True))
     batch = tokenize(model, sentences)
     he, she = (torch.full((len(texts),), i) for i in told_apart(model, *content["single_pronouns"]))
-    return PronounChoice(sentences, is_male, job, batch, he, she)
+    return PronounChoice(sentences, is_male, job, template, batch, he, she)
 
 
 def told_apart(model: Model, first: str, second: str) -> tuple[int, int]:
@@ -153,9 +159,15 @@ def stereotype_units(values: Tensor, choice: PronounChoice) -> NDArray:
     return array(values[beside(male, values)] - values[beside(~male, values)])
 
 
+def of_units(choice: PronounChoice) -> tuple[list[int], list[int]]:
+    """The pair of occupations and the template of each stereotype unit."""
+    rows = [i for i, male in enumerate(choice.is_male) if male]
+    return [choice.job[i] for i in rows], [choice.template[i] for i in rows]
+
+
 def by_job(values: NDArray, choice: PronounChoice) -> NDArray:
     """Means over templates, [..., unit] -> [..., pair of occupations]: the unit that is resampled."""
-    job = np.array([j for j, male in zip(choice.job, choice.is_male, strict=True) if male])
+    job = np.array(of_units(choice)[0])
     return np.stack([np.asarray(values)[..., job == j].mean(-1) for j in sorted(set(job.tolist()))], -1)
 
 
@@ -241,17 +253,20 @@ def _until(text: str, word: str) -> str:
     return text[: places[-1]] if places else ""
 
 
+def until_pronoun(schemas: Sequence[Schema]) -> list[tuple[str, str, Schema]]:
+    """The two sentences of each pair, cut at the pronoun; pairs with an occupation after it are left out."""
+    cut = [(_until(s.pro, s.pronoun[0]), _until(s.anti, s.pronoun[1]), s) for s in schemas]
+    return [
+        (pro, anti, s)
+        for pro, anti, s in cut
+        if all(word in text for text in (pro, anti) for word in (s.referent, s.other))
+    ]
+
+
 def winobias_gap(model: Model, schemas: Sequence[Schema]) -> Float[Tensor, "pair layer head"]:
-    """``attention_gap`` on WinoBias sentences, cut at the pronoun; pairs with an occupation after it are left out."""
-    male, female, men, women = [], [], [], []
-    for s in schemas:
-        pro, anti = _until(s.pro, s.pronoun[0]), _until(s.anti, s.pronoun[1])
-        if all(word in text for text in (pro, anti) for word in (s.referent, s.other)):
-            male.append(pro)
-            female.append(anti)
-            men.append(s.referent)
-            women.append(s.other)
-    return _gap(model, male, female, men, women)
+    """``attention_gap`` on those WinoBias sentences that ``until_pronoun`` keeps."""
+    pro, anti, kept = zip(*until_pronoun(schemas), strict=True)
+    return _gap(model, pro, anti, [s.referent for s in kept], [s.other for s in kept])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from glassbox_utils.attention.patterns import head_name, top_heads
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, SKY, titled
 from glassbox_utils.core.interventions import Head
+from glassbox_utils.core.labels import name_points
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
 
 
@@ -152,12 +153,14 @@ def looking_and_doing(
         axis.scatter(
             *zip(*[(x[h], y[h]) for h in mine], strict=True), s=26, color=ORANGE, label="look most, on other prompts"
         )
-        for head in dict.fromkeys([*mine[:3], *top_heads(y.abs(), min(3, y.numel()))]):
-            axis.annotate(head_name(head), (x[head], y[head]), (3, 3), textcoords="offset points", fontsize=7)
         axis.axhline(0, color=GREY, lw=0.6)
         axis.margins(x=0.12)
         axis.set_title(family.replace("_", " "))
         axis.set_xlabel("looking: attention to the decisive word")
+    for axis, (family, found) in zip(axes.flat, families.items(), strict=False):  # the shared limits are final now
+        x, y = found.mean("decisive"), found.mean("effect")
+        named = list(dict.fromkeys([*chosen[family].heads[:3], *top_heads(y.abs(), min(3, y.numel()))]))
+        name_points(axis, [(float(x[h]), float(y[h])) for h in named], [head_name(h) for h in named], 2)
     axes[0, 0].set_ylabel("effect: fall of logit(right) − logit(wrong)\nwhen the head is ablated")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     listed, helping = sum(len(c.heads) for c in chosen.values()), [h for s in sides.values() for h in s.helping]

@@ -10,7 +10,8 @@ from glassbox_utils.attention.forming import FORMED, History, scores
 from glassbox_utils.attention.patterns import head_name
 from glassbox_utils.core.figures import BLUE, GREY, RED, SKY, titled
 from glassbox_utils.core.interventions import Head
-from glassbox_utils.core.statistics import bootstrap_ci, mean_ci
+from glassbox_utils.core.labels import name_points
+from glassbox_utils.core.statistics import bootstrap_ci, clustered_ci
 
 OUTCOMES = {
     "report": "he or she after a job\n(report jobs, logits)",
@@ -126,14 +127,15 @@ def forming(live: Mapping[str, History], table: Mapping[str, Any], tokens: Any) 
     return titled(figure, f"Seeds in which induction forms: {said} (thin lines; thick: trained here)")
 
 
-def gaps(found: Sequence[Head], values: NDArray, stored: Any = None) -> Any:
-    """The attention gap of chosen heads with its interval over pairs of occupations; hollow: of the study.
+def gaps(found: Sequence[Head], values: NDArray, pairs: Sequence[tuple[str, str]], stored: Any = None) -> Any:
+    """The attention gap of chosen heads with an interval that knows which jobs the pairs share; hollow: of the study.
 
-    ``values``: [pair, head], for the heads of ``found``. ``stored``: mean of every head [layer][head].
+    ``values``: [pair, head], for the heads of ``found``. ``pairs``: the jobs of each pair. ``stored``: mean
+    of every head [layer][head].
     """
     import matplotlib.pyplot as plt
 
-    mean, low, high = mean_ci(values)
+    mean, low, high, _ = clustered_ci(values, *zip(*pairs, strict=True))
     order = np.argsort(mean)
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(found) + 1))
     for y, i in enumerate(order):
@@ -167,8 +169,9 @@ def looks_and_acts(looks: NDArray, acts: Mapping[str, tuple[NDArray, float]]) ->
         axis.axhline(0, color=GREY, lw=0.6)
         axis.axvline(0, color=GREY, lw=0.6)
         axis.plot(x, y, ".", ms=4, color=BLUE)
-        for i in {*most(x)[-5:], *most(y)[-5:]}:
-            axis.annotate(head_name(divmod(i, looks.shape[1])), (x[i], y[i]), fontsize=7)
+        named = sorted({*most(x)[-5:], *most(y)[-5:]})
+        axis.margins(0.1)
+        name_points(axis, [(x[i], y[i]) for i in named], [head_name(divmod(i, looks.shape[1])) for i in named])
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("attention gap")
     axes[0, 0].set_ylabel("share of the behaviour lost (a) or carried (b)")

@@ -14,6 +14,7 @@ from glassbox_utils.core.statistics import (
     Interval,
     adjust,
     bootstrap_ci,
+    clustered_ci,
     enrichment,
     exact_ci,
     permutation_test,
@@ -39,6 +40,17 @@ def entry(part: Table, head: Sequence[int], n: int | None = None) -> Interval:
     """One head of a map, with its interval."""
     mean, low, high = (float(part[key][head[0]][head[1]]) for key in ("mean", "low", "high"))
     return Interval(mean, low, high, n or part["n"])
+
+
+def of(part: Table, cases: str, clusters: str) -> str:
+    """``36 pairs of 6 x 6 jobs``: how many cases a map has, and how many clusters they share."""
+    return f"{part['n']} {cases} of {' × '.join(map(str, part['clusters']))} {clusters}"
+
+
+def shared_ci(values: NDArray, *clusters: Sequence[Any]) -> Interval:
+    """``clustered_ci`` of one mean."""
+    mean, low, high, _ = (float(x) for x in clustered_ci(values, *clusters))
+    return Interval(mean, low, high, len(values))
 
 
 def median_head(part: Table) -> Control:
@@ -198,8 +210,8 @@ def lookers(bias: Table, k: int = 4) -> Any:
                 {
                     "head": head_name(tuple(h)),
                     "looks": said,
-                    f"gap, {looks['n']} pairs of jobs": mine,
-                    f"WinoBias, {wino['n']} sentences": theirs,
+                    f"gap, {of(looks, 'pairs', 'jobs')}": mine,
+                    f"WinoBias, {of(wino, 'sentences', 'jobs')}": theirs,
                 }
             )
     return frame(rows)
@@ -326,17 +338,17 @@ def bill(after: Table, seed: int = 0) -> tuple[Any, list[Finding]]:
 # --- meaning, and several roles -----------------------------------------------------------------------
 
 
-def meaning(semantic: Table, seed: int = 0) -> tuple[Any, Finding]:
+def meaning(semantic: Table) -> tuple[Any, Finding]:
     """The semantic heads on categories that did not choose them, and what the model loses without them."""
     six, value = semantic["ranking"], np.array(semantic["preference"])
     rows = [
         {
             "head": head_name(tuple(h)),
-            f"extra attention, {semantic['report']['n']} lists": shown(entry(semantic["report"], h)),
+            f"extra attention, {of(semantic['report'], 'lists', 'categories')}": shown(entry(semantic["report"], h)),
         }
         for h in six
     ]
-    lost, draws = bootstrap_ci(value[0] - value[1], seed=seed), (value[0] - value[2:]).mean(1)
+    lost, draws = shared_ci(value[0] - value[1], semantic["preference_of"]), (value[0] - value[2:]).mean(1)
     claim = f"of {value[0].mean():.1f} nats of preference for a held-out category, lost without {len(six)} heads"
     return frame(rows), Finding.measured(
         claim, 4, lost, "lists", Control.drawn("random units", SAME, draws), side="above"

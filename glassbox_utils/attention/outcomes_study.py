@@ -20,12 +20,15 @@ from glassbox_utils.attention.bias import (
     attention_gap,
     by_job,
     by_occupations,
+    job_pairs,
+    of_units,
     pronoun_choice,
     pronoun_effects,
     pronoun_effects_guessed,
     pronoun_gap,
     referent_patching,
     swaps,
+    until_pronoun,
     winobias,
     winobias_gap,
     winobias_preference,
@@ -73,15 +76,17 @@ def bias_looks(model: Model, n_swaps: int, n_schemas: int) -> dict[str, Any]:
     for split in ("selection", "report"):
         pairs = some(swaps(split), n_swaps)
         gaps = attention_gap(model, pairs)
-        result[split] = as_map(by_occupations(gaps, pairs), test=True) | {"pairs": len(pairs)}
+        shared = zip(*job_pairs(pairs), strict=True)
+        result[split] = as_map(by_occupations(gaps, pairs), *shared) | {"pairs": len(pairs)}
         if split == "report":
             chosen = np.array(result["selection"]["mean"])
             result |= {"ranking": leading(chosen, 10), "against": leading(-chosen, 10)}
             shown = [*result["ranking"][:6], *result["against"][:6]]
             result["rows"] = {"heads": shown, "gap": rounded(torch.stack([gaps[:, a, b] for a, b in shown]))}
     for half in ("dev", "test"):
-        gaps = winobias_gap(model, some(winobias(1, half), n_schemas))
-        result[f"winobias_{half}"] = as_map(gaps, test=True)
+        schemas = [s for *_, s in until_pronoun(some(winobias(1, half), n_schemas))]
+        jobs = [s.referent for s in schemas], [s.other for s in schemas]
+        result[f"winobias_{half}"] = as_map(winobias_gap(model, schemas), *jobs)
     return result
 
 
@@ -94,10 +99,11 @@ def bias_acts(model: Model, units: int = FULL.units) -> dict[str, Any]:
     """Pronoun choice after one occupation, report prompts: exact mean ablation of every head, direct attribution."""
     gap, ablated, direct = pronoun_effects(model, "report", units=units)
     guess = pronoun_effects_guessed(model, "report", units)
+    shared = of_units(pronoun_choice(model, "report", units))
     return {
         "gap": rounded(gap),
-        "ablation": as_map(ablated, test=True),
-        "direct": as_map(direct, test=True),
+        "ablation": as_map(ablated, *shared),
+        "direct": as_map(direct, *shared),
         "gradient_agreement": asdict(spearman(guess.mean(0), ablated.mean(0)).rho),
     }
 
@@ -118,16 +124,21 @@ def asked(model: Model, split: heads.Split) -> list[Swap]:
     return found
 
 
+def jobs_of(pairs: Sequence[Swap]) -> tuple[list[str], list[str]]:
+    """What pairs of sentences share: the man's and the woman's job."""
+    return [p.male for p in pairs], [p.female for p in pairs]
+
+
 def bias_refers(model: Model, n: int) -> dict[str, Any]:
     """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on report pairs."""
     chosen = heads.shuffled(asked(model, "selection"), n, seed=3)
     total, guess = referent_patching(model, chosen, "gradient")
-    result = {"selection": {"total": rounded(total), "effect": as_map(guess, test=True)}}
+    result = {"selection": {"total": rounded(total), "effect": as_map(guess, *jobs_of(chosen))}}
     reported = heads.shuffled(asked(model, "report"), n, seed=4)
     total, effect = referent_patching(model, reported, "exact")
     _, guess = referent_patching(model, reported, "gradient")
     agreement = spearman(guess.mean(0), effect.mean(0))
-    result["report"] = {"total": rounded(total), "effect": as_map(effect, test=True)}
+    result["report"] = {"total": rounded(total), "effect": as_map(effect, *jobs_of(reported))}
     result["gradient_agreement"] = asdict(agreement.rho)
     return result | {"ranking": leading(result["selection"]["effect"]["mean"], 10)}
 
@@ -135,10 +146,10 @@ def bias_refers(model: Model, n: int) -> dict[str, Any]:
 def bias_parts(model: Model, size: Size) -> dict[str, Any]:
     """All that ``heads_bias`` holds, from the parts that are kept or measured now."""
     return {
-        "looks": part(model, "stereotypes: looks", bias_looks, size.swaps, size.schemas),
+        "looks": part(model, "stereotype: looks", bias_looks, size.swaps, size.schemas),
         "chosen": part(model, "stereotypes: chosen", bias_chosen, size.units),
-        "acts": part(model, "stereotypes: acts", bias_acts, size.units),
-        "refers": part(model, "stereotypes: refers", bias_refers, size.referents),
+        "acts": part(model, "stereotype: acts", bias_acts, size.units),
+        "refers": part(model, "stereotype: refers", bias_refers, size.referents),
     }
 
 

@@ -73,6 +73,12 @@ def word_lists(model: Model, split: Split, n: int = 120, seed: int = 0) -> WordL
     return WordLists(first, second, where, categories, list(zip(same, control, strict=True)))
 
 
+def categories(model: Model, split: Split, n: int) -> list[str]:
+    """Which category each of n lists is of: what they share."""
+    known = sorted(_vocabulary(model, split))
+    return [known[i % len(known)] for i in range(n)]
+
+
 def semantic_scores(model: Model, lists: WordLists) -> Float[Tensor, "pair layer head"]:
     """Extra attention from a word to an earlier word because it is of the same category."""
     dst = torch.full_like(lists.position, lists.same.input_ids.shape[1] - 1)

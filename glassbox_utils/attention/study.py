@@ -27,14 +27,14 @@ from glassbox_utils.attention.induction import (
     in_context_score,
     natural_repeats,
 )
-from glassbox_utils.attention.semantic import category_preference, semantic_scores, word_lists
+from glassbox_utils.attention.semantic import categories, category_preference, semantic_scores, word_lists
 from glassbox_utils.core import prepared
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.models import Model, ModelError
 from glassbox_utils.core.prepared import load_subject
-from glassbox_utils.core.statistics import adjust, mean_ci, sign_flip_p
+from glassbox_utils.core.statistics import adjust, clustered_ci, mean_ci
 from glassbox_utils.core.studies import has_table, read_table, resumed, write_table
 from glassbox_utils.core.text import Batch
 
@@ -91,14 +91,16 @@ def rounded(values: Tensor | NDArray | Sequence[float], digits: int = 4) -> Any:
     return np.round(values, digits).tolist()
 
 
-def as_map(values: Tensor | NDArray, test: bool = False) -> dict[str, Any]:
-    """Mean and 95 % interval of every head; with ``test`` also sign-flip p-values and their BH correction."""
-    mean, low, high = mean_ci(values)
-    result = {"n": len(values), "mean": rounded(mean), "low": rounded(low), "high": rounded(high)}
-    if test:
-        p = sign_flip_p(values)
-        result |= {"p": rounded(p, 5), "q": rounded(adjust(p, "bh"), 5)}
-    return result
+def as_map(values: Tensor | NDArray, *clusters: Sequence[Any]) -> dict[str, Any]:
+    """Mean and 95 % interval of every head. With ``clusters`` (what cases share, in one way or two) the interval and a
+    p-value that respect it, with its BH correction; ``clusters`` in the result: how many of each."""
+    if not clusters:
+        mean, low, high = mean_ci(values)
+        return {"n": len(values), "mean": rounded(mean), "low": rounded(low), "high": rounded(high)}
+    mean, low, high, p = clustered_ci(values, *clusters)
+    result = {"n": len(values), "clusters": [len(set(names)) for names in clusters]}
+    result |= {"mean": rounded(mean), "low": rounded(low), "high": rounded(high)}
+    return result | {"p": rounded(p, 5), "q": rounded(adjust(p, "bh"), 5)}
 
 
 def leading(scores: Any, k: int) -> list[Head]:
@@ -267,8 +269,8 @@ def study_induction() -> Path:
 
 def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
     """Attention to words of the same category: all heads, two disjoint sets of categories, and what ablation does."""
-    select = semantic_scores(model, word_lists(model, "selection", size.lists))
-    report = semantic_scores(model, word_lists(model, "report", size.lists))
+    lists = {split: word_lists(model, split, size.lists) for split in ("selection", "report")}
+    select, report = (semantic_scores(model, of) for of in lists.values())
     k = min(SEMANTIC_K, model.n_layers * model.n_heads // 4)
     if k < 1:
         raise ModelError(f"{model.name} has too few heads for a control: {model.n_layers * model.n_heads}.")
@@ -281,10 +283,11 @@ def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
     return {
         "size": asdict(size),
         "ranking": ranking,
-        "selection": as_map(select, test=True),
-        "report": as_map(report, test=True),
+        "selection": as_map(select, lists["selection"].category),
+        "report": as_map(report, lists["report"].category),
         "rows": {"heads": ranking, "score": rounded(torch.stack([report[:, a, b] for a, b in ranking]))},
         "preference": rounded(preference),
+        "preference_of": categories(model, "report", size.preferences),
         "text_loss": rounded(losses),
     }
 
@@ -292,5 +295,5 @@ def semantic_content(model: Model, size: Size = FULL) -> dict[str, Any]:
 def study_semantic() -> Path:
     """Maps and ablation of the semantic heads (about 3 minutes)."""
     started, model = time.time(), load_subject()
-    content = part(model, "semantic", semantic_content, size_here())
+    content = part(model, "semantic lists", semantic_content, size_here())
     return write_table("heads_semantic", model, time.time() - started, **content)

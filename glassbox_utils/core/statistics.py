@@ -4,15 +4,15 @@ All statistics go through scipy.stats; this module only fixes the choices (95 %,
 bootstrap, a seed) in one place, and says them in one small result type. Units: losses are nats per token.
 
 What is resampled is the unit that varies: name pairs, templates, seeds (``cluster_bootstrap``, ``cluster_sign_flip_p``
-where cases share one). A share of few cases gets an exact interval (``exact_ci``), an overlap its base rate
-(``enrichment``), a score its reliability and the ceiling that follows from it (``reliability``). Every function raises
-StatisticsError for values that are not finite, too few, or of unequal length.
+where cases share one, ``clustered_ci`` where they share two). A share of few cases gets an exact interval
+(``exact_ci``), an overlap its base rate (``enrichment``), a score its reliability and the ceiling that follows from it
+(``reliability``). Every function raises StatisticsError for values that are not finite, too few, or of unequal length.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -346,6 +346,59 @@ def cluster_sign_flip_p(
     """Two-sided p-value of "the mean of paired differences is zero" where whole clusters change their sign together."""
     sums = np.array([group.sum() for group in _grouped(differences, clusters).values()])
     return permutation_test(sums, n_resamples=n_resamples, seed=seed)
+
+
+class Clustered(NamedTuple):
+    """Mean of every entry with interval and two-sided p-value, which agree: p < 0.05 where 95 % leaves 0 outside."""
+
+    mean: NDArray
+    low: NDArray
+    high: NDArray
+    p: NDArray
+
+
+def clustered_ci(values: ArrayLike | Tensor, *clusters: Sequence[Hashable] | NDArray, level: float = 0.95) -> Clustered:
+    """Mean over axis 0 of every entry where cases share what varies in one way or two, crossed: [n, ...] -> [...] each.
+
+    ``clusters``: for one way or two, the cluster of each case. 36 pairs of 6 men's and 6 women's jobs share both, and
+    are no 36 independent cases. A t-interval with the cluster-robust standard error, its degrees of freedom the smaller
+    number of clusters less one. Of two ways' variance and either way's the largest counts. Raises StatisticsError for
+    less than 2 clusters. Source: Cameron, Gelbach & Miller 2011 (doi 10.1198/jbes.2010.07136).
+    """
+    _check_resampling(level, 1, 0)
+    x = _rows(values)
+    if len(clusters) not in (1, 2):
+        raise StatisticsError(f"There are {len(clusters)} ways of clustering. Allowed: one or two.")
+    of = [_codes(names, len(x)) for names in clusters]
+    error = (x - x.mean(0)).reshape(len(x), -1)
+
+    def variance(codes: NDArray) -> NDArray:
+        k = int(codes.max()) + 1
+        sums = np.zeros((k, error.shape[1]))
+        np.add.at(sums, codes, error)
+        return k / (k - 1) * (sums**2).sum(0) / len(x) ** 2
+
+    each = [variance(codes) for codes in of]
+    if len(of) == 2:
+        both = _codes(list(zip(*(codes.tolist() for codes in of), strict=True)), len(x))
+        each.append(each[0] + each[1] - variance(both))
+    se = np.sqrt(np.max(each, axis=0)).reshape(x.shape[1:])
+    df, mean = min(int(codes.max()) for codes in of), x.mean(0)
+    reach = stats.t.ppf((1 + level) / 2, df) * se
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = np.where(se > 0, 2 * stats.t.sf(np.abs(mean) / se, df), np.where(mean == 0, 1.0, 0.0))
+    return Clustered(mean, mean - reach, mean + reach, p)
+
+
+def _codes(names: Sequence[Hashable] | NDArray, n: int) -> NDArray:
+    """Clusters as numbers from 0 on."""
+    names = list(names)
+    if len(names) != n:
+        raise StatisticsError(f"There are {n} values and {len(names)} names of clusters. Give one name a value.")
+    known = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if len(known) < 2:
+        raise StatisticsError(f"All {n} values are of one cluster ({names[0]!r}). Allowed: at least 2 clusters.")
+    return np.array([known[name] for name in names])
 
 
 def _grouped(values: ArrayLike | Tensor, clusters: Sequence[Hashable] | NDArray) -> dict[Hashable, NDArray]:

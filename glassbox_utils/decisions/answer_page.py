@@ -165,6 +165,7 @@ def render(
         reasons=[_field(found, test, ranks) for test in found.reasons],
         nearest=[_change(found, one) for one in (found.search.nearest if found.search else ())],
         ranges=_ranges(found, decision),
+        tried_how=_tried_how(found),
         swaps=[_swap(s) for s in found.swaps],
         impacts=[_impact(one) for one in found.impacts],
         has_text=any(isinstance(rule, Text) for rule in decision.fields.values()),
@@ -243,6 +244,14 @@ def _ranges(found: Answer, decision: Decision) -> str:
         number_like = isinstance(decision.fields[name], Number)
         said.append(f"{plain(name)} {values[0]} to {values[1]}{every}" if number_like else f"{plain(name)}: all values")
     return "; ".join(said)
+
+
+def _tried_how(found: Answer) -> str:
+    """How densely fields were tried: a long grid is tried in strides, and finely where the answer turns."""
+    strided = found.search and any(stride > 1 for stride in found.search.strides.values())
+    if not strided:
+        return "Every value of a field’s grid was tried"
+    return "Values were tried at the steps that are named, and all between two of them where the answer first turned"
 
 
 def _swap(s: Swap) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, PALETTE, RED
+from glassbox_utils.core.labels import name_points
 from glassbox_utils.core.statistics import Interval
 from glassbox_utils.decisions import outcomes
 from glassbox_utils.decisions.locate import TARGET, Point, k_for
@@ -283,7 +284,8 @@ def draw_frontier(found: Mapping[str, Outcome], plain: str = "as it is") -> Any:
         x, y = one.gap, one.merit
         bars: dict[str, Any] = {k: [[v.value - v.low], [v.high - v.value]] for k, v in (("xerr", x), ("yerr", y))}
         axis.errorbar(x.value, y.value, **bars, fmt="o", color=colour, ms=5, lw=0.7, label=f"{i} {name}")
-        axis.annotate(str(i), (x.value, y.value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    places = [(one.gap.value, one.merit.value) for one in found.values()]
+    name_points(axis, places, [str(i + 1) for i in range(len(places))], 3, fontsize=8)
     axis.axvline(0, color=GREY, lw=0.6)
     axis.set_xlabel("gap in approvals between the two groups, points (95 % interval over pairs of names)")
     axis.set_ylabel("share of decisions that are right")

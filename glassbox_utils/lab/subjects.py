@@ -23,9 +23,6 @@ REFUSED = "refused.json"
 NEEDS = "needs:"
 ABOUT = "about-embedded"
 
-BY_STUDY = ("studies/sae_meaning", "studies/explain_fidelity")
-"""tables that notebooks read and `glassbox prepare` does not make: each has its own command"""
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -100,12 +97,6 @@ def why_not(subject: Subject, needs: Iterable[str]) -> str:
     for name in (missing, missing.split("/")[-1], missing.split("/")[0]):
         if reason := known.get(_plain(name)):
             return f"{missing} can't be made for {subject.name}: {reason.rstrip('.')}."
-    if missing in BY_STUDY:
-        study = missing.removeprefix("studies/").replace("_", "-")
-        return (
-            f"{missing} was not made for {subject.name}, and `glassbox prepare` leaves it out. "
-            f"`glassbox study {study} --prepared {subject.folder}` makes it."
-        )
     return f"{missing} was not prepared for {subject.name}. `glassbox prepare {subject.model}` makes it."
 
 

@@ -244,4 +244,5 @@ def study_architectures() -> Path:
     )
 
 
-STUDIES_OF_MEANING = {"sae-meaning": study_meaning, "sae-architectures": study_architectures}
+STUDIES_OF_MEANING = {"sae-meaning": study_meaning}
+STUDIES_OF_ARCHITECTURES = {"sae-architectures": study_architectures}

@@ -11,6 +11,7 @@ from glassbox_utils.core.statistics import (
     bootstrap_ci,
     cluster_bootstrap,
     cluster_sign_flip_p,
+    clustered_ci,
     enrichment,
     exact_ci,
     mean_ci,
@@ -199,3 +200,53 @@ def test_bad_values_are_named(name):
     with pytest.raises(StatisticsError) as found:
         BAD[name]()
     assert "\n" not in str(found.value)
+
+
+def crossed(seed, rows=6, columns=6, of_rows=1.0, of_columns=1.0, noise=0.3):
+    """A grid of cases whose rows and columns have effects of their own, around zero."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0, of_rows, (rows, 1)) + rng.normal(0, of_columns, (1, columns))
+    values = values + rng.normal(0, noise, (rows, columns))
+    row, column = np.indices(values.shape)
+    return values.ravel(), row.ravel(), column.ravel()
+
+
+def test_an_interval_of_crossed_cases_covers_where_one_of_independent_cases_does_not():
+    naive = covered = 0
+    for seed in range(300):
+        values, row, column = crossed(seed)
+        found = clustered_ci(values, row, column)
+        covered += found.low <= 0 <= found.high
+        independent = bootstrap_ci(values, n_resamples=200)
+        naive += independent.low <= 0 <= independent.high
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)  # they say the same
+    assert covered >= 0.9 * 300 and naive < 0.7 * 300, (covered, naive)
+
+
+def test_one_way_and_single_cases_are_the_usual_t_interval():
+    x = np.random.default_rng(0).normal(1, 2, 30)
+    expected = stats.t.interval(0.95, 29, x.mean(), x.std(ddof=1) / np.sqrt(30))
+    found = clustered_ci(x, range(30))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert found.p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
+    thrice = clustered_ci(np.repeat(x, 3), np.repeat(np.arange(30), 3))  # copies of a case tell nothing new
+    assert (thrice.low, thrice.high) == pytest.approx(expected)
+
+
+def test_every_entry_of_a_map_is_treated_alone_and_constants_have_no_spread():
+    values, row, column = crossed(1)
+    table = np.stack([values, np.zeros_like(values), values + 9, np.ones_like(values)], 1).reshape(-1, 2, 2)
+    found = clustered_ci(table, row, column)
+    assert found.mean.shape == (2, 2) and found.low[0, 0] == pytest.approx(clustered_ci(values, row, column).low)
+    assert found.p[0, 1] == 1 and found.p[1, 1] == 0 and found.low[1, 1] == found.high[1, 1] == 1
+
+
+def test_bad_clusters_are_refused_in_words():
+    x = [1.0, 2.0, 3.0]
+    with pytest.raises(StatisticsError, match="3 values and 2 names"):
+        clustered_ci(x, [0, 1])
+    with pytest.raises(StatisticsError, match=r"one cluster \('a'\)"):
+        clustered_ci(x, ["a"] * 3)
+    for ways in ([], [[0, 1, 2]] * 3):
+        with pytest.raises(StatisticsError, match="one or two"):
+            clustered_ci(x, *ways)

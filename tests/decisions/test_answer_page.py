@@ -78,6 +78,14 @@ def test_the_page_says_what_was_measured(found, page):
     assert "Free text decides" not in words and "Who is asking decides" not in words
 
 
+def test_how_densely_the_values_were_tried_is_said(found, page):
+    assert "Every value of a field’s grid was tried" in page and "steps;" not in page
+    coarse = answer.measured(clerk, HIRING, case_of(), n=120, most=8)
+    words = " ".join(answer_page.render(replace(coarse, attention=found.attention), HIRING, {}, "x").split())
+    assert "Every value of a" not in words and re.search(r"test \d+ to \d+, every \d+ steps", words)
+    assert "at the steps that are named, and all between two of them where the answer first turned" in words
+
+
 def test_a_text_that_turns_the_decision_is_in_the_headline():
     odd = answered(last_post="spotless wizard", experience=4)
     words = said(answer_page.render(odd, HIRING, {}, "x"))
