@@ -35,8 +35,8 @@ class Swap:
     female: str
 
 
-def swaps(split: Split) -> list[Swap]:
-    """All pronoun-swapped pairs of a split: occupation x occupation x order x template (432 pairs)."""
+def swaps(split: Split | Literal["fresh"]) -> list[Swap]:
+    """All pronoun-swapped pairs of a split: occupation x occupation x order x template (432 pairs; fresh: 1,728)."""
     content, made = read_prompts("occupations"), []
     for male, female in itertools.product(content["male"][split], content["female"][split]):
         for template, (a, b) in itertools.product(content["pair_templates"], ((male, female), (female, male))):
@@ -172,7 +172,7 @@ def by_job(values: NDArray, choice: PronounChoice) -> NDArray:
 
 
 def pronoun_effects(
-    model: Model, split: Split = "report", layers: Sequence[int] | None = None, units: int = 36
+    model: Model, split: Choice = "report", layers: Sequence[int] | None = None, units: int = 36
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Who makes the pronoun follow the stereotype? Three arrays over units: the gap in logits [unit], how much
     of it goes when one head is mean-ablated [unit, layer, head], and its direct contribution [unit, layer, head].
@@ -190,7 +190,7 @@ def pronoun_effects(
     )
 
 
-def pronoun_effects_guessed(model: Model, split: Split = "selection", units: int = 36) -> NDArray:
+def pronoun_effects_guessed(model: Model, split: Choice = "selection", units: int = 36) -> NDArray:
     """First-order guess of how much of the gap goes with each head [unit, layer, head]: cheap, for choosing heads."""
     choice = pronoun_choice(model, split, units)
     reference = head_means(model, [choice.batch])

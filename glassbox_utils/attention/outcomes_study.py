@@ -96,19 +96,22 @@ def bias_chosen(model: Model, units: int = FULL.units) -> list[Head]:
 
 
 def bias_acts(model: Model, units: int = FULL.units) -> dict[str, Any]:
-    """Pronoun choice after one occupation, report prompts: exact mean ablation of every head, direct attribution."""
-    gap, ablated, direct = pronoun_effects(model, "report", units=units)
-    guess = pronoun_effects_guessed(model, "report", units)
-    shared = of_units(pronoun_choice(model, "report", units))
+    """Pronoun choice after one occupation, fresh prompts: exact mean ablation of every head, direct attribution.
+
+    Pairs of jobs are what varies. The templates are the same for each, and no claim goes beyond them.
+    """
+    gap, ablated, direct = pronoun_effects(model, "fresh", units=units)
+    guess = pronoun_effects_guessed(model, "fresh", units)
+    jobs = of_units(pronoun_choice(model, "fresh", units))[0]
     return {
         "gap": rounded(gap),
-        "ablation": as_map(ablated, *shared),
-        "direct": as_map(direct, *shared),
+        "ablation": as_map(ablated, jobs),
+        "direct": as_map(direct, jobs),
         "gradient_agreement": asdict(spearman(guess.mean(0), ablated.mean(0)).rho),
     }
 
 
-def asked(model: Model, split: heads.Split) -> list[Swap]:
+def asked(model: Model, split: heads.Split | Literal["fresh"]) -> list[Swap]:
     """The pairs that can be patched and read: as many tokens with either pronoun, and two occupations that begin with
     different tokens. ModelError where the tokenizer leaves fewer than two."""
     pairs = swaps(split)
@@ -130,11 +133,11 @@ def jobs_of(pairs: Sequence[Swap]) -> tuple[list[str], list[str]]:
 
 
 def bias_refers(model: Model, n: int) -> dict[str, Any]:
-    """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on report pairs."""
+    """Who was meant? Pronoun-swap patching: first-order on selection pairs, exact on twice as many of fresh jobs."""
     chosen = heads.shuffled(asked(model, "selection"), n, seed=3)
     total, guess = referent_patching(model, chosen, "gradient")
     result = {"selection": {"total": rounded(total), "effect": as_map(guess, *jobs_of(chosen))}}
-    reported = heads.shuffled(asked(model, "report"), n, seed=4)
+    reported = heads.shuffled(asked(model, "fresh"), 2 * n, seed=4)
     total, effect = referent_patching(model, reported, "exact")
     _, guess = referent_patching(model, reported, "gradient")
     agreement = spearman(guess.mean(0), effect.mean(0))
@@ -148,8 +151,8 @@ def bias_parts(model: Model, size: Size) -> dict[str, Any]:
     return {
         "looks": part(model, "stereotype: looks", bias_looks, size.swaps, size.schemas),
         "chosen": part(model, "stereotypes: chosen", bias_chosen, size.units),
-        "acts": part(model, "stereotype: acts", bias_acts, size.units),
-        "refers": part(model, "stereotype: refers", bias_refers, size.referents),
+        "acts": part(model, "stereotype: acts, fresh", bias_acts, 2 * size.units),
+        "refers": part(model, "stereotype: refers, fresh", bias_refers, size.referents),
     }
 
 
