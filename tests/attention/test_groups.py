@@ -30,6 +30,26 @@ def test_an_attention_gap_turns_round_with_the_roles(words):
     assert bias.winobias_gap(words, schemas).isfinite().all()
 
 
+def test_what_cases_share_is_known_in_the_order_of_the_cases(words):
+    pairs = bias.swaps("fresh")[::7]
+    jobs = bias.job_pairs(pairs)
+    means = bias.by_occupations(torch.tensor([[float(len(p.male)), float(len(p.female))] for p in pairs]), pairs)
+    assert means.tolist() == [[len(male), len(female)] for male, female in jobs] and len(set(jobs)) == len(jobs)
+    choice = bias.pronoun_choice(words, "fresh", 36)
+    job, template = bias.of_units(choice)
+    texts = [t for t, male in zip(choice.texts, choice.is_male, strict=True) if male]
+    content = heads.read_prompts("occupations")
+    expected = [
+        content["fresh_templates"][t].format(a=content["male"]["fresh"][j]) for j, t in zip(job, template, strict=True)
+    ]
+    assert texts == expected
+    lists = semantic.word_lists(words, "report", 9)
+    assert lists.category == semantic.categories(words, "report", 9)
+    schemas = bias.winobias(1, "dev")
+    kept = [s for *_, s in bias.until_pronoun(schemas)]
+    assert 0 < len(kept) < len(schemas) and len(bias.winobias_gap(words, kept[:4])) == 4
+
+
 def test_first_order_patching_is_near_the_exact_one_in_rank(words):
     pairs = bias.swaps("report")[:3]
     total, exact = bias.referent_patching(words, pairs, "exact")

@@ -48,7 +48,11 @@ def test_every_study_of_the_heads_runs_on_a_gpt2_shaped_model(tmp_path, monkeypa
         assert maps["size"]["rows"] == SMALL.rows < study.FULL.rows
         assert len(table["curve"]["random"]) == len(table["curve"]["matched"]) == SMALL.draws
         bias, after = read_table("heads_bias"), read_table("heads_outcomes")
-        assert len(bias["acts"]["gap"]) == SMALL.units and len(after["outcomes"]["report"][0]) == 4
+        assert len(bias["acts"]["gap"]) == 2 * SMALL.units and len(after["outcomes"]["report"][0]) == 4
+        maps = [bias["looks"]["report"], bias["looks"]["winobias_test"], bias["acts"]["ablation"]]
+        maps += [bias["refers"]["report"]["effect"], read_table("heads_semantic")["report"]]
+        for found in maps:  # every map of cases that share something says how much of it there is
+            assert all(2 <= k <= found["n"] for k in found["clusters"]) and np.shape(found["q"]) == (LAYERS, HEADS)
         found = {name: {tuple(h) for h in members} for name, members in after["sets"].items()}
         chosen = set().union(*(members for name, members in found.items() if not name.startswith("random")))
         drawn = {name: members for name, members in found.items() if name.startswith("random")}
