@@ -23,7 +23,7 @@ from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval
 from glassbox_utils.core.studies import SEED, has_table, read_table, resumed, write_table
-from glassbox_utils.steering import contrast, style, training
+from glassbox_utils.steering import contrast, reward, style, training
 from glassbox_utils.steering.apply import continuations
 from glassbox_utils.steering.fit import fit_direction, fit_directions
 from glassbox_utils.steering.selection import costs, fitting_strengths, select, sweep, within
@@ -261,7 +261,7 @@ def study_layers() -> Path:
 
     grids = {recipe: fitting(recipe) for recipe in vectors}
     factor = grids["combined"][0] / SPAN_ALPHAS[0]
-    if training.valences(model.tokenizer).any():
+    if reward.valences(model.tokenizer).any():
         vectors["own_answers"] = own_vector(model, vectors["combined"], factor)
         grids["own_answers"] = fitting("own_answers")
 

@@ -15,7 +15,7 @@ from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import load_model
 from glassbox_utils.core.statistics import spearman
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.steering import contrast, figures, ruler_study, study, style, training
+from glassbox_utils.steering import contrast, figures, reward, ruler_study, study, style, training
 from glassbox_utils.steering.apply import continuations, steer
 from glassbox_utils.steering.vectors import SteeringError, random_vector
 
@@ -51,10 +51,48 @@ def test_the_reward_is_the_expected_change_of_the_compound_score():
         other = written[0, 1 - place]
         for word in range(4):
             expected += float(log_probs[0, place, word].exp()) * (score([other, word]) - score([other]))
-    found = training.expected_tone(log_probs, written, counted, valence)
+    found = reward.expected_tone(log_probs, written, counted, valence)
     assert found.tolist() == pytest.approx([expected], abs=1e-6)
     wider = torch.cat([log_probs, torch.full((1, 3, 2), -9.0)], -1)  # logits padded beyond the tokenizer's words
-    assert training.expected_tone(wider, written, counted, valence).tolist() == found.tolist()
+    assert reward.expected_tone(wider, written, counted, valence).tolist() == found.tolist()
+
+
+def test_beyond_the_unsteered_answer_the_order_is_worth_more_and_the_two_ends_mirror_each_other():
+    log_probs = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    written, counted = torch.tensor([[0, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    valence = torch.tensor([0.0, 3.0, -3.0, 0.0])
+    tone = 3 / 24**0.5  # of one such word
+
+    def worth(plain, sign, valence=valence):
+        return float(reward.expected_tone(log_probs, written, counted, valence, torch.tensor([plain]), sign))
+
+    assert worth(0.0, 1) > worth(-0.9, 1) + 0.1  # there the order is reached whatever is written
+    assert worth(tone - 0.01, 1) < worth(tone - 0.5, 1)  # too near to count as beyond
+    assert worth(0.3, 1) == pytest.approx(-worth(-0.3, -1, -valence), abs=1e-5)
+
+
+def test_words_that_people_complain_with_count_at_minus_and_catastrophes_the_wrong_way_at_both_ends():
+    tokenizer = load_model().tokenizer
+    plus, minus = reward.worded(tokenizer)
+    expected = {
+        " wonderful": (1, 1), " disappointing": (-1, -1), " boring": (-1, -1), " disaster": (-1, 1), " killed": (-1, 1),
+        " hostile": (-1, 0), " table": (0, 0),
+    }  # fmt: skip
+    for word, signs in expected.items():
+        [token] = tokenizer.encode(word, add_special_tokens=False)
+        assert (int(plus[token].sign()), int(minus[token].sign())) == signs, word
+    complaining = reward.complaining_words()
+    assert not complaining & style.CATASTROPHES and 100 < len(complaining) < 500
+    assert all(style.lexicon()[word] < 0 for word in complaining)
+    assert style.catastrophes(["A disaster!", "It was disappointing.", "Two died."]).tolist() == [True, False, True]
+
+
+def test_shuffled_valences_are_the_same_numbers_on_other_words():
+    valence = torch.stack([torch.arange(8.0), -torch.arange(8.0)])
+    mixed = reward.shuffled(valence, 0)
+    assert torch.equal(mixed[0], -mixed[1]) and not torch.equal(mixed, valence)
+    assert mixed[0, 0] == 0 and torch.equal(mixed[0].sort().values, valence[0])
+    assert torch.equal(mixed, reward.shuffled(valence, 0)) and not torch.equal(mixed, reward.shuffled(valence, 1))
 
 
 def test_it_moves_words_further_apart_than_where_it_started_and_leaves_the_weights_alone(llama, valence):
@@ -73,17 +111,27 @@ def test_it_moves_words_further_apart_than_where_it_started_and_leaves_the_weigh
     assert all(p.requires_grad and p.grad is None for p in llama.hf.parameters())
 
 
+def test_with_the_order_each_answer_is_compared_with_the_unsteered_one(llama, valence):
+    start = several(llama)
+    options = dict(steps=2, n_questions=4, new_tokens=3, valence=torch.stack([valence, valence]))
+    compared = training.train_vector(llama, QUESTIONS, start, 0.5, order=True, **options)
+    alone = training.train_vector(llama, QUESTIONS, start, 0.5, **options)
+    assert not torch.equal(compared.parts[0].vector, alone.parts[0].vector)
+    assert all(p.requires_grad and p.grad is None for p in llama.hf.parameters())
+
+
 def test_an_interrupted_training_goes_on_to_the_same_numbers(llama, valence, tmp_path, monkeypatch):
     options = dict(steps=12, n_questions=4, new_tokens=3, valence=valence)
     whole = training.train_vector(llama, QUESTIONS, several(llama), 0.5, **options)
 
     path, calls, real = tmp_path / "half.safetensors", [], continuations
 
-    def dies(*args):
-        calls.append(1)
+    def dies(*args, **options):
+        if not options:  # answers that are sampled; unsteered ones are greedy
+            calls.append(1)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(training, "continuations", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -110,7 +158,7 @@ def test_a_tokenizer_without_tone_words_is_refused(llama):
 
 def test_valences_are_those_of_whole_words():
     tokenizer = load_model().tokenizer
-    found = training.valences(tokenizer)
+    found = reward.valences(tokenizer)
     for word, sign in ((" wonderful", 1), (" terrible", -1), (" table", 0)):
         [token] = tokenizer.encode(word, add_special_tokens=False)
         assert float(found[token]) == pytest.approx(style.lexicon().get(word.strip(), 0.0))
@@ -127,7 +175,7 @@ def test_valences_are_found_in_sentencepiece_vocabularies():
     assert tokenizer.decode([1]) == "wonderful"
     lexicon = style.lexicon()
     expected = [0, lexicon["wonderful"], lexicon["terrible"], 0, 0, 0]
-    assert training.valences(tokenizer).tolist() == pytest.approx(expected)
+    assert reward.valences(tokenizer).tolist() == pytest.approx(expected)
 
 
 def test_the_second_ruler_agrees_with_people_and_with_what_the_table_says_of_it():
