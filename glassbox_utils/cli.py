@@ -216,10 +216,10 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
     from glassbox_utils.saes.meaning_study import STUDIES_OF_MEANING
-    from glassbox_utils.steering.controls_study import STUDIES_OF_DIALS
+    from glassbox_utils.steering.order_study import STUDIES_OF_ORDER
 
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING, **STUDIES_OF_DIALS}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_MEANING, **STUDIES_OF_ORDER}
     return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE, **STUDIES_OF_ANSWERS}
 
 

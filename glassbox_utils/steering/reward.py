@@ -22,6 +22,10 @@ LEAST, RATIO = 4, 2.0
 """a word that people complain with: in at least so many complaints, and so many times as common as in praise"""
 CHARGE = 4.0
 """valence that a catastrophe counts with at either end: the lexicon's largest, always the wrong way"""
+FLOOR = 0.05
+"""an answer with less of a chance to be in order counts as if it had this one"""
+TONE, STEP = 0.25, 0.15
+"""beside the chance: what a point of the compound score is worth, and how soft the step is"""
 MARGIN, WIDTH, ORDER = 0.2, 0.1, 1.0
 """an answer is in order from MARGIN beyond the unsteered one on; how soft that step is; what it is worth, where a
 point of the compound score is worth 1"""
@@ -43,11 +47,12 @@ def whole_words(tokenizer: Any) -> list[str]:
 
 
 @cache
-def complaining_words() -> frozenset[str]:
+def complaining_words(least: int = LEAST, ratio: float = RATIO, clear: float = 0.0) -> frozenset[str]:
     """The lexicon's dark words that people complain with in rated sentences on products and films.
 
-    In at least LEAST sentences that people rated below DARK, and RATIO times as common there as in those above BRIGHT;
-    no catastrophe. Only which words occur is read of the sentences, of which the second ruler read a part.
+    In at least ``least`` sentences that people rated below DARK, and ``ratio`` times as common there as in those above
+    BRIGHT; of a valence of at most ``clear`` (below -1.2 leaves out "no", which a loop of noes would live on); no
+    catastrophe. Only which words occur is read of the sentences, of which the second ruler read a part.
     """
     lexicon = style.lexicon()
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
@@ -58,21 +63,24 @@ def complaining_words() -> frozenset[str]:
                 dark = bool(rating < DARK)
                 n[dark] += 1
                 counts[dark].update({w for w in style.words(text) if lexicon.get(w, 0.0) < 0})
-    often = {w for w, k in counts[True].items() if k >= LEAST and k / n[True] >= RATIO * counts[False][w] / n[False]}
-    return frozenset(often - style.CATASTROPHES)
+    often = {w for w, k in counts[True].items() if k >= least and k / n[True] >= ratio * counts[False][w] / n[False]}
+    return frozenset({w for w in often if lexicon[w] <= clear} - style.CATASTROPHES)
 
 
-def worded(tokenizer: Any) -> Float[Tensor, "end vocabulary"]:
+def worded(
+    tokenizer: Any, least: int = LEAST, ratio: float = RATIO, clear: float = 0.0, charge: float = CHARGE
+) -> Float[Tensor, "end vocabulary"]:
     """What each token counts at the two ends, plus and minus.
 
-    Plus: the lexicon's valence. Minus: that of bright words and of ``complaining_words``; nothing for other dark
-    words. A catastrophe counts CHARGE the wrong way at both ends.
+    Plus: the lexicon's valence. Minus: that of bright words and of the ``complaining_words`` that the
+    other options choose; nothing for other dark words. A catastrophe counts ``charge`` the wrong way at both ends.
     """
     words, valence = whole_words(tokenizer), valences(tokenizer)
     catastrophe = torch.tensor([w in style.CATASTROPHES for w in words])
-    other = torch.tensor([w not in complaining_words() for w in words]) & (valence < 0)
+    complaining = complaining_words(least, ratio, clear)
+    other = torch.tensor([w not in complaining for w in words]) & (valence < 0)
     plus, minus = valence.clone(), valence.masked_fill(other, 0.0)
-    plus[catastrophe], minus[catastrophe] = -CHARGE, CHARGE
+    plus[catastrophe], minus[catastrophe] = -charge, charge
     return torch.stack([plus, minus])
 
 
@@ -118,3 +126,35 @@ def expected_tone(
     toned = valence.nonzero().squeeze(-1)  # not a mask: logits may be wider than the tokenizer's vocabulary
     gain = worth(others + valence[toned]) - worth(others)
     return ((log_probs[..., toned].exp() * gain).sum(-1) * counted).sum(-1)
+
+
+def likely_order(
+    log_probs: Float[Tensor, "batch token vocabulary"],
+    written: Float[Tensor, "batch token"],
+    counted: Float[Tensor, "batch token"],
+    valence: Float[Tensor, " vocabulary"],
+    plain: Float[Tensor, " batch"],
+    sign: int,
+) -> Float[Tensor, " batch"]:
+    """Like ``expected_tone``, but what grows is the logarithm of each answer's chance to be in order.
+
+    In order: MARGIN beyond the ``plain`` answer's tone, above for ``sign`` 1 and below for -1. Because of the
+    logarithm an answer that is hardly ever in order pulls up to 1 / FLOOR times as hard as one that always is: what
+    counts is the share of the questions, not how far some of them go.
+    """
+    toned = valence.nonzero().squeeze(-1)
+    said = (written[..., None] == toned) & counted.bool()[..., None]  # [batch, token, toned word]
+    elsewhere = said.sum(1, keepdim=True) - said.long() > 0  # a word that is said twice counts once
+    others = (elsewhere * valence[toned]).sum(-1)
+    total = (said.any(1) * valence[toned]).sum(-1, keepdim=True)
+
+    def worth(totals: Tensor) -> Tensor:
+        beyond = sign * (squashed(totals) - plain.view(-1, *[1] * (totals.ndim - 1)))
+        return ((beyond - MARGIN) / STEP).sigmoid() + TONE * beyond
+
+    without = worth(others)
+    gain = worth(others[..., None] + valence[toned] * ~elsewhere) - without[..., None]
+    redrawn = without + (log_probs[..., toned].exp() * gain).sum(-1)  # what the answer is worth with one word redrawn
+    changes = ((redrawn - worth(total)) * counted).sum(-1)
+    chance = (worth(total).squeeze(-1) + changes).detach().clamp(FLOOR, 1.0)
+    return (redrawn * counted).sum(-1) / chance

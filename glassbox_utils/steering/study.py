@@ -164,17 +164,25 @@ def random_effects(
 
 
 def tone_vector(
-    model: Model, n_resamples: int = 100, recipe: Any = "combined", n_pairs: int | None = None
+    model: Model,
+    n_resamples: int = 100,
+    recipe: Any = "combined",
+    n_pairs: int | None = None,
+    swapped: int | None = None,
 ) -> ControlVector:
     """The tone direction after each layer of SPAN, over the tokens of the sentences as answers.
 
-    ``recipe``: a method of ``fit.fit_directions``; ``n_pairs``: from the first few pairs only.
+    ``recipe``: a method of ``fit.fit_directions``; ``n_pairs``: from the first few pairs only. ``swapped``: a control,
+    in which half of the pairs, drawn with this seed, have their sides swapped.
     """
     first, end = (round(share * model.n_layers) for share in SPAN)
     first = min(max(1, first), model.n_layers - 1)
     layers = range(first, max(first + 1, end))
     options: dict[str, Any] = {"layers": layers, "name": "tone", "n_resamples": n_resamples, "seed": SEED}
     positive, negative = (side[:n_pairs] for side in tone_answers())
+    if swapped is not None:
+        for i in np.random.default_rng(swapped).permutation(len(positive))[: len(positive) // 2]:
+            positive[i], negative[i] = negative[i], positive[i]
     found = fit_directions(model, positive, negative, recipe, system=NO_SYSTEM, **options)
     return ControlVector(tuple(found[layer] for layer in layers))
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from glassbox_utils.core.text import Batch
 from glassbox_utils.steering import contrast
 from glassbox_utils.steering.apply import check_direction, continuations
 from glassbox_utils.steering.contrast import Text, answer_batch
-from glassbox_utils.steering.reward import expected_tone, squashed, valences
+from glassbox_utils.steering.reward import expected_tone, likely_order, squashed, valences
 from glassbox_utils.steering.vectors import ControlVector, Direction, SteeringError, Vector, fingerprint, parts_of
 
 
@@ -96,7 +96,7 @@ def train_vector(
     model: Model,
     questions: Sequence[str],
     start: ControlVector,
-    alpha: float,
+    alpha: float | tuple[float, float],
     *,
     steps: int = 40,
     n_questions: int = 30,
@@ -107,16 +107,17 @@ def train_vector(
     system: str | None = None,
     seed: int = 0,
     valence: Float[Tensor, " vocabulary"] | Float[Tensor, "end vocabulary"] | None = None,
-    order: bool = False,
+    order: bool | Literal["likely"] = False,
     checkpoint: Path | None = None,
 ) -> ControlVector:
     """Train a vector, of many layers or of one, on the model's own answers, from ``start``, for pushes of ±alpha.
 
     Each step samples answers to some of the questions under +alpha and -alpha, and moves the unit vectors of all
     layers (Adam; the rate falls over the second half) so that ``reward.expected_tone`` grows under plus and falls
-    under minus; with ``order`` each answer is compared with the unsteered one to its question. ``divergence`` is the
-    price of a nat of Kullback-Leibler divergence from the unsteered model, summed over an answer. ``valence``: of each
-    token, or of each token at the ends plus and minus; ``reward.valences`` if not given. The weights stay as they are.
+    under minus; with ``order`` each answer is compared with the unsteered one to its question; with "likely" what
+    grows is ``reward.likely_order``. ``alpha``: of both ends, or of plus and of minus. ``divergence`` is the price of
+    a nat of Kullback-Leibler divergence from the unsteered model, summed over an answer. ``valence``: of each token,
+    or of each token at the ends plus and minus; ``reward.valences`` if not given. The weights stay as they are.
     ``checkpoint``: a file that is written every ten steps, and that an interrupted run goes on from.
 
     Raises SteeringError if no token has a valence or a number makes no sense. On-policy training of a vector, in the
@@ -130,7 +131,11 @@ def train_vector(
         ("steps", steps, 1), ("n_questions", n_questions, 1), ("new_tokens", new_tokens, 1), ("seed", seed, 0),
     ):  # fmt: skip
         whole(name, value, least, SteeringError)
-    number("alpha", alpha, SteeringError, above=0)
+    pushes = alpha if isinstance(alpha, tuple) and len(alpha) == 2 else (alpha, alpha)
+    for push in pushes:
+        number("alpha", push, SteeringError, above=0)
+    if order not in (True, False, "likely"):
+        raise SteeringError(f"order is {shown(order)}. Allowed: False, True, or 'likely'.")
     number("learning_rate", learning_rate, SteeringError, above=0)
     number("divergence", divergence, SteeringError, least=0)
     number("temperature", temperature, SteeringError, least=0)
@@ -160,7 +165,7 @@ def train_vector(
             group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
         rng, now = np.random.default_rng([seed, step]), trained()
         asked = [questions[i] for i in rng.permutation(len(questions))[:n_questions]]
-        settings = [(now, s * alpha) for s in (1, -1) for _ in asked]
+        settings = [(now, push) for push in (pushes[0], -pushes[1]) for _ in asked]
         answers = continuations(
             model, asked * 2, settings, new_tokens, 100, temperature, int(rng.integers(2**31)), system, "answers"
         )
@@ -173,14 +178,61 @@ def train_vector(
                 for q, a in zip(asked, said, strict=True)
                 if a.strip() and unsteered.get(q, "-").strip()
             ]
-            pushed = partial(_pushed, model, parts, vector, sign * alpha)
+            pushed = partial(_pushed, model, parts, vector, pushes[0] if sign > 0 else -pushes[1])
             with frozen_weights(model):
-                backward(model, rows, ends, sign, divergence, pushed, system=system, weight=0.5 / len(asked))
+                options: dict[str, Any] = {"system": system, "weight": 0.5 / len(asked), "likely": order == "likely"}
+                backward(model, rows, ends, sign, divergence, pushed, **options)
         optimiser.step()
         optimiser.zero_grad()
         if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):
             checkpoints.write(checkpoint, run, {"vector": vector}, optimiser, step + 1)
     return trained()
+
+
+def train_on_answers(
+    model: Model,
+    plus: Sequence[Text],
+    minus: Sequence[Text],
+    start: ControlVector,
+    alpha: tuple[float, float],
+    *,
+    steps: int = 40,
+    n_texts: int = 12,
+    learning_rate: float = 0.01,
+    system: str | None = None,
+    seed: int = 0,
+) -> ControlVector:
+    """Train the unit vectors of all layers together on given answers, from ``start``, for pushes of +alpha and -alpha.
+
+    Each step reads ``n_texts`` answers of either side and lowers their loss (nats a token), of ``plus`` under
+    ``alpha[0]`` and of ``minus`` under ``-alpha[1]``; Adam, and the rate falls over the second half. As
+    ``train_direction``, of several layers. SteeringError for no text, or a number that makes no sense.
+    """
+    sides = [contrast.check_texts(name, texts) for name, texts in (("plus", plus), ("minus", minus))]
+    for name, value in (("steps", steps), ("n_texts", n_texts)):
+        whole(name, value, 1, SteeringError)
+    for push in alpha:
+        number("alpha", push, SteeringError, above=0)
+    number("learning_rate", learning_rate, SteeringError, above=0)
+    parts = parts_of(start)
+    for part in parts:
+        check_direction(model, part)
+    vector = beside(torch.stack([part.vector for part in parts]).float(), model.device).clone().requires_grad_()
+    optimiser = torch.optim.Adam([vector], lr=learning_rate, betas=(0.9, 0.99))
+    for step in progress(range(steps), "training a vector on given answers"):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
+        rng = np.random.default_rng([seed, step])
+        for texts, push in zip(sides, (alpha[0], -alpha[1]), strict=True):
+            here = [texts[i] for i in rng.permutation(len(texts))[:n_texts]]
+            batch, mask = answer_batch(model, here, system)
+            with frozen_weights(model), torch.enable_grad(), _pushed(model, parts, vector, push):
+                answer_nats(model, batch, mask).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    unit = like(torch.nn.functional.normalize(vector.detach(), dim=-1), parts[0].vector)
+    about: dict[str, Any] = {"method": "answers", "stability": None, "coordinates": (0.0, 0.0)}
+    return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
 
 
 Row = tuple[str, str, str | None]
@@ -198,11 +250,13 @@ def backward(
     *,
     system: str | None,
     weight: float,
+    likely: bool = False,
 ) -> None:
     """Add the gradient of the reward of some answers, at one end of the dial, to whatever ``changed`` trains.
 
     The loss, times ``weight``: ``divergence`` times the Kullback-Leibler divergence of each answer's words from the
-    model inside ``unchanged``, nats, minus ``sign`` times ``reward.expected_tone``.
+    model inside ``unchanged``, nats, minus ``sign`` times ``reward.expected_tone``; or minus ``reward.likely_order``
+    where ``likely``.
     """
     valence = ends[0 if sign > 0 else 1]
     longest_answer = max((len(model.tokenizer(answer)["input_ids"]) for _, answer, _ in rows), default=0)
@@ -220,8 +274,11 @@ def backward(
         with torch.enable_grad(), changed():
             log_probs = _log_probs(model, batch, longest)
             nats = ((log_probs.exp() * (log_probs - before)).sum(-1) * counted).sum(-1)
-            loss = divergence * nats - sign * expected_tone(log_probs, written, counted, valence, plain, sign)
-            (weight * loss.sum()).backward()
+            if likely and plain is not None:
+                gained = likely_order(log_probs, written, counted, valence, plain, sign)
+            else:
+                gained = sign * expected_tone(log_probs, written, counted, valence, plain, sign)
+            (weight * (divergence * nats - gained).sum()).backward()
 
 
 def _compound(

@@ -87,6 +87,33 @@ def test_words_that_people_complain_with_count_at_minus_and_catastrophes_the_wro
     assert style.catastrophes(["A disaster!", "It was disappointing.", "Two died."]).tolist() == [True, False, True]
 
 
+def test_fewer_words_are_complaints_the_more_is_asked_of_them():
+    many, clear = reward.complaining_words(2, 1.0), reward.complaining_words(2, 1.0, -1.5)
+    assert "no" in many and "no" not in clear and {"awful", "boring", "rude"} <= many
+    assert clear < many and reward.complaining_words() < many
+    assert all(style.lexicon()[word] <= -1.5 for word in clear) and not many & style.CATASTROPHES
+
+
+def test_the_likely_order_is_worth_what_one_redrawn_word_changes_and_pulls_most_where_it_is_missing():
+    log_probs = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1).requires_grad_()
+    valence, written = torch.tensor([0.0, 2.0, -2.0, 0.0, 1.0]), torch.tensor([[1, 1, 2]])
+    counted = torch.tensor([[True, True, False]])  # the last token is padding
+
+    def worth(words, plain, sign):
+        s = sum(float(valence[w]) for w in set(words))  # a word that is said twice counts once
+        beyond = sign * (s / (s * s + 15) ** 0.5 - plain)
+        return 1 / (1 + np.exp(-(beyond - reward.MARGIN) / reward.STEP)) + reward.TONE * beyond
+
+    for plain, sign in ((0.0, 1), (0.9, 1), (0.0, -1)):
+        redrawn = [sum(float(log_probs[0, t, w].exp()) * worth([1, w], plain, sign) for w in range(5)) for t in (0, 1)]
+        now = worth([1, 1], plain, sign)
+        chance = np.clip(now + sum(r - now for r in redrawn), reward.FLOOR, 1)
+        found = reward.likely_order(log_probs, written, counted, valence, torch.tensor([plain]), sign)
+        assert found.tolist() == pytest.approx([sum(redrawn) / chance], abs=1e-5)
+        [slope] = torch.autograd.grad(found.sum(), log_probs)
+        assert sign * float(slope[0, 0, 2]) < 0 and not slope[0, 2].any()
+
+
 def test_shuffled_valences_are_the_same_numbers_on_other_words():
     valence = torch.stack([torch.arange(8.0), -torch.arange(8.0)])
     mixed = reward.shuffled(valence, 0)
@@ -118,6 +145,20 @@ def test_with_the_order_each_answer_is_compared_with_the_unsteered_one(llama, va
     alone = training.train_vector(llama, QUESTIONS, start, 0.5, **options)
     assert not torch.equal(compared.parts[0].vector, alone.parts[0].vector)
     assert all(p.requires_grad and p.grad is None for p in llama.hf.parameters())
+
+
+def test_the_two_ends_may_be_pushed_unequally_far(llama, valence):
+    options = dict(steps=2, n_questions=4, new_tokens=3, valence=valence, order="likely")
+    same, alike, longer = (
+        training.train_vector(llama, QUESTIONS, several(llama), alpha, **options).parts[0].vector
+        for alpha in (0.5, (0.5, 0.5), (0.5, 0.8))
+    )
+    assert torch.equal(same, alike) and not torch.equal(same, longer)
+    for wrong in ((0.5, 0.0), (0.5, 0.5, 0.5)):
+        with pytest.raises(SteeringError, match="alpha"):
+            training.train_vector(llama, QUESTIONS, several(llama), wrong, **options)
+    with pytest.raises(SteeringError, match="order is 'often'. Allowed"):
+        training.train_vector(llama, QUESTIONS, several(llama), 0.5, **(options | {"order": "often"}))
 
 
 def test_an_interrupted_training_goes_on_to_the_same_numbers(llama, valence, tmp_path, monkeypatch):
