@@ -12,6 +12,7 @@ from worded import build, logits, several
 
 from glassbox_utils.core import studies
 from glassbox_utils.core.devices import result
+from glassbox_utils.core.losses import answer_losses
 from glassbox_utils.core.models import load_model
 from glassbox_utils.core.statistics import spearman
 from glassbox_utils.core.text import tokenize
@@ -105,7 +106,9 @@ def test_the_likely_order_is_worth_what_one_redrawn_word_changes_and_pulls_most_
         return 1 / (1 + np.exp(-(beyond - reward.MARGIN) / reward.STEP)) + reward.TONE * beyond
 
     for plain, sign in ((0.0, 1), (0.9, 1), (0.0, -1)):
-        redrawn = [sum(float(log_probs[0, t, w].exp()) * worth([1, w], plain, sign) for w in range(5)) for t in (0, 1)]
+        redrawn = [
+            sum(float(log_probs[0, t, w].detach().exp()) * worth([1, w], plain, sign) for w in range(5)) for t in (0, 1)
+        ]
         now = worth([1, 1], plain, sign)
         chance = np.clip(now + sum(r - now for r in redrawn), reward.FLOOR, 1)
         found = reward.likely_order(log_probs, written, counted, valence, torch.tensor([plain]), sign)
@@ -157,8 +160,29 @@ def test_the_two_ends_may_be_pushed_unequally_far(llama, valence):
     for wrong in ((0.5, 0.0), (0.5, 0.5, 0.5)):
         with pytest.raises(SteeringError, match="alpha"):
             training.train_vector(llama, QUESTIONS, several(llama), wrong, **options)
-    with pytest.raises(SteeringError, match="order is 'often'. Allowed"):
+    with pytest.raises(SteeringError, match=r"order is 'often'\. Allowed"):
         training.train_vector(llama, QUESTIONS, several(llama), 0.5, **(options | {"order": "often"}))
+
+
+def test_on_given_answers_a_vector_makes_either_side_likelier_at_its_end(llama):
+    plus = [(q, f"w{5 + i % 7} w{5 + i % 5}") for i, q in enumerate(QUESTIONS)]
+    minus = [(q, f"w{20 + i % 7} w{20 + i % 5}") for i, q in enumerate(QUESTIONS)]
+    start, before = several(llama), logits(llama)
+    found = training.train_on_answers(llama, plus, minus, start, (0.5, 0.8), steps=30, n_texts=12, learning_rate=0.03)
+
+    def loss(vector):
+        with steer(llama, vector, 0.5):
+            brighter = answer_losses(llama, *zip(*plus, strict=True))[0].sum()
+        with steer(llama, vector, -0.8):
+            return brighter + answer_losses(llama, *zip(*minus, strict=True))[0].sum()
+
+    assert loss(found) < min(loss(start), *(loss(random_vector(start, k)) for k in range(5)))
+    assert found.layers == start.layers and torch.equal(logits(llama), before)
+    assert all(float(p.vector.norm()) == pytest.approx(1, abs=1e-5) for p in found.parts)
+    for wrong in ({"steps": 0}, {"n_texts": 0}, {"alpha": (0.5, 0.0)}, {"learning_rate": 0}, {"plus": []}):
+        options = {"plus": plus, "minus": minus, "start": start, "alpha": (0.5, 0.5)} | wrong
+        with pytest.raises(SteeringError, match="Allowed"):
+            training.train_on_answers(llama, **options)
 
 
 def test_an_interrupted_training_goes_on_to_the_same_numbers(llama, valence, tmp_path, monkeypatch):
