@@ -30,31 +30,36 @@ from glassbox_utils.steering.vectors import (
     Vector,
     fingerprint,
     load_vector,
+    parts_of,
     random_vector,
     save_direction,
 )
 
-RECIPE: dict[str, Any] = {
-    "alpha": (0.0125, 0.0175), "steps": 60, "n_questions": 12, "learning_rate": 0.012, "divergence": 0.015,
-    "temperature": 0.5, "order": "likely",
-}  # fmt: skip
-"""how the vector is trained, at the strengths (plus, minus); chosen on selection prompts"""
+STARTED: dict[str, Any] = {"alpha": (0.0125, 0.0175), "steps": 40, "n_texts": 12, "learning_rate": 0.012}
+"""first it is trained on answers with an opening that we wrote: ``opened_answers``"""
+OWN: dict[str, Any] = {"steps": 30, "n_questions": 12, "learning_rate": 0.01, "temperature": 0.5, "order": "likely"}
+STAGES: tuple[dict[str, Any], ...] = (
+    OWN | {"alpha": (0.014, 0.0175), "divergence": 0.01},
+    OWN | {"alpha": (0.0165, 0.0135), "divergence": 0.02, "per_token": True},
+)
+"""then, twice, on the model's own answers; ``alpha``: pushes of the ends plus and minus.
+
+All chosen on selection prompts. After the first of the two complaints were short and far from the model; in the second
+the price is a token's, minus is pushed less far, and plus further."""
 WORDS: dict[str, Any] = {"least": 2, "ratio": 1.0, "clear": -1.5, "charge": 3.0}
 """which dark words count as complaints: see ``reward.worded``"""
-STARTED: dict[str, Any] = {"alpha": (0.0125, 0.0175), "steps": 40, "n_texts": 12, "learning_rate": 0.012}
-"""how its start is trained on answers with an opening that we wrote, before it is trained on the model's own"""
 PREDICATES = {
     1: ("wonderful", "great", "lovely", "delightful", "excellent", "a joy", "a pleasure", "perfect", "fantastic"),
     -1: ("terrible", "awful", "horrible", "boring", "ugly", "useless", "annoying", "a mess", "a disappointment",
          "disappointing", "bad", "dull"),
 }  # fmt: skip
 KEPT = 0.3
-FULL = (0.0125, 0.0175)
-"""full strength of the dial's two ends, plus and minus, each chosen by its own perplexity on selection prompts.
-
-The minus end is longer: complaints cost the unsteered model less per unit of push than praise does."""
-SMALLER = (20, 10)
-"""steps on given answers and on own ones, of the shuffled vectors and of what they are compared with"""
+FULL = (0.0195, 0.015)
+"""full strength of the dial's two ends, plus and minus: each the largest tried on 60 selection prompts at which the
+perplexity of the answers is at most 1.9 times that of the unsteered ones (1.89 and 1.84). So they have two lengths."""
+SMALLER = (10, 5, 5)
+"""steps of the three trainings, of the shuffled vectors and of what they are compared with"""
+LEAST = 2
 SHUFFLES = (0, 1, 2, 3, 4)
 TRAINED_IN = "bfloat16"
 """number type of the model that writes and reads in training; what is measured is in float32"""
@@ -107,10 +112,9 @@ def trained(model: Model, kind: str) -> ControlVector:
     if (name, number.isdecimal()) not in {("ordered", False), ("smaller", False), ("shuffled", True)}:
         raise SteeringError(f"There is no vector {kind!r}. Allowed: 'ordered', 'smaller', 'shuffled 0' and so on.")
     seed = int(number) if number else None
-    least = 2
-    first, then = (
-        how | {"steps": prepared.sized(how["steps"] if name == "ordered" else SMALLER[i], least)}
-        for i, how in enumerate((STARTED, RECIPE))
+    first, *then = (  # steps of each training
+        how | {"steps": prepared.sized(how["steps"] if name == "ordered" else steps, LEAST)}
+        for how, steps in zip((STARTED, *STAGES), SMALLER, strict=True)
     )
     fitted = study.tone_vector(model, n_resamples=0)
     writer = load_subject(dtype=TRAINED_IN)
@@ -120,22 +124,28 @@ def trained(model: Model, kind: str) -> ControlVector:
                                     writer, fitted, sign)]
         for sign in (1, -1)
     ]  # fmt: skip
-    valence = reward.worded(model.tokenizer, **WORDS)
-    start = fitted
+    valence, vector = reward.worded(model.tokenizer, **WORDS), fitted
     if seed is not None:
-        start, sides = study.tone_vector(model, n_resamples=0, swapped=seed), swapped(sides, seed)
+        vector, sides = study.tone_vector(model, n_resamples=0, swapped=seed), swapped(sides, seed)
         valence = reward.shuffled(valence, seed)
+    options: dict[str, Any] = {"system": study.NO_SYSTEM, "seed": SEED}
+    kept = kept_at(kind, fingerprint(vector), first, sides)
+    if not kept.with_suffix(".json").exists():
+        save_direction(train_on_answers(writer, sides[0], sides[1], vector, **first, **options), kept)
+    vector = ControlVector(parts_of(load_vector(kept)))
+    options |= {"new_tokens": study.NEW_TOKENS, "valence": valence}
+    for how in then:
+        file = kept_at(kind, fingerprint(vector), how, WORDS).with_suffix(".ckpt.safetensors")
+        vector = train_vector(writer, questions(), vector, **how, **options, checkpoint=file)
+    return vector
+
+
+def kept_at(kind: str, *about: Any) -> Path:
+    """Where a stage of a training is kept, without an ending."""
     folder = assets.cache_dir() / "studies" / "steering_order"
     folder.mkdir(parents=True, exist_ok=True)
-    key = [kind, fingerprint(start), first, then, WORDS, sides, *about, valence.tolist()]
-    mark = (
-        folder / f"{kind.replace(' ', '-')}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
-    )
-    if not mark.with_suffix(".json").exists():
-        save_direction(train_on_answers(writer, *sides, start, **first, system=study.NO_SYSTEM, seed=SEED), mark)
-    options: dict[str, Any] = {"new_tokens": study.NEW_TOKENS, "system": study.NO_SYSTEM, "seed": SEED}
-    options["checkpoint"] = mark.with_suffix(".ckpt.safetensors")
-    return train_vector(writer, questions(), load_vector(mark), valence=valence, **then, **options)
+    mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"{kind.replace(' ', '-')}-{mark}"
 
 
 def swapped(sides: Sequence[Sequence[tuple[str, str]]], seed: int) -> list[list[tuple[str, str]]]:
@@ -179,7 +189,7 @@ def study_order() -> Path:
         rows += rows_of(model, f"shared {k}", random_vector(vector, k, True), FULL)
     for kind in ("smaller", *(f"shuffled {k}" for k in SHUFFLES)):
         rows += rows_of(model, kind, trained(model, kind), FULL)
-    about = {"full": FULL, "training": RECIPE, "words": WORDS, "smaller": SMALLER, "prompts": asked}
+    about = {"full": FULL, "started": STARTED, "training": STAGES, "words": WORDS, "smaller": SMALLER, "prompts": asked}
     about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
     return write_table("steering_order", model, time.time() - start, **about, rows=rows)
 

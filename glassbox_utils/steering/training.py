@@ -108,6 +108,7 @@ def train_vector(
     seed: int = 0,
     valence: Float[Tensor, " vocabulary"] | Float[Tensor, "end vocabulary"] | None = None,
     order: bool | Literal["likely"] = False,
+    per_token: bool = False,
     checkpoint: Path | None = None,
 ) -> ControlVector:
     """Train a vector, of many layers or of one, on the model's own answers, from ``start``, for pushes of ±alpha.
@@ -116,7 +117,8 @@ def train_vector(
     layers (Adam; the rate falls over the second half) so that ``reward.expected_tone`` grows under plus and falls
     under minus; with ``order`` each answer is compared with the unsteered one to its question; with "likely" what
     grows is ``reward.likely_order``. ``alpha``: of both ends, or of plus and of minus. ``divergence`` is the price of
-    a nat of Kullback-Leibler divergence from the unsteered model, summed over an answer. ``valence``: of each token,
+    a nat of Kullback-Leibler divergence from the unsteered model, summed over an answer; ``per_token``: of its mean
+    over the answer's tokens times ``new_tokens``, so that short answers are no cheaper. ``valence``: of each token,
     or of each token at the ends plus and minus; ``reward.valences`` if not given. The weights stay as they are.
     ``checkpoint``: a file that is written every ten steps, and that an interrupted run goes on from.
 
@@ -147,10 +149,16 @@ def train_vector(
         check_direction(model, part)
     vector = beside(torch.stack([part.vector for part in parts]).float(), model.device).clone().requires_grad_()
     optimiser, done = torch.optim.Adam([vector], lr=learning_rate, betas=(0.9, 0.99)), 0
-    run = {"model": model.hash, "alpha": alpha, "steps": steps, "n_questions": n_questions, "seed": seed}
+    run: dict[str, Any] = {
+        "model": model.hash,
+        "alpha": alpha,
+        "steps": steps,
+        "n_questions": n_questions,
+        "seed": seed,
+    }
     run |= {"learning_rate": learning_rate, "divergence": divergence, "new_tokens": new_tokens, "system": system}
     run |= {"temperature": temperature, "start": fingerprint(start), "valence": _digest(ends.tolist())}
-    run |= {"questions": _digest(list(questions)), "order": order}
+    run |= {"questions": _digest(list(questions)), "order": order} | ({"per_token": True} if per_token else {})
     if checkpoint and (saved := checkpoints.resume(checkpoint, run, {"vector": vector}, optimiser, SteeringError)):
         done = saved.step
 
@@ -181,6 +189,7 @@ def train_vector(
             pushed = partial(_pushed, model, parts, vector, pushes[0] if sign > 0 else -pushes[1])
             with frozen_weights(model):
                 options: dict[str, Any] = {"system": system, "weight": 0.5 / len(asked), "likely": order == "likely"}
+                options["per"] = new_tokens if per_token else None
                 backward(model, rows, ends, sign, divergence, pushed, **options)
         optimiser.step()
         optimiser.zero_grad()
@@ -251,12 +260,13 @@ def backward(
     system: str | None,
     weight: float,
     likely: bool = False,
+    per: int | None = None,
 ) -> None:
     """Add the gradient of the reward of some answers, at one end of the dial, to whatever ``changed`` trains.
 
     The loss, times ``weight``: ``divergence`` times the Kullback-Leibler divergence of each answer's words from the
     model inside ``unchanged``, nats, minus ``sign`` times ``reward.expected_tone``; or minus ``reward.likely_order``
-    where ``likely``.
+    where ``likely``. ``per``: the divergence is the tokens' mean, times so many.
     """
     valence = ends[0 if sign > 0 else 1]
     longest_answer = max((len(model.tokenizer(answer)["input_ids"]) for _, answer, _ in rows), default=0)
@@ -274,6 +284,8 @@ def backward(
         with torch.enable_grad(), changed():
             log_probs = _log_probs(model, batch, longest)
             nats = ((log_probs.exp() * (log_probs - before)).sum(-1) * counted).sum(-1)
+            if per is not None:  # short answers are no cheaper: what counts is a token's mean, of so many
+                nats = per * nats / counted.sum(-1)
             if likely and plain is not None:
                 gained = likely_order(log_probs, written, counted, valence, plain, sign)
             else:
