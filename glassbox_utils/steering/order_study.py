@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ SMALLER = (10, 5, 5)
 """steps of the three trainings, of the shuffled vectors and of what they are compared with"""
 LEAST = 2
 SHUFFLES = (0, 1, 2, 3, 4)
+N_CONTROL = 68
+"""fresh prompts, the first of them, that random directions, the smaller vector and the shuffled ones answer"""
 TRAINED_IN = "bfloat16"
 """number type of the model that writes and reads in training; what is measured is in float32"""
 
@@ -164,9 +167,11 @@ def answers_row(model: Model, vector: Vector | None, alpha: float, asked: Sequen
     return row | {"loss": losses.round(3).tolist(), "tokens": counts.tolist(), "answers": texts}
 
 
-def rows_of(model: Model, name: str, vector: Vector, ends: tuple[float, float]) -> list[dict[str, Any]]:
-    """Both ends of a vector on the fresh prompts: ``NAME -1`` and ``NAME 1``."""
-    asked, rows = fresh_prompts(), []
+def rows_of(
+    model: Model, name: str, vector: Vector, ends: tuple[float, float], n: int | None = None
+) -> list[dict[str, Any]]:
+    """Both ends of a vector on the (first ``n``) fresh prompts: ``NAME -1`` and ``NAME 1``."""
+    asked, rows = fresh_prompts()[:n], []
     for sign, strength in ((-1, ends[1]), (1, ends[0])):
         key = [fingerprint(vector), sign * strength, model.hash, study.NEW_TOKENS, asked]
         found = resumed("steering_order", key, answers_row, model, vector, sign * strength, asked)
@@ -186,12 +191,66 @@ def study_order() -> Path:
     before, alpha = study.selected()
     rows += rows_of(model, "shipped", before, (alpha, alpha))
     for k in progress(range(study.N_RANDOM), "random directions"):
-        rows += rows_of(model, f"shared {k}", random_vector(vector, k, True), FULL)
+        rows += rows_of(model, f"shared {k}", random_vector(vector, k, True), FULL, N_CONTROL)
     for kind in ("smaller", *(f"shuffled {k}" for k in SHUFFLES)):
-        rows += rows_of(model, kind, trained(model, kind), FULL)
+        rows += rows_of(model, kind, trained(model, kind), FULL, N_CONTROL)
     about = {"full": FULL, "started": STARTED, "training": STAGES, "words": WORDS, "smaller": SMALLER, "prompts": asked}
     about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
     return write_table("steering_order", model, time.time() - start, **about, rows=rows)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What the table says about each bar; shares are of the fresh prompts, ``*_by`` is by lexicon and second ruler."""
+
+    ordered_by: tuple[float, float]
+    """minus < zero < plus"""
+    ordered: float
+    """by both rulers"""
+    catastrophes: float
+    """of the minus answers with at least one"""
+    effect_by: tuple[float, float]
+    """mean at plus minus mean at minus: the lexicon's score, the second ruler's rating"""
+    times_random_by: tuple[float, float]
+    """the effect over the largest of the ten random directions, of either sign, on the prompts that these answered"""
+    times_shuffled_by: tuple[float, float]
+    """the effect of the smaller vector over the largest of the shuffled ones, of either sign"""
+    perplexity: tuple[float, float]
+    """of the minus and of the plus answers, times that of the unsteered ones"""
+
+
+RULERS = ("tone", "second")
+
+
+def bars(table: Mapping[str, Any], name: str = "ordered") -> Bars:
+    """The numbers of one vector of the table of ``study_order``: ``ordered``, ``smaller``, ``shipped`` or another."""
+    rows = {row["condition"]: row for row in table["rows"]}
+    if f"{name} 1" not in rows:
+        known = dict.fromkeys(condition.rsplit(" ", 1)[0] for condition in list(rows)[1:])
+        raise SteeringError(f"The table has no vector {name!r}. Allowed: {', '.join(known)}.")
+
+    def effect(one: str, ruler: str, n: int | None = None) -> float:
+        return float(np.mean(rows[f"{one} 1"][ruler][:n]) - np.mean(rows[f"{one} -1"][ruler][:n]))
+
+    def times(one: str, kind: str, ruler: str) -> float:
+        others = {condition.rsplit(" ", 1)[0] for condition in rows if condition.startswith(kind)}
+        n = min(len(rows[f"{other} 1"][ruler]) for other in others)
+        return effect(one, ruler, n) / max(abs(effect(other, ruler, n)) for other in others)
+
+    def perplexity(condition: str) -> float:
+        return float(np.exp(np.sum(rows[condition]["loss"]) / np.sum(rows[condition]["tokens"])))
+
+    ends = [f"{name} -1", "unsteered", f"{name} 1"]
+    lexicon, second = ((np.diff([rows[end][ruler] for end in ends], axis=0) > 0).all(0) for ruler in RULERS)
+    return Bars(
+        (float(lexicon.mean()), float(second.mean())),
+        float((lexicon & second).mean()),
+        float(style.catastrophes(rows[ends[0]]["answers"]).mean()),
+        (effect(name, "tone"), effect(name, "second")),
+        (times(name, "shared", "tone"), times(name, "shared", "second")),
+        (times("smaller", "shuffled", "tone"), times("smaller", "shuffled", "second")),
+        (perplexity(ends[0]) / perplexity("unsteered"), perplexity(ends[2]) / perplexity("unsteered")),
+    )
 
 
 STUDIES_OF_ORDER = {"steering-order": study_order}

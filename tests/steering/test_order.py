@@ -41,6 +41,28 @@ def test_a_vector_that_is_none_is_refused():
             order_study.trained(None, kind)
 
 
+def test_bars_are_counted_from_the_rows():
+    def row(condition, tone, second, answers=("Fine.", "Good."), loss=(2.0, 2.0)):
+        about = {"tone": tone, "second": second, "loss": loss, "tokens": (2, 2), "answers": answers}
+        return {"condition": condition} | about
+
+    rows = [row("unsteered", (0.0, 0.5), (1.0, 1.0))]
+    rows += [row("ordered -1", (-0.5, 0.5), (0.0, 0.0), ("A disaster.", "Bad."), (4.0, 4.0))]
+    rows += [row("ordered 1", (0.5, 0.7), (2.0, 0.5), loss=(3.0, 3.0))]
+    rows += [row("smaller -1", (0.0, 0.0), (0.0, 0.0)), row("smaller 1", (0.3, 0.3), (1.0, 1.0))]
+    for kind, size in (("shared 0", -0.1), ("shared 1", 0.05), ("shuffled 0", 0.15)):
+        rows += [row(f"{kind} -1", (0.0, 0.0), (0.0, 0.0)), row(f"{kind} 1", (size, size), (size, size))]
+    found = order_study.bars({"rows": rows})
+    assert found.ordered_by == (0.5, 0.5) and found.ordered == 0.5 and found.catastrophes == 0.5
+    assert found.effect_by == pytest.approx((0.6, 1.25)) and found.times_random_by == pytest.approx((6, 12.5))
+    assert found.times_shuffled_by == pytest.approx((2, 1 / 0.15))
+    assert found.perplexity == pytest.approx((np.e, np.exp(0.5)))
+    with pytest.raises(
+        SteeringError, match=r"no vector 'other'\. Allowed: ordered, smaller, shared 0, shared 1, shuff"
+    ):
+        order_study.bars({"rows": rows}, "other")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
