@@ -104,12 +104,12 @@ def opened_answers(model: Model, vector: Vector, sign: int) -> list[tuple[str, s
     return [(q, a) for q, a, fit in zip(asked, answers, fits, strict=True) if fit]
 
 
-def trained(model: Model, kind: str) -> ControlVector:
+def trained(model: Model, kind: str, fitted: ControlVector | None = None) -> ControlVector:
     """A vector: ``ordered``, ``smaller`` (the same with fewer steps), or ``shuffled K``; resumable.
 
-    It begins at directions fitted on the pairs, is trained on ``opened_answers``, then on the model's own.
-    ``shuffled K``: as ``smaller``, with nothing of tone left. Half of the pairs have their sides swapped, and half of
-    the opened answers too; the valences of the tokens are permuted.
+    It begins at directions ``fitted`` on the pairs (fitted here if not given), is trained on ``opened_answers``, then
+    on the model's own. ``shuffled K``: as ``smaller``, with nothing of tone left: half of the pairs have their sides
+    swapped, the opened answers are dealt out anew, and the valences of the tokens are permuted.
     """
     name, _, number = kind.partition(" ")
     if (name, number.isdecimal()) not in {("ordered", False), ("smaller", False), ("shuffled", True)}:
@@ -119,7 +119,7 @@ def trained(model: Model, kind: str) -> ControlVector:
         how | {"steps": prepared.sized(how["steps"] if name == "ordered" else steps, LEAST)}
         for how, steps in zip((STARTED, *STAGES), SMALLER, strict=True)
     )
-    fitted = study.tone_vector(model, n_resamples=0)
+    fitted = fitted or study.tone_vector(model, n_resamples=0)
     writer = load_subject(dtype=TRAINED_IN)
     about = [fingerprint(fitted), model.hash, study.NEW_TOKENS, SEED, questions(), PREDICATES, KEPT, TRAINED_IN]
     sides = [
@@ -182,7 +182,8 @@ def rows_of(
 def study_order() -> Path:
     """The vector that is rewarded for order, and its controls, on the fresh prompts; ships ``tone-ordered``."""
     start, model = time.time(), load_subject()
-    vector = trained(model, "ordered")
+    fitted = study.tone_vector(model, n_resamples=0)
+    vector = trained(model, "ordered", fitted)
     save_direction(vector, prepared.path("vectors", "tone-ordered"))
     asked = fresh_prompts()
     key = ["unsteered", model.hash, study.NEW_TOKENS, asked]
@@ -193,7 +194,7 @@ def study_order() -> Path:
     for k in progress(range(study.N_RANDOM), "random directions"):
         rows += rows_of(model, f"shared {k}", random_vector(vector, k, True), FULL, N_CONTROL)
     for kind in ("smaller", *(f"shuffled {k}" for k in SHUFFLES)):
-        rows += rows_of(model, kind, trained(model, kind), FULL, N_CONTROL)
+        rows += rows_of(model, kind, trained(model, kind, fitted), FULL, N_CONTROL)
     about = {"full": FULL, "started": STARTED, "training": STAGES, "words": WORDS, "smaller": SMALLER, "prompts": asked}
     about["second_ruler"] = read_table("steering_ruler")["rank_correlation"]
     return write_table("steering_order", model, time.time() - start, **about, rows=rows)
