@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from glassbox_utils.core import assets, models, prepared
+from glassbox_utils.core import assets, models, prepared, studies
 from glassbox_utils.steering import contrast, order_study, reward, ruler_study, study, style
 from glassbox_utils.steering.vectors import SteeringError, fingerprint, load_vector
 
@@ -61,6 +61,23 @@ def test_bars_are_counted_from_the_rows():
         SteeringError, match=r"no vector 'other'\. Allowed: ordered, smaller, shared 0, shared 1, shuff"
     ):
         order_study.bars({"rows": rows}, "other")
+
+
+def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_answers():
+    table = studies.read_table("steering_order")
+    for name, value in (("full", order_study.FULL), ("started", order_study.STARTED), ("words", order_study.WORDS)):
+        assert table[name] == json.loads(json.dumps(value))
+    assert table["training"] == json.loads(json.dumps(order_study.STAGES)) and table["smaller"] == [10, 5, 5]
+    assert table["prompts"] == order_study.fresh_prompts()
+    for row in table["rows"]:
+        assert row["tone"] == pytest.approx(style.tone(row["answers"]).round(4).tolist())
+        assert len(row["second"]) == len(row["answers"]) in (136, order_study.N_CONTROL)
+    found = order_study.bars(table)
+    page = (assets.DATA.parent / "docs" / "tone-vector.md").read_text(encoding="utf-8")
+    for share in (*found.ordered_by, found.ordered, found.catastrophes):
+        assert f"{100 * share:.1f} %" in page  # what the page says is what the table holds
+    for times in (*found.times_random_by, *found.times_shuffled_by):
+        assert f"{times:.1f} times" in page
 
 
 @pytest.mark.slow
