@@ -238,11 +238,13 @@ def bars(table: Mapping[str, Any], name: str = "ordered") -> Bars:
         n = min(len(rows[f"{other} 1"][ruler]) for other in others)
         return effect(one, ruler, n) / max(abs(effect(other, ruler, n)) for other in others)
 
-    def perplexity(condition: str) -> float:
-        return float(np.exp(np.sum(rows[condition]["loss"]) / np.sum(rows[condition]["tokens"])))
-
     ends = [f"{name} -1", "unsteered", f"{name} 1"]
-    lexicon, second = ((np.diff([rows[end][ruler] for end in ends], axis=0) > 0).all(0) for ruler in RULERS)
+    asked = len(rows[ends[0]]["tone"])  # a control answered fewer than the unsteered model
+
+    def perplexity(condition: str) -> float:
+        return float(np.exp(np.sum(rows[condition]["loss"][:asked]) / np.sum(rows[condition]["tokens"][:asked])))
+
+    lexicon, second = ((np.diff([rows[end][r][:asked] for end in ends], axis=0) > 0).all(0) for r in RULERS)
     return Bars(
         (float(lexicon.mean()), float(second.mean())),
         float((lexicon & second).mean()),
