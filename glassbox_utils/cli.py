@@ -218,9 +218,10 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
     from glassbox_utils.saes.meaning_study import STUDIES_OF_ARCHITECTURES
+    from glassbox_utils.steering.order_study import STUDIES_OF_ORDER
 
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_ARCHITECTURES}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_ARCHITECTURES, **STUDIES_OF_ORDER}
     return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE}
 
 

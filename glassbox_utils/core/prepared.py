@@ -93,16 +93,19 @@ def write_card(content: Card, where: Path) -> Path:
     return where / CARD
 
 
-def load_subject(device: Any = None, adapter: Path | None = None) -> Model:
-    """The model of the prepared folder, with an adapter if wanted; PreparedError if its weights are others by now."""
+def load_subject(device: Any = None, adapter: Path | None = None, dtype: Any = None) -> Model:
+    """The model of the prepared folder, in another number type or with an adapter if wanted.
+
+    PreparedError if its weights are others by now.
+    """
     mine = card()
-    model = load_model(mine.model, device=device)
+    model = load_model(mine.model, device=device, dtype=dtype)
     if model.hash != mine.model_hash:
         raise PreparedError(
             f"{folder()} was made for weights {mine.model_hash}, but {mine.model} holds {model.hash}. Prepare it "
             "again, in another folder, or give the weights that it was made for."
         )
-    return model if adapter is None else load_model(mine.model, adapter=adapter, device=device)
+    return model if adapter is None else load_model(mine.model, adapter=adapter, device=device, dtype=dtype)
 
 
 def found(model_hash: str) -> Path | None:

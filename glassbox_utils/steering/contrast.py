@@ -41,8 +41,10 @@ def pairs(name: str, split: Literal["train", "selection", "report"]) -> tuple[li
     return [text(r, "positive") for r in rows], [text(r, "negative") for r in rows]
 
 
-def prompts(split: Literal["demo", "train", "selection", "report", "neutral", "spare"]) -> list[str]:
+def prompts(split: Literal["demo", "train", "selection", "report", "neutral", "spare", "fresh"]) -> list[str]:
     """Everyday prompts that we wrote (demo 1, train 75, selection 60, report 200), or 48 neutral sentences.
+
+    ``fresh``: 136 more, on topics of their own, that no vector has met yet; they report on the next one, once.
 
     SteeringError for another split.
     """

@@ -23,7 +23,7 @@ from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval
 from glassbox_utils.core.studies import SEED, has_table, read_table, resumed, write_table
-from glassbox_utils.steering import contrast, style, training
+from glassbox_utils.steering import contrast, reward, style, training
 from glassbox_utils.steering.apply import continuations
 from glassbox_utils.steering.fit import fit_direction, fit_directions
 from glassbox_utils.steering.selection import costs, fitting_strengths, select, sweep, within
@@ -164,17 +164,25 @@ def random_effects(
 
 
 def tone_vector(
-    model: Model, n_resamples: int = 100, recipe: Any = "combined", n_pairs: int | None = None
+    model: Model,
+    n_resamples: int = 100,
+    recipe: Any = "combined",
+    n_pairs: int | None = None,
+    swapped: int | None = None,
 ) -> ControlVector:
     """The tone direction after each layer of SPAN, over the tokens of the sentences as answers.
 
-    ``recipe``: a method of ``fit.fit_directions``; ``n_pairs``: from the first few pairs only.
+    ``recipe``: a method of ``fit.fit_directions``; ``n_pairs``: from the first few pairs only. ``swapped``: a control,
+    in which half of the pairs, drawn with this seed, have their sides swapped.
     """
     first, end = (round(share * model.n_layers) for share in SPAN)
     first = min(max(1, first), model.n_layers - 1)
     layers = range(first, max(first + 1, end))
     options: dict[str, Any] = {"layers": layers, "name": "tone", "n_resamples": n_resamples, "seed": SEED}
     positive, negative = (side[:n_pairs] for side in tone_answers())
+    if swapped is not None:
+        for i in np.random.default_rng(swapped).permutation(len(positive))[: len(positive) // 2]:
+            positive[i], negative[i] = negative[i], positive[i]
     found = fit_directions(model, positive, negative, recipe, system=NO_SYSTEM, **options)
     return ControlVector(tuple(found[layer] for layer in layers))
 
@@ -261,7 +269,7 @@ def study_layers() -> Path:
 
     grids = {recipe: fitting(recipe) for recipe in vectors}
     factor = grids["combined"][0] / SPAN_ALPHAS[0]
-    if training.valences(model.tokenizer).any():
+    if reward.valences(model.tokenizer).any():
         vectors["own_answers"] = own_vector(model, vectors["combined"], factor)
         grids["own_answers"] = fitting("own_answers")
 

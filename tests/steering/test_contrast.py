@@ -20,10 +20,26 @@ def test_pairs_are_many_and_varied(name):
 
 
 def test_selection_and_report_prompts_are_disjoint():
-    groups = {split: contrast.prompts(split) for split in ("demo", "train", "selection", "report", "spare")}
+    groups = {split: contrast.prompts(split) for split in ("demo", "train", "selection", "report", "spare", "fresh")}
     assert len(groups["report"]) == 200 and len(groups["selection"]) == 60
     everything = [p for g in groups.values() for p in g]
     assert len(set(everything)) == len(everything)
+
+
+FRAMES = (
+    "a about are describe did how impression is like me of review say something tell the think was were what write you"
+)
+
+
+def test_fresh_prompts_have_topics_of_their_own():
+    """No word of a fresh prompt but its frame's stands in a prompt of another kind, also not in the plural."""
+
+    def topics(split):
+        words = {w for p in contrast.prompts(split) for w in style.words(p)} - {*FRAMES.split(), "you", "your"}
+        return {w[:-1] if w.endswith("s") and len(w) > 3 else w for w in words}
+
+    others = set().union(*map(topics, ("demo", "train", "selection", "report", "spare", "neutral")))
+    assert not topics("fresh") & others and len(contrast.prompts("fresh")) == 136
 
 
 def test_lexicons():

@@ -1,0 +1,123 @@
+"""The study of the vector that is rewarded for order: every part of it on a tiny model, and what its table says."""
+
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from glassbox_utils.core import assets, models, prepared, studies
+from glassbox_utils.steering import contrast, order_study, reward, ruler_study, study, style
+from glassbox_utils.steering.vectors import SteeringError, fingerprint, load_vector
+
+
+def test_what_reports_was_never_trained_on_nor_selected_on():
+    fresh = set(order_study.fresh_prompts())
+    assert len(fresh) == 136
+    for other in (order_study.questions(), contrast.prompts("selection"), contrast.prompts("demo")):
+        assert not fresh & set(other)
+    assert not set(order_study.questions()) & set(contrast.prompts("selection"))
+
+
+def test_predicates_lean_the_way_they_are_meant_and_are_no_catastrophes():
+    for sign, words in order_study.PREDICATES.items():
+        assert all(sign * tone > 0 for tone in style.tone([f"It was {w}." for w in words if w != "a mess"]))
+        assert not style.catastrophes(words).any()
+
+
+def test_swapped_answers_are_the_same_ones_on_other_sides():
+    sides = [[(f"q{i}", "good") for i in range(40)], [(f"q{i}", "bad") for i in range(30)]]
+    mixed = order_study.swapped(sides, 0)
+    assert [len(side) for side in mixed] == [40, 30] and sorted(chain(*mixed)) == sorted(chain(*sides))
+    assert 10 < sum(a == "bad" for _, a in mixed[0]) < 25
+    assert mixed == order_study.swapped(sides, 0) != order_study.swapped(sides, 1)
+
+
+def test_a_vector_that_is_none_is_refused():
+    for kind in ("reversed", "shuffled", "ordered 1", "shuffled x"):
+        with pytest.raises(SteeringError, match="Allowed: 'ordered'"):
+            order_study.trained(None, kind)
+
+
+def test_bars_are_counted_from_the_rows():
+    def row(condition, tone, second, answers=("Fine.", "Good."), loss=(2.0, 2.0)):
+        about = {"tone": tone, "second": second, "loss": loss, "tokens": (2, 2), "answers": answers}
+        return {"condition": condition} | about
+
+    rows = [row("unsteered", (0.0, 0.5), (1.0, 1.0))]
+    rows += [row("ordered -1", (-0.5, 0.5), (0.0, 0.0), ("A disaster.", "Bad."), (4.0, 4.0))]
+    rows += [row("ordered 1", (0.5, 0.7), (2.0, 0.5), loss=(3.0, 3.0))]
+    rows += [row("smaller -1", (0.0, 0.0), (0.0, 0.0)), row("smaller 1", (0.3, 0.3), (1.0, 1.0))]
+    for kind, size in (("shared 0", -0.1), ("shared 1", 0.05), ("shuffled 0", 0.15)):
+        rows += [row(f"{kind} -1", (0.0, 0.0), (0.0, 0.0)), row(f"{kind} 1", (size, size), (size, size))]
+    found = order_study.bars({"rows": rows})
+    assert found.ordered_by == (0.5, 0.5) and found.ordered == 0.5 and found.catastrophes == 0.5
+    assert found.effect_by == pytest.approx((0.6, 1.25)) and found.times_random_by == pytest.approx((6, 12.5))
+    assert found.times_shuffled_by == pytest.approx((2, 1 / 0.15))
+    assert found.perplexity == pytest.approx((np.e, np.exp(0.5)))
+    with pytest.raises(
+        SteeringError, match=r"no vector 'other'\. Allowed: ordered, smaller, shared 0, shared 1, shuff"
+    ):
+        order_study.bars({"rows": rows}, "other")
+
+
+def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_answers():
+    table = studies.read_table("steering_order")
+    for name, value in (("full", order_study.FULL), ("started", order_study.STARTED), ("words", order_study.WORDS)):
+        assert table[name] == json.loads(json.dumps(value))
+    assert table["training"] == json.loads(json.dumps(order_study.STAGES)) and table["smaller"] == [10, 5, 5]
+    assert table["prompts"] == order_study.fresh_prompts()
+    for row in table["rows"]:
+        assert row["tone"] == pytest.approx(style.tone(row["answers"]).round(4).tolist())
+        assert len(row["second"]) == len(row["answers"]) in (136, order_study.N_CONTROL)
+    found = order_study.bars(table)
+    page = (assets.DATA.parent / "docs" / "tone-vector.md").read_text(encoding="utf-8")
+    for share in (*found.ordered_by, found.ordered, found.catastrophes):
+        assert f"{100 * share:.1f} %" in page  # what the page says is what the table holds
+    for times in (*found.times_random_by, *found.times_shuffled_by):
+        assert f"{times:.1f} times" in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+    words = tiny.tokenizer()
+    tiny.network("llama", len(words), 4, positions=512).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    model = models.load_model(tmp_path / "model")
+    card = prepared.Card(str(tmp_path / "model"), model.hash, "mine", size=0.02)
+    prepared.write_card(card, tmp_path / "made")
+    valence = torch.zeros(2, len(words))
+    valence[:, 5:12], valence[:, 20:27] = 3.0, -3.0
+    said = []
+
+    def opened(model, vector, sign):
+        said.append(sign)
+        return [(f"w{i} w{i + 1}", f"w{i + 2} w{i + 3 + sign}") for i in range(1, 9)]
+
+    monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reward, "worded", lambda tokenizer, **options: valence)
+    monkeypatch.setattr(ruler_study, "read_tone", lambda model, texts: [0.0] * len(texts))
+    monkeypatch.setattr(order_study, "read_table", lambda name: {"rank_correlation": {}})
+    monkeypatch.setattr(order_study, "opened_answers", opened)
+    monkeypatch.setattr(order_study, "SHUFFLES", (0,))
+    monkeypatch.setattr(study, "N_RANDOM", 2)
+    monkeypatch.setattr(study, "selected", lambda: (study.tone_vector(model, n_resamples=0), 0.1))
+    with prepared.using(tmp_path / "made"):
+        table = json.loads(order_study.study_order().read_text())
+        vectors = {kind: order_study.trained(model, kind) for kind in ("ordered", "smaller", "shuffled 0")}
+        assert fingerprint(load_vector("tone-ordered")) == fingerprint(vectors["ordered"])
+        again = json.loads(order_study.study_order().read_text())
+    names = ["unsteered"]
+    names += [
+        f"{k} {s}" for k in ("ordered", "shipped", "shared 0", "shared 1", "smaller", "shuffled 0") for s in (-1, 1)
+    ]
+    assert [row["condition"] for row in table["rows"]] == names
+    assert again["rows"] == table["rows"] and sorted(said) == [-1, 1]  # nothing was done twice
+    assert fingerprint(vectors["shuffled 0"]) != fingerprint(vectors["smaller"])
+    for row in table["rows"]:
+        assert {len(row[k]) for k in ("tone", "second", "loss", "tokens", "answers")} == {len(table["prompts"])}
+    signs = [np.sign(row["alpha"]) for row in table["rows"][1:]]
+    assert signs == [-1, 1] * (len(signs) // 2)
