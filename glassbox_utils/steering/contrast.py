@@ -44,7 +44,8 @@ def pairs(name: str, split: Literal["train", "selection", "report"]) -> tuple[li
 def prompts(split: Literal["demo", "train", "selection", "report", "neutral", "spare", "fresh"]) -> list[str]:
     """Everyday prompts that we wrote (demo 1, train 75, selection 60, report 200), or 48 neutral sentences.
 
-    ``fresh``: 136 more, on topics of their own, that no vector has met yet; they report on the next one, once.
+    ``fresh``: 136 more, on topics of their own. They reported on ``tone-ordered`` and what it is compared with, so that
+    the next vector needs others.
 
     SteeringError for another split.
     """

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -255,7 +255,6 @@ def backward(
     sign: int,
     divergence: float,
     changed: Callable[[], AbstractContextManager[Any]],
-    unchanged: Callable[[], AbstractContextManager[Any]] = nullcontext,
     *,
     system: str | None,
     weight: float,
@@ -265,7 +264,7 @@ def backward(
     """Add the gradient of the reward of some answers, at one end of the dial, to whatever ``changed`` trains.
 
     The loss, times ``weight``: ``divergence`` times the Kullback-Leibler divergence of each answer's words from the
-    model inside ``unchanged``, nats, minus ``sign`` times ``reward.expected_tone``; or minus ``reward.likely_order``
+    unsteered model, nats, minus ``sign`` times ``reward.expected_tone``; or minus ``reward.likely_order``
     where ``likely``. ``per``: the divergence is the tokens' mean, times so many.
     """
     valence = ends[0 if sign > 0 else 1]
@@ -279,7 +278,7 @@ def backward(
         batch, mask = answer_batch(model, texts, system)
         longest = int(mask.sum(-1).max())
         written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
-        with torch.no_grad(), unchanged():
+        with torch.no_grad():
             before = _log_probs(model, batch, longest)
         with torch.enable_grad(), changed():
             log_probs = _log_probs(model, batch, longest)
