@@ -55,6 +55,7 @@ PREDICATES = {
          "disappointing", "bad", "dull"),
 }  # fmt: skip
 KEPT = 0.3
+"""an opened answer is trained on if the lexicon's score is at least so far on its side of 0"""
 FULL = (0.0195, 0.015)
 """full strength of the dial's two ends, plus and minus: each the largest tried on 60 selection prompts at which the
 perplexity of the answers is at most 1.9 times that of the unsteered ones (1.89 and 1.84). So they have two lengths."""

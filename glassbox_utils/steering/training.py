@@ -163,9 +163,7 @@ def train_vector(
         done = saved.step
 
     def trained() -> ControlVector:
-        unit = like(torch.nn.functional.normalize(vector.detach(), dim=-1), parts[0].vector)
-        about: dict[str, Any] = {"method": "own answers", "stability": None, "coordinates": (0.0, 0.0)}
-        return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
+        return _as_trained(parts, vector, "own answers")
 
     unsteered: dict[str, str] = {}
     for step in progress(range(done, steps), "training a vector on its own answers"):
@@ -239,8 +237,13 @@ def train_on_answers(
                 answer_nats(model, batch, mask).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
+    return _as_trained(parts, vector, "answers")
+
+
+def _as_trained(parts: Sequence[Direction], vector: Tensor, method: str) -> ControlVector:
+    """The vector of trained rows: what was known of the start's directions (stability, coordinates) is gone."""
     unit = like(torch.nn.functional.normalize(vector.detach(), dim=-1), parts[0].vector)
-    about: dict[str, Any] = {"method": "answers", "stability": None, "coordinates": (0.0, 0.0)}
+    about: dict[str, Any] = {"method": method, "stability": None, "coordinates": (0.0, 0.0)}
     return ControlVector(tuple(replace(part, vector=u, **about) for part, u in zip(parts, unit, strict=True)))
 
 
