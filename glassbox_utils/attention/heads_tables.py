@@ -217,16 +217,17 @@ def lookers(bias: Table, k: int = 4) -> Any:
     return frame(rows)
 
 
-def at_limits(part: Table, limits: Sequence[float] = (0.0, 0.01, 0.02, 0.05)) -> Any:
-    """How many heads look either way, for several limits on the size of the gap (q < 0.05 throughout)."""
-    gap, q = np.array(part["mean"]), np.array(part["q"])
-    sides = {"with the stereotype": gap, "against it": -gap}
-    return frame(
-        [
-            {"gap beyond": f"{x}", **{name: int(((q < 0.05) & (g > x)).sum()) for name, g in sides.items()}}
-            for x in limits
-        ]
-    )
+def at_limits(parts: Mapping[str, Table], limits: Sequence[float] = (0.0, 0.01, 0.02, 0.05)) -> Any:
+    """How many heads look either way in each map, for several limits on the size of the gap (q < 0.05 throughout)."""
+    rows = []
+    for least in limits:
+        row: dict[str, Any] = {"gap beyond": f"{least}"}
+        for name, part in parts.items():
+            gap, q = np.array(part["mean"]), np.array(part["q"])
+            for side, g in (("with it", gap), ("against it", -gap)):
+                row[f"{side}: {name}"] = int(((q < 0.05) & (g > least)).sum())
+        rows.append(row)
+    return frame(rows)
 
 
 def behaviours(bias: Table) -> dict[str, tuple[NDArray, float, NDArray]]:
