@@ -132,8 +132,14 @@ def attempt(work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
 
 
 def length_of(model: Model) -> int:
-    """Random tokens in a half of a row: 50 where the context is long enough."""
-    return min(50, (model.n_context - 1) // 2)
+    """Random tokens in a half of a row: 50 where every head can look that far back."""
+    return min(50, (reach(model) - 1) // 2)
+
+
+def reach(model: Model) -> int:
+    """How far back every head can look: the context, or a sliding window that is shorter."""
+    window = getattr(model.config, "sliding_window", None)
+    return min(model.n_context, window or model.n_context)
 
 
 def induction_found(model: Model, rows: int) -> dict[str, Any]:
@@ -222,9 +228,10 @@ def induction_paths(model: Model, found: Sequence[Head], back: Sequence[Head], s
 
     The keys of a key head are all that its query heads have in common, so they are patched once, and the induction
     scores of the query heads are averaged. Reported for each key head: the two strongest senders of its screen, and
-    random heads of their layers, none of which looks one token back.
+    random heads of their layers, none of which looks one token back. A key head whose query heads do not look at what
+    they should, so that they have no score to lose, is left out. ModelError if that leaves none.
     """
-    length, screens, reports = min(25, (model.n_context - 1) // 2), [], []
+    length, screens, reports = min(25, (reach(model) - 1) // 2), [], []
     receivers = [h for h in found if h[0] > 0][: size.receivers]
     if not receivers:
         raise ModelError(f"No head of {model.name} that scores for induction has heads before it: nobody feeds it.")
@@ -237,8 +244,8 @@ def induction_paths(model: Model, found: Sequence[Head], back: Sequence[Head], s
         senders = [(i, h) for i in range(layer) for h in range(model.n_heads)]
         base, cut = scores(senders, members, 2, 13)
         lost = (base - cut).mean(1)
-        name = {"layer": layer, "key": key, "heads": members}
-        screens.append(name | {"base": rounded(base.mean()), "lost": rounded(lost.view(layer, model.n_heads))})
+        name, score = {"layer": layer, "key": key, "heads": members}, rounded(base.mean())
+        screens.append(name | {"base": score, "lost": rounded(lost.view(layer, model.n_heads))})
         best = [senders[int(i)] for i in lost.argsort(descending=True)[:2]]
         drawn: list[Head] = []
         for sender in best:
@@ -246,10 +253,18 @@ def induction_paths(model: Model, found: Sequence[Head], back: Sequence[Head], s
                 drawn += [h for h in draw if h[0] < layer and h not in [*best, *drawn]]
         drawn = drawn or [h for h in senders if h not in best]
         base, cut = scores([*best, *drawn], members, size.path_rows, 14)
+        if not (score > 0 and rounded(base.mean()) > 0):
+            screens.pop()
+            continue
         pairs = [
             {"sender": s, "found": s in best, "patched": rounded(x)} for s, x in zip([*best, *drawn], cut, strict=True)
         ]
         reports.append(name | {"base": rounded(base), "pairs": pairs})
+    if not reports:
+        raise ModelError(
+            f"No head of {model.name} looks at what came after an earlier copy {length} tokens back (a window may be "
+            "shorter than that), so none has an induction score that could be lost."
+        )
     return {"length": length, "screens": screens, "reports": reports}
 
 

@@ -62,7 +62,7 @@ def passages(path: Path) -> Iterator[str]:
     except OSError as reason:
         raise OwnTextError(f"{path} can't be read: {reason.strerror}. Give another file.") from reason
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield _line(path, number, line)
         return
@@ -77,6 +77,12 @@ def passages(path: Path) -> Iterator[str]:
         kept = f"{kept}\n\n{paragraph}" if kept else paragraph
     if kept:
         yield kept
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file of JSON: only a line feed ends one (``splitlines`` would cut inside a text that holds one of
+    Unicode's other ends of line)."""
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _line(path: Path, number: int, line: str) -> str:
@@ -103,7 +109,7 @@ def folder_of(name: str) -> Path:
 def parts_in(folder: Path) -> list[list[dict[str, Any]]]:
     """The finished parts of a text in their order, each a list of documents; an unfinished one is no part."""
     return [
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]
         for path in sorted(folder.glob("part-*.jsonl"))
     ]
 

@@ -161,6 +161,7 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
         axis.fill_betweenx(layers, [x - w for w in width], [x + w for w in width], color=BLUE, alpha=0.22, lw=0)
         axis.plot([x, x], [layers[0], layers[-1]], color=GREY, lw=0.5)
     named: list[tuple[tuple[float, float], str, float]] = []
+    markers, arrows = list[tuple[tuple[float, float], float]](), list[tuple[tuple[float, float], tuple[float, float]]]()
     for name, colour, marker, side in (("heads", RED, "s", -1), ("neurons", GREEN, "o", 1)):
         order = units.ranked(found[name], k) if name in found else []
         for i, (unit, place) in enumerate(zip(order, arms.places_of(found[name], order) if order else (), strict=True)):
@@ -170,13 +171,16 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
             label, area = f"{len(order)} {name}" if i == 0 else None, 25 + 700 * abs(effect)
             axis.scatter(across, unit[0], s=area, color=colour, marker=marker, label=label, alpha=0.7,
                          zorder=3, edgecolor="white")  # fmt: skip
+            markers.append(((across, unit[0]), area**0.5 / 2))
             named += [((across, unit[0]), f"{unit[0]}.{unit[1]}", area**0.5 / 2)] if i < 3 else []
             if name == "heads" and columns[place] > 0 and abs(effect) > 0.03:
                 arrow = {"arrowstyle": "->", "color": colour, "lw": 0.8 + 5 * abs(effect)}
                 axis.annotate("", (across, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
+                arrows.append(((0.04, unit[0]), (across, unit[0])))
     axis.set_xticks(range(len(PLACES)), [names[place] for place in PLACES])
     axis.set_xlim(-0.6, len(PLACES) - 0.4)
-    name_points(axis, [at for at, _, _ in named], [name for _, name, _ in named], [r for *_, r in named], fontsize=7.5)
+    places, labels, radii = [at for at, _, _ in named], [name for _, name, _ in named], [r for *_, r in named]
+    name_points(axis, places, labels, radii, 7.5, markers, arrows)
     axis.set_ylabel("layer")
     axis.set_title(_path_title(share, layers, carrier))
     axis.legend(loc="lower right", markerscale=0.5, title="band: share of the gap in the stream", title_fontsize=8)

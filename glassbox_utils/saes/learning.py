@@ -1,9 +1,10 @@
 """Learn what to hold: features (or a vector) whose clamping makes the model write given answers."""
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +22,7 @@ from glassbox_utils.saes import clamping, features, reading
 from glassbox_utils.saes.config import hook_of
 
 QUIET = 0.05
-"""a feature that is learned fires at most at this share of the positions of the plain answers that it learns from"""
+"""a feature that is learned fires at most at this share of the positions of answers that have nothing to do with it"""
 START_TOKENS, START_WEIGHT = 4, 2.0
 """an answer's first tokens decide what it is about: their mean loss counts twice as much as that of all others"""
 CANDIDATES = 256
@@ -103,6 +104,58 @@ def _descend(
     return history
 
 
+class Effect(NamedTuple):
+    """What each feature would do to the lessons' answers, and how often it fires in them."""
+
+    writes: Float[Tensor, " d_sae"]
+    """rise of the answers' log-probability (nats, ``taught_loss``) for one unit of activation more at every position:
+    the gradient where nothing is held, so it is a direction and no size"""
+    fires: Float[Tensor, " d_sae"]
+    """share of the positions at which the feature is active"""
+
+
+def effects(model: Model, sae: Any, given: Sequence[Lesson]) -> Effect:
+    """Which features would make the model write these answers? ClampError for lessons of another place than the SAE's.
+
+    By gradient at the unclamped stream, massive positions left out (choosing by effect: arXiv 2505.20063).
+    """
+    clamping.check_sae(model, sae)
+    _check_lessons(given, features.site_of_sae(sae))
+    code = coding.tool(sae, model.device)
+    decoder = coding.rows(code).float()
+    effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
+    for lesson, keep in zip(given, _usual(model, sae, given), strict=True):
+        with torch.enable_grad():
+            push = torch.zeros_like(lesson.resid, requires_grad=True)
+            (slope,) = torch.autograd.grad(lesson_loss(model, lesson, lesson.resid + push), push)
+        real = lesson.batch.attention_mask.bool()
+        with torch.no_grad():
+            effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
+            fires += result((coding.encode(code, lesson.resid)[real] > 0).float().sum(0))
+        count += int(real.sum())
+    return Effect(effect / len(given), fires / count)
+
+
+def _usual(model: Model, sae: Any, given: Sequence[Lesson]) -> list[Tensor]:
+    """For each lesson 0 at massive positions, else what a feature's row is multiplied by there."""
+    massive, code = clamping.MASSIVE * reading.median_norm(model, sae), coding.tool(sae, model.device)
+    return [(x.resid.norm(dim=-1, keepdim=True) <= massive) * coding.gain(code, x.resid) for x in given]
+
+
+def random_dictionary(sae: Any, seed: int = 0) -> Any:
+    """An SAE of the same shapes and norms whose rows mean nothing: the control of whatever is learned on a dictionary.
+
+    Every decoder row is a random direction as long as the one it replaces, and the encoder reads along it, as long as
+    its own column was; biases stay.
+    """
+    twin, generator = copy.deepcopy(sae), torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=-1)
+    with torch.no_grad():
+        twin.W_dec.copy_(rows * sae.W_dec.norm(dim=-1, keepdim=True).cpu())
+        twin.W_enc.copy_(rows.T * sae.W_enc.norm(dim=0, keepdim=True).cpu())
+    return twin
+
+
 def learn_group(
     model: Model,
     sae: Any,
@@ -112,38 +165,28 @@ def learn_group(
     rate: float = 0.5,
     name: str = "",
     seed: int = 0,
+    usual: Sequence[Lesson] | None = None,
 ) -> tuple[clamping.Group, clamping.Group, list[float]]:
     """At most ``n`` features and the values to hold them at so that the model writes the lessons' answers.
 
-    By effect, not by activation: of the features that are quiet on the answers, the ``CANDIDATES`` whose activation
-    would raise the answers' log-probability most (gradient at zero) are held at values above zero, which gradient
-    descent finds. On the way the smallest are dropped: 4 n are left after a quarter of the steps, 2 n after a third,
-    n after half. Strength 1 holds each at the value that was learned. Returns the group, its control (features drawn
-    by ``seed`` from the other quiet ones, at the same values), and the loss of each step. ClampError for lessons of
-    another place than the SAE's, and for an SAE whose features are rarely quiet.
+    By effect, not by activation: of the features that are quiet in ``usual`` (answers that have nothing to do with
+    what is taught; the lessons themselves if None, and then no feature can be learned that reads what it writes), the
+    ``CANDIDATES`` whose activation would raise the answers' log-probability most (``effects``) are held at values above
+    zero, which gradient descent finds. On the way the smallest are dropped: 4 n are left after a quarter of the steps,
+    2 n after a third, n after half. Strength 1 holds each at the value that was learned. Returns the group, its control
+    (features drawn by ``seed`` from the other quiet ones, at the same values), and the loss of each step. ClampError
+    for lessons of another place than the SAE's, and for an SAE whose features are rarely quiet.
     """
-    clamping.check_sae(model, sae)
-    _check_lessons(given, features.site_of_sae(sae))
     for what, value in (("n", n), ("steps", steps)):
         whole(what, value, 1, clamping.ClampError)
+    found = effects(model, sae, given)
     code = coding.tool(sae, model.device)
-    decoder = coding.rows(code).float()
-    massive = clamping.MASSIVE * reading.median_norm(model, sae)
-    usual = [(x.resid.norm(dim=-1, keepdim=True) <= massive) * coding.gain(code, x.resid) for x in given]
-    effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
-    for lesson, keep in zip(given, usual, strict=True):
-        with torch.enable_grad():
-            push = torch.zeros_like(lesson.resid, requires_grad=True)
-            (slope,) = torch.autograd.grad(lesson_loss(model, lesson, lesson.resid + push), push)
-        real = lesson.batch.attention_mask.bool()
-        with torch.no_grad():
-            effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
-            fires += result((coding.encode(code, lesson.resid)[real] > 0).float().sum(0))
-        count += int(real.sum())
-    quiet = (fires <= QUIET * count) & (result(decoder.norm(dim=-1)) > 0)
+    decoder, keep = coding.rows(code).float(), _usual(model, sae, given)
+    fires = found.fires if usual is None else _firing(model, sae, usual)
+    quiet = (fires <= QUIET) & (result(decoder.norm(dim=-1)) > 0)
     if int(quiet.sum()) < 2 * n:
         raise clamping.ClampError(f"Only {int(quiet.sum())} features are quiet on these answers: too few to learn {n}.")
-    order = effect.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
+    order = found.writes.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
     order = beside(order, decoder)
     rows = decoder[order]
     with torch.no_grad():
@@ -155,7 +198,7 @@ def learn_group(
         def function(held: Tensor) -> Tensor:
             on = alive.nonzero().flatten()
             push = (held[on] - codes[i][..., on]) @ rows[on]
-            return lesson_loss(model, given[i], given[i].resid + push * usual[i])
+            return lesson_loss(model, given[i], given[i].resid + push * keep[i])
 
         return function
 
@@ -168,14 +211,22 @@ def learn_group(
 
     history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], rate, after)
     held, order = result(values), result(order)
-    found = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
+    chosen = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
     others = sorted(set(quiet.nonzero().flatten().tolist()) - set(order.tolist())) or order.tolist()
-    drawn = random.Random(seed).sample(others, min(len(found), len(others)))
-    group = clamping.Group(tuple(clamping.feature(model, sae, i, v) for i, v in found), name)
+    drawn = random.Random(seed).sample(others, min(len(chosen), len(others)))
+    group = clamping.Group(tuple(clamping.feature(model, sae, i, v) for i, v in chosen), name)
     control = clamping.Group(
-        tuple(clamping.feature(model, sae, i, v) for i, (_, v) in zip(drawn, found, strict=False)), "random"
+        tuple(clamping.feature(model, sae, i, v) for i, (_, v) in zip(drawn, chosen, strict=False)), "random"
     )
     return group, control, history
+
+
+def _firing(model: Model, sae: Any, given: Sequence[Lesson]) -> Float[Tensor, " d_sae"]:
+    """Share of the positions at which each feature is active."""
+    _check_lessons(given, features.site_of_sae(sae))
+    with torch.no_grad():
+        codes = [coding.encode(sae, x.resid)[x.batch.attention_mask.bool()] > 0 for x in given]
+    return result(torch.cat(codes).float().mean(0))
 
 
 def _check_lessons(given: Sequence[Lesson], site: Site) -> None:

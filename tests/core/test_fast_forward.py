@@ -24,6 +24,36 @@ def test_block_attention_is_causal_attention(length, kv_heads):
     torch.testing.assert_close(fast_forward.block_attention(query, key, value, 0.3), expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["none", "boolean", "added"])
+def test_the_attention_of_one_new_token_is_attention(kv_heads, kind):
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(3, 6, 1, 16), torch.randn(2, 3, kv_heads, 9, 16)
+    seen = torch.ones(3, 1, 1, 12).bool()  # a mask may be longer than what there is
+    seen[1, ..., :4] = False
+    mask = {"none": None, "boolean": seen, "added": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}[kind]
+    given = None if mask is None else mask[..., :9]
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(fast_forward.step_attention(query, key, value, mask, 0.3), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_text_is_written_by_the_quick_model_as_by_the_plain_one_in_its_type(tmp_path, kind):
+    model = load_model(tiny.save(kind, tmp_path))
+    fast = fast_forward.quick(model, torch.bfloat16)
+    tokens = torch.randint(2, 200, (3, 20), generator=torch.Generator().manual_seed(0)).to(model.device)
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    at = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        exact = model.hf(tokens, attention_mask=mask, position_ids=at).logits[:, -1]
+        first = {"attention_mask": mask[:, :-1], "position_ids": at[:, :-1], "use_cache": True}
+        past = fast.hf(tokens[:, :-1], **first).past_key_values
+        last = {"attention_mask": mask, "position_ids": at[:, -1:], "past_key_values": past}
+        ours = fast.hf(tokens[:, -1:], **last).logits[:, -1].float()
+    assert (ours - exact).norm() / exact.norm() < 0.1
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_quick_model_is_as_near_as_bfloat16_is(tmp_path, kind, padded):

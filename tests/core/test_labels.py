@@ -33,3 +33,15 @@ def test_no_points_and_large_markers():
     near, far = name_points(axis, [(0.5, 0.5), (0.2, 0.2)], ["a", "b"], [1.0, 20.0])
     assert near.xyann == (3.0, 3.0) and far.xyann == (22.0, 22.0)
     plt.close(figure)
+
+
+def test_names_keep_clear_of_markers_and_arrows():
+    figure, axis = plt.subplots(figsize=(4, 3))
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    first = name_points(axis, [(0.5, 0.5)], ["a name"])[0].xyann
+    stands = [text.xyann for text in name_points(axis, [(0.5, 0.5)], ["a name"], arrows=[((0.4, 0.53), (0.9, 0.53))])]
+    assert stands[0] != first
+    (text,) = name_points(axis, [(0.5, 0.5)], ["a name"], markers=[((0.55, 0.55), 12.0), ((0.45, 0.55), 12.0)])
+    box, place = boxes(axis, [text])[0], axis.transData.transform
+    assert not any(box.contains(*place(at)) for at in ((0.55, 0.55), (0.45, 0.55)))
+    plt.close(figure)

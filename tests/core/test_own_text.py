@@ -22,6 +22,15 @@ def test_files_become_documents_of_both_splits(tmp_path):
     assert max(len(d.text) for d in train) <= own_text.CHARACTERS
 
 
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    texts = ["one\u2028two", "three\x85four", "five\x0bsix"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert list(own_text.passages(tmp_path / "a.jsonl")) == texts
+    (tmp_path / "part-00000.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert [row["text"] for row in own_text.parts_in(tmp_path)[0]] == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -75,22 +75,29 @@ def test_requests_are_short_of_sixty_topics_and_name_the_bridge_by_its_weight():
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_write_on(model, monkeypatch):
-    sizes, texts, real = [], iter([[5, 5, 5, 5], [0, 5, 5, 5], [0, 5, 5], [5, 5], [0, 5]]), own_writing.decoding.choose
+    sizes, texts, real = [], iter([[5, 5, 5, 5], [0, 5, 5, 5], [0, 5, 5], [5, 5], [0, 5]]), own_writing.drawn
 
-    def chosen(logits, temperature):
+    def chosen(logits):
         sizes.append(len(logits))
-        return torch.tensor(next(texts)) if len(sizes) < 6 else real(logits, temperature)
+        return torch.tensor(next(texts)) if len(sizes) < 6 else real(logits)
 
-    monkeypatch.setattr(own_writing.decoding, "choose", chosen)
+    monkeypatch.setattr(own_writing, "drawn", chosen)
     monkeypatch.setattr(own_writing.decoding, "can_be_static", lambda model: False)
     rows = continued(model, [[0], [0, 7], [0], [0]], 5, seed=0)
     assert sizes == [4, 4, 3, 2, 2]
     assert rows == [[5, 0], [5, 5, 0], [5, 5, 5, 5, 0], [5, 5, 5, 5, 5]]
 
 
+def test_tokens_are_drawn_by_their_probability():
+    logits = torch.tensor([[0.0, 1.0, -1e9, 2.0]]).expand(20_000, 4)
+    torch.manual_seed(0)
+    share = torch.bincount(own_writing.drawn(logits), minlength=4) / 20_000
+    assert torch.allclose(share, logits[0].softmax(-1), atol=0.02) and share[2] == 0
+
+
 def test_leaving_the_batch_changes_no_distribution(model, monkeypatch):
     """Greedy instead of drawn, so that the same texts come whatever leaves: as transformers' own loop writes them."""
-    monkeypatch.setattr(own_writing.decoding, "choose", lambda logits, _: logits.argmax(-1))
+    monkeypatch.setattr(own_writing, "drawn", lambda logits: logits.argmax(-1))
     monkeypatch.setattr(own_writing.decoding, "can_be_static", lambda model: False)
     prompts = [[0, 9, 11], [0, 300], [0, 17, 250, 40, 8], [0]]
     rows = continued(model, prompts, 30, seed=0)

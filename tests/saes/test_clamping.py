@@ -15,7 +15,15 @@ from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import ModelError, Site, load_model
 from glassbox_utils.core.text import chat, generate, tokenize
 from glassbox_utils.lab import panels
-from glassbox_utils.saes import clamping, clamping_choice_study, clamping_report_study, clamping_study, learning
+from glassbox_utils.saes import (
+    clamping,
+    clamping_choice_study,
+    clamping_report_study,
+    clamping_study,
+    detection,
+    learning,
+    read_write,
+)
 from glassbox_utils.saes.clamping import ClampError, Feature, Group
 from glassbox_utils.saes.store import load_sae, shipped
 
@@ -391,6 +399,86 @@ def test_scores_are_per_answer_and_harmonic():
     assert found["concept"].tolist() == [1, 0] and np.allclose(found["relevance"], [0.5, 1])
     assert found["harmonic mean"][0] == pytest.approx(3 / (1 + 1 / found["coherence"][0] + 2))
     assert found["harmonic mean"][1] == 0
+
+
+def test_a_push_is_a_share_of_a_typical_norm_whatever_the_dictionary_normalises(llama):
+    for normalize in ("none", "constant_norm_rescale"):
+        sae = make_sae(llama)
+        sae.cfg.normalize_activations = normalize
+        sae.cfg.metadata.median_norm = 5.0
+        with torch.no_grad():
+            sae.W_dec[7] *= 3
+        x = 5 * torch.nn.functional.normalize(torch.randn(1, 6, WIDTH), dim=-1)
+        for indices in ([7], [2, 7, 9]):
+            what = read_write.pushed(llama, sae, indices)
+            parts = what.features if isinstance(what, Group) else (what,)
+            amount = torch.tensor([0.4 * f.unit for f in parts]).view(1, 1, -1)
+            moved = clamping.apply(x, sae, indices, "add", amount, torch.ones(1, 1, len(indices)).bool()) - x
+            each = [0.4 * f.unit * float(sae.W_dec[f.index].norm()) for f in parts]
+            size = 5.0 if normalize == "none" else WIDTH**0.5
+            assert np.allclose(each, 0.4 * size * len(indices) ** -0.5, rtol=1e-4)
+            assert len(indices) > 1 or float(moved.norm(dim=-1).mean()) == pytest.approx(2.0, rel=1e-4)
+    with torch.no_grad():
+        sae.W_dec[7] = 0
+    with pytest.raises(ClampError, match="Feature 7 writes nothing"):
+        read_write.push_unit(llama, sae, 7)
+
+
+def test_candidates_read_the_concept_and_come_in_the_order_of_what_they_write(model, sae):
+    here, there = ["w1 w2 w3", "w5 w3", "w8 w3"], ["w9 w8", "w7 w6 w5", "w2 w4"]
+    codes = read_write.Concept(
+        *(detection.text_scores(model, sae, texts) for texts in (here, there)),
+        *(clamping.last_codes(model, sae, texts) for texts in (here, there)),
+    )
+    writes = read_write.written(model, sae, here, PROMPTS)
+    found = read_write.candidates(model, sae, codes, ["w3"], PROMPTS, writes)
+    assert found and [float(writes[c.feature]) for c in found] == sorted(float(writes[c.feature]) for c in found)[::-1]
+    assert {c.feature for c in found} == set(read_write.readers(model, sae, codes))
+    assert found[0].rank == int((writes > writes[found[0].feature]).sum())
+    token = read_write.concept_tokens(model, ["w3"])
+    one = read_write.pushed(model, sae, [found[0].feature])
+    before = read_write.word_mass(model, PROMPTS, token)
+    with clamping.clamp(model, one, read_write.PROBE):
+        gain = (read_write.word_mass(model, PROMPTS, token) - before).mean()
+    assert found[0].gain == pytest.approx(float(gain), abs=1e-3)
+
+
+def test_one_call_finds_what_to_hold(model, sae):
+    here, there = ["w1 w2 w3", "w5 w3"], ["w9 w8", "w7 w6 w5"]
+    found = read_write.search(model, sae, here, there, ["w3"])
+    assert found and [c.rank for c in found] == sorted(c.rank for c in found)
+    with pytest.raises(ClampError, match="None of the 2 sentences names 'w4'"):
+        read_write.search(model, sae, here, there, ["w4"])
+    with pytest.raises(ClampError, match="there"):
+        read_write.search(model, sae, here, [], ["w3"])
+
+
+def test_a_random_dictionary_keeps_shapes_and_norms_and_nothing_else(llama):
+    sae = make_sae(llama)
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(D_SAE, 1) + 0.5
+    twin, other = learning.random_dictionary(sae, 0), learning.random_dictionary(sae, 1)
+    for name, dim in (("W_dec", -1), ("W_enc", 0)):
+        a, b = getattr(sae, name), getattr(twin, name)
+        torch.testing.assert_close(a.norm(dim=dim), b.norm(dim=dim))
+        assert not torch.allclose(a, b, atol=0.1) and not torch.equal(b, getattr(other, name))
+    cos = torch.nn.functional.cosine_similarity(twin.W_enc.T, twin.W_dec)
+    other = torch.nn.functional.cosine_similarity(sae.W_dec, twin.W_dec)
+    assert (cos > 0.999).all() and float(other.mean().abs()) < 0.2
+
+
+def test_what_is_quiet_is_asked_of_other_answers(model, sae):
+    """A feature that fires on the lessons, as what reads the concept does, can be learned if it is quiet elsewhere."""
+    given = learning.lessons(model, 1, ["w1 w2", "w3"], [" w7 w8 w9"] * 2)
+    usual = learning.lessons(model, 1, ["w1 w2", "w3"], [" w4 w11 w12"] * 2)
+    fires = learning.effects(model, sae, given).fires
+    elsewhere = learning.effects(model, sae, usual).fires
+    only = {i for i in range(D_SAE) if fires[i] > learning.QUIET >= elsewhere[i]}
+    assert only
+    group, _, _ = learning.learn_group(model, sae, given, n=4, steps=6, usual=usual)
+    assert all(elsewhere[f.index] <= learning.QUIET for f in group.features)
+    alone, _, _ = learning.learn_group(model, sae, given, n=4, steps=6)
+    assert all(fires[f.index] <= learning.QUIET for f in alone.features)
 
 
 def test_prompts_are_ours_disjoint_and_have_nothing_to_do_with_bridges():
