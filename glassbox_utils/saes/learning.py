@@ -149,10 +149,11 @@ def random_dictionary(sae: Any, seed: int = 0) -> Any:
     its own column was; biases stay.
     """
     twin, generator = copy.deepcopy(sae), torch.Generator().manual_seed(seed)
-    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=-1)
+    drawn = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=-1)
+    rows = like(drawn, sae.W_dec)
     with torch.no_grad():
-        twin.W_dec.copy_(rows * sae.W_dec.norm(dim=-1, keepdim=True).cpu())
-        twin.W_enc.copy_(rows.T * sae.W_enc.norm(dim=0, keepdim=True).cpu())
+        twin.W_dec.copy_(rows * sae.W_dec.norm(dim=-1, keepdim=True))
+        twin.W_enc.copy_(rows.T * sae.W_enc.norm(dim=0, keepdim=True))
     return twin
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glassbox_utils.core import coding
 from glassbox_utils.core.arguments import some_texts
-from glassbox_utils.core.devices import result
+from glassbox_utils.core.devices import like, result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import chat, following, tokenize
 from glassbox_utils.saes import clamping, detection, learning, reading
@@ -43,7 +43,7 @@ def push_unit(model: Model, sae: Any, index: int) -> float:
     median = reading.median_norm(model, sae)
     row = coding.rows(sae)[index].detach().float()
     at = torch.nn.functional.normalize(torch.randn(len(row), generator=torch.Generator().manual_seed(0)), dim=-1)
-    gain = coding.gain(sae, (at * median).to(row))
+    gain = coding.gain(sae, like(at * median, row))
     size = float(row.norm()) * float(gain.squeeze() if isinstance(gain, Tensor) else gain)
     if not size > 0:
         raise clamping.ClampError(f"Feature {index} writes nothing: its decoder row is zero. Choose another one.")
