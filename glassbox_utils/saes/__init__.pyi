@@ -11,6 +11,7 @@ from . import harvest as harvest
 from . import labels as labels
 from . import learning as learning
 from . import quality as quality
+from . import read_write as read_write
 from . import reading as reading
 from . import store as store
 from . import study as study
