@@ -245,7 +245,6 @@ def induction_paths(model: Model, found: Sequence[Head], back: Sequence[Head], s
         base, cut = scores(senders, members, 2, 13)
         lost = (base - cut).mean(1)
         name, score = {"layer": layer, "key": key, "heads": members}, rounded(base.mean())
-        screens.append(name | {"base": score, "lost": rounded(lost.view(layer, model.n_heads))})
         best = [senders[int(i)] for i in lost.argsort(descending=True)[:2]]
         drawn: list[Head] = []
         for sender in best:
@@ -254,8 +253,8 @@ def induction_paths(model: Model, found: Sequence[Head], back: Sequence[Head], s
         drawn = drawn or [h for h in senders if h not in best]
         base, cut = scores([*best, *drawn], members, size.path_rows, 14)
         if not (score > 0 and rounded(base.mean()) > 0):
-            screens.pop()
             continue
+        screens.append(name | {"base": score, "lost": rounded(lost.view(layer, model.n_heads))})
         pairs = [
             {"sender": s, "found": s in best, "patched": rounded(x)} for s, x in zip([*best, *drawn], cut, strict=True)
         ]

@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -104,36 +104,33 @@ def _descend(
     return history
 
 
-class Effect(NamedTuple):
-    """What each feature would do to the lessons' answers, and how often it fires in them."""
+def effects(model: Model, sae: Any, given: Sequence[Lesson]) -> Float[Tensor, " d_sae"]:
+    """Which features would make the model write these answers? The rise of their log-probability (nats,
+    ``taught_loss``) for one unit more of each feature at every position.
 
-    writes: Float[Tensor, " d_sae"]
-    """rise of the answers' log-probability (nats, ``taught_loss``) for one unit of activation more at every position:
-    the gradient where nothing is held, so it is a direction and no size"""
-    fires: Float[Tensor, " d_sae"]
-    """share of the positions at which the feature is active"""
-
-
-def effects(model: Model, sae: Any, given: Sequence[Lesson]) -> Effect:
-    """Which features would make the model write these answers? ClampError for lessons of another place than the SAE's.
-
-    By gradient at the unclamped stream, massive positions left out (choosing by effect: arXiv 2505.20063).
+    By gradient at the unclamped stream, massive positions left out: a direction and no size (choosing by effect: arXiv
+    2505.20063). ClampError for lessons of another place than the SAE's.
     """
     clamping.check_sae(model, sae)
     _check_lessons(given, features.site_of_sae(sae))
-    code = coding.tool(sae, model.device)
-    decoder = coding.rows(code).float()
-    effect, fires, count = torch.zeros(len(decoder)), torch.zeros(len(decoder)), 0
+    decoder = coding.rows(coding.tool(sae, model.device)).float()
+    effect = torch.zeros(len(decoder))
     for lesson, keep in zip(given, _usual(model, sae, given), strict=True):
         with torch.enable_grad():
             push = torch.zeros_like(lesson.resid, requires_grad=True)
             (slope,) = torch.autograd.grad(lesson_loss(model, lesson, lesson.resid + push), push)
-        real = lesson.batch.attention_mask.bool()
         with torch.no_grad():
             effect -= result((slope * keep).sum((0, 1)) @ decoder.T)
-            fires += result((coding.encode(code, lesson.resid)[real] > 0).float().sum(0))
-        count += int(real.sum())
-    return Effect(effect / len(given), fires / count)
+    return effect / len(given)
+
+
+def firing(model: Model, sae: Any, given: Sequence[Lesson]) -> Float[Tensor, " d_sae"]:
+    """Share of the lessons' positions at which each feature is active. ClampError as for ``effects``."""
+    clamping.check_sae(model, sae)
+    _check_lessons(given, features.site_of_sae(sae))
+    with torch.no_grad():
+        codes = [coding.encode(sae, x.resid)[x.batch.attention_mask.bool()] > 0 for x in given]
+    return result(torch.cat(codes).float().mean(0))
 
 
 def _usual(model: Model, sae: Any, given: Sequence[Lesson]) -> list[Tensor]:
@@ -180,14 +177,13 @@ def learn_group(
     """
     for what, value in (("n", n), ("steps", steps)):
         whole(what, value, 1, clamping.ClampError)
-    found = effects(model, sae, given)
+    writes = effects(model, sae, given)
     code = coding.tool(sae, model.device)
     decoder, keep = coding.rows(code).float(), _usual(model, sae, given)
-    fires = found.fires if usual is None else _firing(model, sae, usual)
-    quiet = (fires <= QUIET) & (result(decoder.norm(dim=-1)) > 0)
+    quiet = (firing(model, sae, given if usual is None else usual) <= QUIET) & (result(decoder.norm(dim=-1)) > 0)
     if int(quiet.sum()) < 2 * n:
         raise clamping.ClampError(f"Only {int(quiet.sum())} features are quiet on these answers: too few to learn {n}.")
-    order = found.writes.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
+    order = writes.masked_fill(~quiet, -torch.inf).argsort(descending=True)[: min(CANDIDATES, int(quiet.sum()))]
     order = beside(order, decoder)
     rows = decoder[order]
     with torch.no_grad():
@@ -220,14 +216,6 @@ def learn_group(
         tuple(clamping.feature(model, sae, i, v) for i, (_, v) in zip(drawn, chosen, strict=False)), "random"
     )
     return group, control, history
-
-
-def _firing(model: Model, sae: Any, given: Sequence[Lesson]) -> Float[Tensor, " d_sae"]:
-    """Share of the positions at which each feature is active."""
-    _check_lessons(given, features.site_of_sae(sae))
-    with torch.no_grad():
-        codes = [coding.encode(sae, x.resid)[x.batch.attention_mask.bool()] > 0 for x in given]
-    return result(torch.cat(codes).float().mean(0))
 
 
 def _check_lessons(given: Sequence[Lesson], site: Site) -> None:

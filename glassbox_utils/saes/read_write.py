@@ -133,10 +133,10 @@ def described(
     for index in indices:
         a, b = concept.sentences[:, index], concept.others[:, index]
         above = (a[:, None] > b).float().mean() + 0.5 * (a[:, None] == b).float().mean()
-        one = pushed(model, sae, [index])
-        with clamping.clamp(model, one, PROBE):
+        unit = push_unit(model, sae, index)
+        with clamping.clamp(model, clamping.feature(model, sae, index, unit), PROBE):
             gain = float((word_mass(model, questions, tokens) - plain).mean())
-        on_name = float(concept.name[:, index].mean()) / one.unit if isinstance(one, Feature) else 0.0
+        on_name = float(concept.name[:, index].mean()) / unit
         found.append(Candidate(index, round(float(above), 4), round(on_name, 4), round(gain, 4), int(rank[index])))
     return sorted(found, key=lambda c: c.rank)
 
@@ -174,4 +174,4 @@ def search(
 def written(model: Model, sae: Any, answers: Sequence[str], questions: Sequence[str]) -> Float[Tensor, " d_sae"]:
     """How each feature raises the log-probability of these answers, given the questions in turn: by gradient."""
     chats = [chat(model, questions[i % len(questions)], "") for i in range(len(answers))]
-    return learning.effects(model, sae, learning.lessons(model, reading.site_of_sae(sae), chats, answers)).writes
+    return learning.effects(model, sae, learning.lessons(model, reading.site_of_sae(sae), chats, answers))

@@ -471,8 +471,8 @@ def test_what_is_quiet_is_asked_of_other_answers(model, sae):
     """A feature that fires on the lessons, as what reads the concept does, can be learned if it is quiet elsewhere."""
     given = learning.lessons(model, 1, ["w1 w2", "w3"], [" w7 w8 w9"] * 2)
     usual = learning.lessons(model, 1, ["w1 w2", "w3"], [" w4 w11 w12"] * 2)
-    fires = learning.effects(model, sae, given).fires
-    elsewhere = learning.effects(model, sae, usual).fires
+    fires = learning.firing(model, sae, given)
+    elsewhere = learning.firing(model, sae, usual)
     only = {i for i in range(D_SAE) if fires[i] > learning.QUIET >= elsewhere[i]}
     assert only
     group, _, _ = learning.learn_group(model, sae, given, n=4, steps=6, usual=usual)
