@@ -31,6 +31,8 @@ UNKNOWN = "that of the model it was made from"
 """licence of what is derived from weights whose terms nobody has told us"""
 ROLES = ("main", "late")
 """which SAE is meant: the one at half of the depth, and the one at two thirds"""
+CLAMP = "clamp"
+"""role of the SAE whose features are held, where that is another one than the main one"""
 
 
 class PreparedError(GlassboxError, ValueError):
@@ -54,8 +56,8 @@ class Card:
 
     def __post_init__(self) -> None:
         schema.check(self, PreparedError)
-        if unknown := [role for role in self.saes if role not in ROLES]:
-            raise PreparedError(f"saes has the role {unknown[0]!r}. Allowed: {', '.join(ROLES)}.")
+        if unknown := [role for role in self.saes if role not in (*ROLES, CLAMP)]:
+            raise PreparedError(f"saes has the role {unknown[0]!r}. Allowed: {', '.join((*ROLES, CLAMP))}.")
 
 
 def models_dir() -> Path:

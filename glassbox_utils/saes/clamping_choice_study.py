@@ -1,153 +1,99 @@
-"""Choosing what to clamp: ``glassbox study clamp-choose``, on selection prompts only."""
+"""Choosing what to clamp: ``glassbox study clamp-choose``, on selection prompts only.
+
+Features that *read* the bridge are ordered by how they *write* it, by gradient. The best are tried one by one while
+whole answers are written, then two and three of them together. Beside them stand what needs no dictionary (a mean
+difference, a learned vector), what fits one (``learning.learn_group``), and the same fit on a dictionary of random
+rows.
+"""
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
-from torch import Tensor
 
 from glassbox_utils.core import prepared
-from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.studies import SEED, resumed, write_table
-from glassbox_utils.core.text import chat, following, tokenize
-from glassbox_utils.saes import clamping, clamping_study, detection, learning
+from glassbox_utils.saes import clamping, clamping_study, detection, learning, read_write
+from glassbox_utils.saes.clamping import Group
 from glassbox_utils.saes.reading import site_of_sae
+from glassbox_utils.saes.store import load_sae
 from glassbox_utils.steering.vectors import save_direction
 
-PROBES, N_PROBED = (4.0,), 4
-"""strengths at which, and prompts on which, the output score is measured"""
-
-
-MORE = (0.7, 1.4, 3)
-"""if no strength of the grid keeps within both budgets the search goes on below it, each time at this share of the
-last; if all do and the strongest mentions nothing, above it; so many times at most. The grid itself fits the embedded
-model"""
-N_SELECTION, N_SELECTION_LEARNED = 10, 24
-"""selection prompts: for what is learned all of them, since it comes close to the goal and a coarse choice is a bet"""
+N_PROBED, N_SELECTION = 4, 16
+"""selection prompts on which the output score is measured, and on which answers are written"""
+N_TRIED, N_JOINED = 5, 3
+"""features that are tried by generation (the best writers of those that read, and of all), and the best of the former
+that are joined"""
+N_TWINS, N_RANDOM = 3, 5
+"""random dictionaries to learn on, and random draws beside the clamp that is shown"""
+PUSHES = (0.2, 0.3, 0.4, 0.55)
+"""sizes of the hold, as a share of a typical norm"""
 GRID: dict[str, tuple[float, ...]] = {
-    "one feature": (2.0, 3.5),
-    "several features": (0.5, 0.65, 0.8),
-    "several features, two layers": (0.4, 0.45, 0.5),
-    "mean difference": (0.3, 0.36),
-    "mean difference, two layers": (0.14, 0.18),
-    "learned features": (0.85, 0.9, 0.95, 1.0),
-    "learned vector": (0.8, 0.9, 1.0),
+    "one feature": PUSHES,
+    "two features": PUSHES,
+    "three features": PUSHES,
+    "readers": (0.5, 0.8, 1.2),
+    "mean difference": (0.2, 0.3, 0.4),
+    "learned features": (0.6, 0.8, 1.0),
+    clamping_study.TWIN: (0.6, 0.8, 1.0),
+    "learned vector": (0.6, 0.8, 1.0),
 }
-"""method -> strengths that are tried: times the natural unit, or (mean difference) the typical residual norm, or the
-learned values"""
+"""method -> strengths that are tried: a share of a typical norm; for readers times their mean on the name; for what is
+learned times the learned values"""
+MORE = (0.7, 1.4, 3)
+"""if no strength of a grid keeps to the price (perplexity, word pairs) the search goes on below it, each time at this
+share of the last; if all do and the strongest mentions nothing, above it; so many times at most"""
 
 
-START = "The"
-"""how the answer begins when the output score is read"""
-
-
-def concept_tokens(model: Model, words: Sequence[str]) -> list[int]:
-    """First tokens of the words as they stand inside a sentence, small and capitalised."""
-    forms = {f" {form}" for word in words for form in (word, word.capitalize())}
-    return sorted({ids[0] for form in forms if (ids := following(model, form))})
-
-
-@torch.inference_mode()
-def word_mass(model: Model, questions: Sequence[str], tokens: Sequence[int]) -> NDArray:
-    """Log of the probability that an answer which begins with ``START`` goes on with one of these tokens."""
-    batch = tokenize(model, [chat(model, q, clamping_study.NO_SYSTEM) + START for q in questions])
-    logits = model.hf(**batch.inputs, logits_to_keep=1).logits[:, -1].float()
-    return result(logits.log_softmax(-1)[:, list(tokens)].logsumexp(-1)).numpy()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A feature that fires for a concept, and what holding it does to the next word."""
-
-    feature: int
-    auc: float
-    unit: float
-    """largest activation on all sentences"""
-    gain: float
-    """output score: rise of the log-probability of the concept's words, nats, the best of the strengths tried"""
-
-
-def candidates(
-    model: Model,
-    sae: Any,
-    here: Float[Tensor, "text d_sae"],
-    there: Float[Tensor, "other d_sae"],
-    maxima: Float[Tensor, " d_sae"],
-    words: Sequence[str],
-    questions: Sequence[str],
-) -> list[Candidate]:
-    """Features by activation (area under the curve), then ordered by output score (arXiv 2505.20063)."""
-    tokens = concept_tokens(model, words)
-    plain = word_mass(model, questions, tokens)
-    found = []
-    for hit in detection.separates(here, there, clamping_study.N_CANDIDATES):
-        if hit.mean_here == 0:
-            continue
-        one = clamping.feature(model, sae, hit.feature, float(maxima[hit.feature]))
-        gains = []
-        for strength in PROBES:
-            with clamping.clamp(model, one, strength):
-                gains.append(float((word_mass(model, questions, tokens) - plain).mean()))
-        found.append(Candidate(hit.feature, round(hit.auc, 4), round(one.unit, 4), round(max(gains), 4)))
-    return sorted(found, key=lambda c: -c.gain)
-
-
-def _singles(layer: int, model: Model) -> dict[str, Any]:
-    """The bridge's single features at one layer, by output score, and random features as controls (with maxima)."""
-    sae, asked = clamping_study.role_saes(model)[layer], clamping_study.prompts()["selection"][:N_PROBED]
-    here, there = clamping_study.golden_gate_sentences()
-    a, b, c = (detection.text_scores(model, sae, texts) for texts in (here, there, clamping_study.concept_sentences()))
-    maxima = torch.cat([a, b, c]).amax(0)
-    found = candidates(
-        model, sae, a, torch.cat([b, c]), maxima, clamping_study.prompts()["golden_gate"]["words"], asked
+def concept_codes(model: Model, sae: Any, name: str) -> read_write.Concept:
+    """Codes of a concept's sentences and name, and of those of all other concepts and landmarks."""
+    names, others = clamping_study.name_texts()
+    whole = dict(others) | {"golden gate": clamping_study.golden_gate_sentences()[0]}
+    rest = [text for other, texts in whole.items() if other != name for text in texts]
+    cuts = [cut for other, texts in others.items() if other != name for cut in clamping.random_cuts(texts)]
+    return read_write.Concept(
+        detection.text_scores(model, sae, whole[name]),
+        detection.text_scores(model, sae, rest),
+        clamping.last_codes(model, sae, names[name]),
+        clamping.last_codes(model, sae, cuts),
     )
-    order = [int(f) for f in np.random.default_rng(SEED).permutation(len(maxima)) if maxima[f] > 0]
-    used = {x.feature for x in found}
-    random = [[f, round(float(maxima[f]), 4)] for f in order if f not in used]
-    return {"single": {"golden gate": [vars(x) for x in found]}, "random": random[: 2 * clamping_study.GROUP]}
 
 
-def _groups(layer: int, model: Model) -> dict[str, list[list[float]]]:
-    """Concept -> (feature, unit) of the features of its name; of the ten concepts at the main layer only."""
-    found = clamping_study.role_saes(model)
-    sae, (names, others) = found[layer], clamping_study.name_texts()
-    elsewhere = {name: clamping.last_codes(model, sae, clamping.random_cuts(texts)) for name, texts in others.items()}
-    groups: dict[str, list[list[float]]] = {}
-    for name in names if layer == clamping_study.main_layer(found, model) else ["golden gate"]:
-        rest = torch.cat([codes for other, codes in elsewhere.items() if other != name])
-        here, groups[name] = clamping.last_codes(model, sae, names[name]), []
-        with suppress(clamping.ClampError):  # no feature is the name's
-            made = clamping.name_group(model, sae, here, rest, clamping_study.GROUP, name)
-            groups[name] = [[f.index, round(f.unit, 4)] for f in made.features]
-    return groups
+def _candidates(
+    model: Model, sae: Any, name: str, words: Sequence[str], questions: Sequence[str], answers: Sequence[str]
+) -> dict[str, Any]:
+    """A concept's features by reading and writing, the best writers whatever they read, and random ones; the group of
+    its name.
 
-
-def _ranked(layer: int, sae: Any, model: Model) -> dict[str, Any]:
-    """What one layer's SAE offers, from the cache if it is there; controls are in no group of the bridge."""
-    key = [
-        layer,
-        clamping_study.fingerprint(sae),
-        model.hash,
-        clamping_study.N_CANDIDATES,
-        PROBES,
-        N_PROBED,
-        clamping_study.GROUP,
-    ]
-    made = resumed("clamp_choose", key, _singles, layer, model)
-    group = resumed("clamp_choose", ["groups", clamping.ELSEWHERE, *key], _groups, layer, model)
-    taken = {index for index, _ in group["golden gate"]}
-    random = [row for row in made["random"] if row[0] not in taken]
-    return {"single": made["single"], "group": group, "random": random[: clamping_study.GROUP]}
+    ``questions`` and ``answers``: about the concept; a feature writes it if it makes these answers likelier.
+    """
+    given = clamping_study.lessons(model, site_of_sae(sae), questions, answers)
+    writes = learning.effects(model, sae, given)
+    asked, codes = clamping_study.prompts()["selection"][:N_PROBED], concept_codes(model, sae, name)
+    found = read_write.candidates(model, sae, codes, words, asked, writes)
+    alive = (codes.others.amax(0) > 0).nonzero().flatten().tolist()
+    left = sorted(set(alive) - {c.feature for c in found})
+    drawn = np.random.default_rng(SEED).permutation(left)[: max(len(found), N_RANDOM * 3)].tolist()
+    control = read_write.described(model, sae, codes, [int(i) for i in drawn], words, asked, writes) if drawn else []
+    try:
+        made = clamping.name_group(model, sae, codes.name, codes.elsewhere, clamping_study.GROUP, name)
+        group = [[f.index, round(f.unit, 4)] for f in made.features]
+    except clamping.ClampError:  # no feature is the name's
+        group = []
+    best = writes.argsort(descending=True)[:N_TRIED].tolist()
+    return {
+        "found": [vars(c) for c in found],
+        "writers": [vars(c) for c in read_write.described(model, sae, codes, best, words, asked, writes)],
+        "random": [vars(c) for c in control],
+        clamping_study.READERS: group,
+        "d_sae": len(writes),
+    }
 
 
 def learn_steps() -> int:
@@ -155,91 +101,87 @@ def learn_steps() -> int:
     return prepared.sized(clamping_study.LEARN_STEPS, 16)
 
 
-def learned(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str], steps: int) -> dict[str, Any]:
-    """The features that make the model write these answers, their values, controls, and the loss of each step."""
-    sae = clamping_study.role_saes(model)[layer]
-    given = clamping_study.lessons(model, site_of_sae(sae), questions, answers)
+def _lessons(model: Model, sae: Any, made: Mapping[str, Any]) -> tuple[list[learning.Lesson], list[learning.Lesson]]:
+    """What is taught, and what the model says by itself, as the SAE reads it."""
+    where = site_of_sae(sae)
+    return (
+        clamping_study.lessons(model, where, made["questions"], made["answers"]),
+        clamping_study.lessons(model, where, made["questions"], made["usual"]),
+    )
+
+
+def _rows(group: Group) -> list[list[float]]:
+    """Features and values as a table keeps them."""
+    return [[f.index, round(f.unit, 4)] for f in group.features]
+
+
+def _learned(model: Model, made: Mapping[str, Any], steps: int, twin: int | None) -> dict[str, Any]:
+    """The features that make the model write the lessons' answers, their values, controls, and each step's loss.
+
+    ``twin``: on a dictionary of random rows, drawn by this seed, instead of the SAE.
+    """
+    sae = clamping_study.held_sae(model)
+    given, usual = _lessons(model, sae, made)
+    sae = sae if twin is None else learning.random_dictionary(sae, twin)
     n = min(clamping_study.N_LEARNED, max(1, sae.cfg.d_sae // 16))
     try:
-        group, control, loss = learning.learn_group(model, sae, given, n, steps, seed=SEED)
+        group, control, loss = learning.learn_group(model, sae, given, n, steps, seed=SEED, usual=usual)
     except clamping.ClampError:  # too few of its features are quiet on the answers
         return {"features": [], "random": [], "loss": []}
-    return {
-        "features": [[f.index, round(f.unit, 4)] for f in group.features],
-        "random": [[f.index, round(f.unit, 4)] for f in control.features],
-        "loss": loss,
-    }
+    return {"features": _rows(group), "random": _rows(control), "loss": loss}
 
 
-def _learned_vector(model: Model, layer: int, questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    vector, loss = learning.learn_vector(
-        model, layer, clamping_study.lessons(model, layer, questions, answers), learn_steps()
-    )
+def _learned_vector(model: Model, layer: int, made: Mapping[str, Any]) -> dict[str, Any]:
+    given = clamping_study.lessons(model, layer, made["questions"], made["answers"])
+    vector, loss = learning.learn_vector(model, layer, given, learn_steps())
     return {"vector": [round(float(x), 4) for x in vector], "vector_loss": loss}
 
 
-def _reading(model: Model, layer: int, indices: Sequence[int]) -> list[dict[str, float]]:
-    """How each feature reads the bridge: area under the curve on sentences, largest activation, mean on the name."""
-    sae, (here, there) = clamping_study.role_saes(model)[layer], clamping_study.golden_gate_sentences()
-    chosen = list(indices)
-    a, b = (
-        detection.text_scores(model, sae, texts)[:, chosen]
-        for texts in (here, [*there, *clamping_study.concept_sentences()])
-    )
-    name = clamping.last_codes(model, sae, clamping_study.name_texts()[0]["golden gate"])[:, chosen].mean(0)
-    above = (a[:, None] > b[None]).float().mean((0, 1)) + 0.5 * (a[:, None] == b[None]).float().mean((0, 1))
-    return [
-        {"feature": i, "auc": round(float(above[k]), 4), "largest": round(float(torch.cat([a, b])[:, k].max()), 3),
-         "on the name": round(float(name[k]), 3)}
-        for k, i in enumerate(chosen)
-    ]  # fmt: skip
+def _taught(model: Model) -> dict[str, Any]:
+    """Questions, answers about the bridge that the plain model wrote, and its answers to the same questions."""
+    page = clamping_study.prompts()["golden_gate"]
+    questions, answers, usual = clamping_study.taught(model, page["starts"], page["turns"])
+    return {"questions": questions, "answers": answers, "usual": usual}
 
 
-def _learned_all(model: Model, layer: int) -> dict[str, Any]:
-    """All that is learned about the bridge: features and what they read, and, without an SAE, a vector."""
-    questions, answers = clamping_study.taught(model, clamping_study.prompts()["golden_gate"]["starts"])
-    sae, steps = clamping_study.role_saes(model)[layer], learn_steps()
-    after = clamping_study.stream_layer(sae)
-    made: dict[str, Any] = {"layer": after, "questions": questions, "answers": answers}
-    weights = [clamping_study.fingerprint(sae), model.hash]
-    key = ["learned", layer, weights, questions, answers, clamping_study.N_LEARNED, steps, _rule()]
-    made |= resumed("clamp_choose", key, learned, model, layer, questions, answers, steps)
-    key = ["vector", after, model.hash, questions, answers, steps, _rule()]
-    made |= resumed("clamp_choose", key, _learned_vector, model, after, questions, answers)
-    indices = [i for i, _ in made["features"]]
-    return made | {
-        "reading": resumed("clamp_choose", ["reading", layer, weights, indices], _reading, model, layer, indices)
-    }
-
-
-def _rule() -> list[float]:
-    return [learning.QUIET, learning.START_TOKENS, learning.START_WEIGHT, learning.CANDIDATES]
+def _learned_all(model: Model, sae: Any, made: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All that is learned about the bridge: features, the same on random dictionaries, and a vector."""
+    questions, answers, usual = made["questions"], made["answers"], made["usual"]
+    steps, layer = learn_steps(), clamping_study.stream_layer(sae)
+    rule = [learning.QUIET, learning.START_TOKENS, learning.START_WEIGHT, learning.CANDIDATES, clamping_study.N_LEARNED]
+    key = [clamping_study.fingerprint(sae), model.hash, questions, answers, usual, steps, rule]
+    twins = [
+        resumed("clamp_choose", ["learned", twin, *key], _learned, model, made, steps, twin)
+        for twin in (None, *range(prepared.sized(N_TWINS, 1)))
+    ]
+    for one in twins:  # a value that is rounded to nothing holds nothing
+        one["features"] = [row for row in one["features"] if row[1] > 0]
+    found = made | twins.pop(0)
+    key = ["vector", layer, model.hash, questions, answers, steps, rule]
+    return found | resumed("clamp_choose", key, _learned_vector, model, layer, made), twins
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the settings within both budgets the one with the most mentions (then the lowest perplexity).
-
-    If none is within them, the one with the lowest perplexity.
-    """
-    if not (fine := [r for r in rows if _fine(r)]):
-        return min(rows, key=lambda r: r["perplexity"])
-    return max(fine, key=lambda r: (r["mention"], -r["perplexity"]))
+    """The setting that comes nearest to the goal (then the one with the most mentions, then the cheapest)."""
+    return max(rows, key=_order)
 
 
-def _fine(row: dict[str, Any]) -> bool:
-    """Does a setting keep within both budgets?"""
-    return row["perplexity"] <= clamping_study.PERPLEXITY_BUDGET and row["distinct"] >= clamping_study.DISTINCT_BUDGET
+def _order(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    return clamping_study.reached(row), row["mention"], -row["perplexity"]
 
 
 def further(rows: Sequence[dict[str, Any]], grid: Sequence[float]) -> float | None:
-    """A strength beyond those that were tried, if none of them keeps within the budgets or all do and do nothing."""
+    """A strength beyond those that were tried, if all of them cost too much (or loop), or none does and nothing is
+    mentioned."""
     down, up, most = MORE
     tried = sorted(rows, key=lambda r: r["strength"])
     if len(tried) >= len(grid) + most:
         return None
-    if not any(map(_fine, tried)):
+    goal = clamping_study.GOAL  # a loop is cheap: its perplexity is low, and it is no answer
+    fine = [r["perplexity"] <= goal["perplexity"] and r["distinct"] >= goal["distinct"] for r in tried]
+    if not any(fine):
         return round(tried[0]["strength"] * down, 4)
-    if all(map(_fine, tried)) and tried[-1]["mention"] == 0:
+    if all(fine) and tried[-1]["mention"] == 0:
         return round(tried[-1]["strength"] * up, 4)
     return None
 
@@ -251,60 +193,120 @@ def _select(
     return {"answers": texts} | clamping_study.measured(model, questions, texts)
 
 
-def _tried(
-    model: Model,
-    tools: clamping_study.Tools,
-    method: str,
-    strength: float,
-    questions: Sequence[str],
-    plain: dict[str, Any],
-) -> dict[str, float]:
-    made = _select(model, tools, method, strength, questions)
-    return clamping_study.summary(made, plain, clamping_study.prompts()["golden_gate"]["words"])
+def tried(
+    model: Model, method: str, what: Any, strengths: Sequence[float], questions: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """``what`` at each strength, and beyond them where ``further`` says so, by the measures of the goal."""
+    tools, rows = clamping_study.Tools({method: what}), list[dict[str, Any]]()
+    key = ["select", questions, *clamping_study.cache_key(model, tools, "none", None)]
+    plain = resumed("clamp_choose", key, _select, model, tools, "none", None, questions)
+    words = clamping_study.prompts()["golden_gate"]["words"]
+    left = list(strengths)
+    while left or (more := further(rows, strengths)) is not None:
+        strength = left.pop(0) if left else more
+        key = ["select", questions, *clamping_study.cache_key(model, tools, method, strength)]
+        row = resumed("clamp_choose", key, _select, model, tools, method, strength, questions)
+        rows.append({"method": method, "strength": strength} | clamping_study.summary(row, plain, words))
+        yield rows[-1]
+
+
+def _singles(
+    model: Model, sae: Any, method: str, some: Sequence[Mapping[str, Any]], asked: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The first of some features, the best writers, one by one at every push, while answers are written."""
+    rows = list[dict[str, Any]]()
+    for index in progress([c["feature"] for c in some][: prepared.sized(N_TRIED, 2)], "single features"):
+        one = read_write.pushed(model, sae, [index])
+        rows += [r | {"features": [index]} for r in tried(model, method, one, prepared.thinned(PUSHES, 3), asked)]
+    return rows
+
+
+def _held(model: Model, sae: Any, row: Mapping[str, Any]) -> list[list[float]]:
+    """Features of a row of ``_singles`` or ``_joined``, and their units, as a table keeps them."""
+    made = read_write.pushed(model, sae, row["features"])
+    return _rows(made if isinstance(made, Group) else Group((made,)))
+
+
+def _joined(
+    model: Model, sae: Any, singles: Sequence[dict[str, Any]], asked: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of what was tried of two and three of the best single features; the features of each method."""
+    rows = list(singles)
+    by_feature = {r["features"][0]: [s for s in singles if s["features"] == r["features"]] for r in singles}
+    order = sorted(by_feature, key=lambda i: _order(choose(by_feature[i])), reverse=True)[:N_JOINED]
+    for size, method in ((2, "two features"), (3, "three features")):
+        for several in combinations(order, size):
+            group = read_write.pushed(model, sae, several, method)
+            found = tried(model, method, group, prepared.thinned(PUSHES, 3), asked)
+            rows += [r | {"features": list(several)} for r in found]
+    methods = dict.fromkeys(r["method"] for r in rows)
+    return rows, {m: _held(model, sae, choose([r for r in rows if r["method"] == m])) for m in methods}
+
+
+def _other(
+    model: Model, made: Mapping[str, Any], asked: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """The same rule on the main SAE, where another one is held: rows, and the chosen feature. Nothing otherwise."""
+    if prepared.CLAMP not in prepared.card().saes:
+        return [], []
+    sae = load_sae(prepared.sae("main"), model)
+    ranked = _ranked(model, sae, made)
+    rows = _singles(model, sae, clamping_study.OTHER, ranked["found"], asked)
+    return rows, _held(model, sae, choose(rows)) if rows else []
+
+
+def _ranked(model: Model, sae: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    rule = [read_write.N_NAME, read_write.N_SENTENCE, read_write.PROBE, N_PROBED, N_TRIED]
+    key = ["by gradient, and the best writers", clamping_study.fingerprint(sae), model.hash, *rule]
+    words, about = clamping_study.prompts()["golden_gate"]["words"], (made["questions"], made["answers"])
+    return resumed("clamp_choose", [*key, *about], _candidates, model, sae, "golden gate", words, *about)
 
 
 def study_choose() -> Path:
-    """Features by activation and output score; features, methods and strengths by generation on selection prompts."""
+    """Features by reading and writing; features, methods and strengths by generation on selection prompts."""
     start, model = time.time(), load_subject()
-    found = clamping_study.role_saes(model)
-    middle = clamping_study.main_layer(found, model)
-    ranked = {str(layer): _ranked(layer, sae, model) for layer, sae in found.items()}
-    if not all(
-        clamping_study.vector_file(layer).with_suffix(".json").exists() for layer in clamping_study.two_layers(model)
-    ):
-        for direction in clamping_study.directions(model, clamping_study.two_layers(model)):
-            save_direction(direction, clamping_study.vector_file(direction.layer))
-
-    made = _learned_all(model, middle)
-    tools = clamping_study.make_tools(model, ranked, None, made)
-
-    def row(method: str, strength: float, tools: clamping_study.Tools) -> dict[str, Any]:
-        learns = method.startswith("learned")
-        n = prepared.sized(N_SELECTION_LEARNED, 8) if learns else prepared.sized(N_SELECTION, 4)
-        some = clamping_study.prompts()["selection"][:n]
-        key = ["select", some, *clamping_study.cache_key(model, tools, "none", None)]
-        plain = resumed("clamp_choose", key, _select, model, tools, "none", None, some)
-        key = ["tried", some, *clamping_study.cache_key(model, tools, method, strength)]
-        return resumed("clamp_choose", key, _tried, model, tools, method, strength, some, plain)
-
-    single = []
-    for k in range(clamping_study.N_TRIED):
-        if f"feature {k}" in tools.found:
-            for strength in prepared.thinned(GRID["one feature"]):
-                single.append({"rank": k, "strength": strength} | row(f"feature {k}", strength, tools))
-    best = choose(single)["rank"] if single else None
-    tools = clamping_study.make_tools(model, ranked, best, made)
-    rows = [
-        {"method": "one feature"} | {k: v for k, v in r.items() if k != "rank"} for r in single if r["rank"] == best
-    ]
-    for method, strengths in ((name, prepared.thinned(grid)) for name, grid in GRID.items()):
-        if method not in tools.found:
-            continue
-        if method != "one feature":
-            for strength in progress(strengths, method):
-                rows.append({"method": method, "strength": strength} | row(method, strength, tools))
-        while (more := further([r for r in rows if r["method"] == method], strengths)) is not None:
-            rows.append({"method": method, "strength": more} | row(method, more, tools))
+    sae, page = clamping_study.held_sae(model), clamping_study.prompts()
+    asked = page["selection"][: prepared.sized(N_SELECTION, 8)]
+    made = _taught(model)
+    ranked = _ranked(model, sae, made)
+    layer = clamping_study.stream_layer(sae)
+    if not clamping_study.vector_file(layer).with_suffix(".json").exists():
+        save_direction(clamping_study.mean_difference(model, layer), clamping_study.vector_file(layer))
+    made, twins = _learned_all(model, sae, made)
+    drawn_features = [c["feature"] for c in ranked["random"]]
+    rows, features = _joined(model, sae, _singles(model, sae, "one feature", ranked["found"], asked), asked)
+    writers = _singles(model, sae, clamping_study.WRITER, ranked["writers"], asked)
+    features[clamping_study.WRITER] = _held(model, sae, choose(writers))
+    rows += writers
+    more, other = _other(model, made, asked)
+    fitted = {"random features": made["features"], "random readers": ranked[clamping_study.READERS]}
+    features |= {clamping_study.READERS: ranked[clamping_study.READERS], clamping_study.LEARNED: made["features"]}
+    shown = [r for r in rows if r["method"] in features]
+    size = len(choose(shown)["features"]) if shown else 1
+    rows += more
+    named = {int(i) for like in fitted.values() for i, _ in like} | {c["feature"] for c in ranked["found"]}
+    pool = sorted(set(range(sae.cfg.d_sae)) - named)
+    for k in range(prepared.sized(N_RANDOM, 2)):  # as many random features as are held, pushed as much
+        drawn = drawn_features[k * size : (k + 1) * size]
+        if len(drawn) == size:
+            control = read_write.pushed(model, sae, drawn, "random")
+            features[f"random push {k}"] = _rows(control if isinstance(control, Group) else Group((control,)))
+        for name, like in fitted.items():
+            others = np.random.default_rng([SEED, k]).permutation(pool)[: len(like)].tolist()
+            if like and len(others) == len(like):
+                features[f"{name} {k}"] = [[i, value] for i, (_, value) in zip(others, like, strict=True)]
+    table = {
+        "features": features,
+        "twins": [twin["features"] for twin in twins],
+        "vector": made["vector"],
+        "other": other,
+    }
+    tools = clamping_study.make_tools(model, table)
+    first = f"{clamping_study.TWIN} 0"
+    for method in (clamping_study.READERS, "mean difference", clamping_study.LEARNED, first, "learned vector"):
+        if method in tools.found:
+            grid = prepared.thinned(GRID[method.removesuffix(" 0")])
+            rows += list(tried(model, method, tools.found[method], grid, asked))
     methods = dict.fromkeys(r["method"] for r in rows)
     selected = {method: choose([r for r in rows if r["method"] == method]) for method in methods}
     clamping_study.demonstrated(selected)  # ClampError if there is nothing to clamp
@@ -312,14 +314,16 @@ def study_choose() -> Path:
         "clamp_choose",
         model,
         time.time() - start,
-        saes={str(layer): sae.cfg.metadata.hook_name for layer, sae in found.items()},
-        budgets={"perplexity": clamping_study.PERPLEXITY_BUDGET, "distinct": clamping_study.DISTINCT_BUDGET},
-        main_layer=middle,
-        best=best,
-        ranked=ranked,
-        learned=made,
-        single=single,
+        sae=sae.cfg.metadata.hook_name,
+        goal=clamping_study.GOAL,
+        candidates=ranked["found"],
+        writers=ranked["writers"],
+        random=ranked["random"],
+        d_sae=ranked["d_sae"],
+        **table,
+        learned={k: made[k] for k in ("questions", "answers", "features", "loss", "vector_loss")},
+        twin_loss=[twin["loss"] for twin in twins],
         rows=rows,
         selected=selected,
-        prompts=clamping_study.prompts()["selection"][: prepared.sized(N_SELECTION_LEARNED, 8)],
+        prompts=asked,
     )

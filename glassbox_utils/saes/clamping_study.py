@@ -7,7 +7,7 @@ and deterministic.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,10 +26,9 @@ from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.studies import SEED, read_table, resumed
 from glassbox_utils.core.text import chat, generate
-from glassbox_utils.saes import clamping, learning
+from glassbox_utils.saes import clamping, learning, read_write, reading
 from glassbox_utils.saes.clamping import Feature, Group
 from glassbox_utils.saes.reading import site_of_sae
-from glassbox_utils.saes.recipes import layer_of
 from glassbox_utils.saes.store import load_sae
 from glassbox_utils.steering import style
 from glassbox_utils.steering.apply import steer
@@ -39,18 +38,20 @@ from glassbox_utils.steering.vectors import Direction, load_direction, random_di
 NO_SYSTEM = ""
 """the chats have an empty system message, as in notebook 05"""
 NEW_TOKENS = 32
-N_CANDIDATES, N_TRIED = 12, 2
-"""features taken by activation; of these, features tried by generation (the best by output score)"""
 GROUP = 12
 """features in a group: those that fire most on the concept's name"""
-N_LEARNED, LEARN_STEPS = 32, 49
-"""features of a group that is learned, and steps of learning: seven times through the training questions"""
+LATER = 8
+"""a mention counts after so many tokens of an answer: before that it may be a beginning learned by heart"""
+N_LEARNED, LEARN_STEPS = 128, 98
+"""features of a group that is learned, and steps of learning: fourteen times through the training questions"""
+TURN = (2, 7)
+"""an answer that turns to the concept does so after so many words of its own: at least, and less than"""
 
 
-PERPLEXITY_BUDGET = 3.0
-"""times the unclamped answers' perplexity, on selection prompts"""
-DISTINCT_BUDGET = 0.7
-"""times the unclamped answers' share of different word pairs: a loop has a low perplexity and is no answer"""
+GOAL = {"mention": 0.9, "perplexity": 3.0, "distinct": 0.4, "relevance": 0.5}
+"""what a clamp is to reach on prompts that chose nothing: share of answers that mention the bridge after ``LATER``
+tokens; perplexity under the unclamped model, at most so many times the unclamped answers'; share of different word
+pairs over *all* answers together; relevance, as a share of the unclamped answers'"""
 
 
 NONE = (
@@ -85,17 +86,10 @@ def concept_sentences() -> list[str]:
     return [s for concept in prompts()["concepts"].values() for s in concept["sentences"]]
 
 
-def role_saes(model: Model) -> dict[int, Any]:
-    """Layer -> SAE, for the roles that the prepared folder has one for; PreparedError if it has none at all."""
-    named = prepared.card().saes
-    names = [named[role] for role in reversed(prepared.ROLES) if role in named] or [prepared.sae("main")]
-    found = {site_of_sae(sae).layer: sae for sae in (load_sae(name, model) for name in names)}  # of one layer: main
-    return dict(sorted(found.items()))
-
-
-def main_layer(found: dict[int, Any], model: Model) -> int:
-    """The SAE nearest to half of the depth."""
-    return min(found, key=lambda layer: abs(layer - layer_of(model, "main")))
+def held_sae(model: Model) -> Any:
+    """The SAE whose features are held: the one that the prepared folder has for this, or its main one."""
+    named = prepared.card().saes.get(prepared.CLAMP)
+    return load_sae(named or prepared.sae("main"), model)
 
 
 def stream_layer(sae: Any) -> int:
@@ -104,21 +98,29 @@ def stream_layer(sae: Any) -> int:
     return site.layer - 1 if site.kind == "resid_pre" and site.layer else site.layer
 
 
-def taught(model: Model, starts: dict[str, str], tokens: int = NEW_TOKENS) -> tuple[list, list]:
-    """Training questions, and answers about a concept that the plain model itself wrote: only their beginning is given.
+def taught(
+    model: Model, starts: Mapping[str, Sequence[str]], turns: Sequence[str], tokens: int = NEW_TOKENS
+) -> tuple[list[str], list[str], list[str]]:
+    """Training questions, answers about a concept that the plain model itself wrote, and the answers that it gives by
+    itself.
 
-    What goes on from there is fluent to the model by construction. ``starts``: how answers to questions about the model
-    itself begin, and how all others do.
+    Every second answer begins with the concept (``starts``: answers to questions about the model itself, and all
+    others), the others turn to it after a few words of the model's own answer (``turns``), each in turn: one beginning
+    for all would be learned by heart. The model goes on from there, so it is fluent to it by construction.
     """
-    questions, answers = [], []
-    for kind, asked in prompts()["train"].items():
-        start, some = starts[kind], spread(asked, prepared.sized(len(asked), 8))
-        left = max(tokens // 2, tokens - len(model.tokenizer(start, add_special_tokens=False)["input_ids"]))
-        chats = [chat(model, q, NO_SYSTEM) + start for q in some]
-        key = ["taught", model.hash, chats, left]
-        questions += some
-        answers += [start + rest for rest in resumed("clamp_choose", key, generate, model, chats, left)]
-    return questions, answers
+    page = prompts()["train"]
+    asked = [(kind, q) for kind, some in page.items() for q in spread(some, prepared.sized(len(some), 8))]
+    chats = [chat(model, q, NO_SYSTEM) for _, q in asked]
+    usual = resumed("clamp_choose", ["taught", model.hash, chats, tokens], generate, model, chats, tokens)
+    begun, rng = [], np.random.default_rng(SEED)
+    for i, (kind, _) in enumerate(asked):
+        own = " ".join(usual[i].split()[: rng.integers(*TURN)]).rstrip(",.;:")
+        begun.append(own + turns[i // 2 % len(turns)] if i % 2 else starts[kind][i // 2 % len(starts[kind])])
+    longest = max(len(model.tokenizer(start, add_special_tokens=False)["input_ids"]) for start in begun)
+    given, left = [text + start for text, start in zip(chats, begun, strict=True)], max(tokens // 2, tokens - longest)
+    rest = resumed("clamp_choose", ["taught", model.hash, given, left], generate, model, given, left)
+    answers = [start + more for start, more in zip(begun, rest, strict=True)]
+    return [q for _, q in asked], answers, [text or " " for text in usual]
 
 
 def lessons(model: Model, where: int | Site, questions: Sequence[str], answers: Sequence[str]) -> list[learning.Lesson]:
@@ -163,23 +165,18 @@ def system_of(method: str) -> str:
     return SYSTEM if method == "system prompt" else NO_SYSTEM
 
 
-def directions(model: Model, layers: Sequence[int]) -> list[Direction]:
-    """Mean of the residual stream on the bridge's name minus its mean elsewhere, at several layers."""
+def mean_difference(model: Model, layer: int) -> Direction:
+    """Mean of the residual stream on the bridge's name minus its mean elsewhere: a constant vector, without an SAE."""
     names, others = name_texts()
     rest = [cut for texts in others.values() for cut in clamping.random_cuts(texts)]
     found = fit_directions(
-        model, names["golden gate"], rest, layers=layers, pool="last", name="golden gate", n_resamples=0
+        model, names["golden gate"], rest, layers=[layer], pool="last", name="golden gate", n_resamples=0
     )
-    return [found[layer] for layer in layers]
+    return found[layer]
 
 
 def vector_file(layer: int) -> Path:
     return prepared.path("vectors", f"golden-gate-l{layer}")
-
-
-def two_layers(model: Model) -> list[int]:
-    """The middle of the depth and two thirds of it (of a model of two layers these are one)."""
-    return sorted({layer_of(model, role) for role in prepared.ROLES})
 
 
 def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
@@ -187,44 +184,67 @@ def group_of(model: Model, sae: Any, rows: Sequence[Any], name: str) -> Group:
     return Group(tuple(clamping.feature(model, sae, i, value) for i, value in rows), name)
 
 
-def make_tools(model: Model, ranked: dict[str, Any], best: int | None, made: dict[str, Any]) -> Tools:
-    """Methods from the tables of ``_ranked`` (layer as text -> content) and of what was learned: those that there are.
-
-    ``best``: position of the single feature to use.
-    """
-    found_saes = {layer: sae for layer, sae in role_saes(model).items() if str(layer) in ranked}
-    middle = main_layer(found_saes, model)
-
-    def group(layer: int, name: str = "golden gate") -> tuple[Feature, ...]:
-        return group_of(model, found_saes[layer], ranked[str(layer)]["group"][name], name).features
-
-    here = ranked[str(middle)]
+def make_tools(model: Model, table: Mapping[str, Any]) -> Tools:
+    """The methods of ``clamp-choose``'s table: what it found of features, and what it learned."""
+    sae = held_sae(model)
     found: dict[str, Any] = {}
-    single = [
-        clamping.feature(model, found_saes[middle], r["feature"], r["unit"]) for r in here["single"]["golden gate"]
-    ]
-    found |= {f"feature {k}": one for k, one in enumerate(single[:N_TRIED])}
-    if single:
-        found["one feature"] = single[best or 0]
-    groups = {"several features": group(middle)}
-    if all(parts := [group(layer) for layer in found_saes]) and len(parts) > 1:
-        groups["several features, two layers"] = tuple(f for part in parts for f in part)
-    for method, kind in (("learned features", "features"), ("random features", "random")):
-        groups[method] = group_of(model, found_saes[middle], made[kind], method).features
-    vectors = [load_direction(vector_file(layer)) for layer in two_layers(model)]
-    found["mean difference"] = vectors[:1]
-    if len(vectors) > 1:
-        found["mean difference, two layers"] = vectors
-    found |= {method: Group(features, method) for method, features in groups.items() if features}
-    vector = torch.tensor(made["vector"])
-    length = float(vector.norm())  # strength 1 adds the vector as it was learned
-    if not length:
-        return Tools(found)
-    known = {"layer": made["layer"], "name": "golden gate", "method": "trained", "model_hash": model.hash}
-    trained = replace(vectors[0], vector=vector / length, scale=length, **known)
-    found["learned vector"] = [trained]
-    found["random direction"] = [random_direction(trained, SEED)]
+    for method, rows in table["features"].items():
+        if rows:
+            group = group_of(model, sae, rows, method)
+            found[method] = group.features[0] if len(rows) == 1 else group
+    for seed, rows in enumerate(table["twins"]):
+        if rows:
+            found[f"{TWIN} {seed}"] = group_of(model, learning.random_dictionary(sae, seed), rows, TWIN)
+    if table.get("other"):
+        ((index, unit),) = table["other"]
+        found[OTHER] = clamping.feature(model, load_sae(prepared.sae("main"), model), index, unit)
+    layer = stream_layer(sae)
+    if vector_file(layer).with_suffix(".json").exists():
+        plain = load_direction(vector_file(layer))
+        found["mean difference"] = [plain]
+        vector = torch.tensor(table["vector"])
+        if length := float(vector.norm()):  # strength 1 adds the vector as it was learned
+            known: dict[str, Any] = {
+                "layer": layer,
+                "name": "golden gate",
+                "method": "trained",
+                "model_hash": model.hash,
+            }
+            trained = replace(plain, vector=vector / length, scale=length, **known)
+            found["learned vector"] = [trained]
+            found["random direction"] = [random_direction(trained, SEED)]
     return Tools(found)
+
+
+TWIN = "learned on random rows"
+"""what ``learn_group`` finds in a dictionary of random rows of the same shapes and norms"""
+
+
+def push_sizes(model: Model, tools: Tools) -> dict[str, float]:
+    """Method -> how long its push is at strength 1, as a share of a typical norm; only methods that push."""
+    median, found = reading.median_norm(model, held_sae(model)), dict[str, float]()
+    for method, what in tools.found.items():
+        if isinstance(what, Feature | Group):
+            found[method] = read_write.push_size(model, what)
+        else:
+            found[method] = sum(abs(d.scale) for d in what) / median
+    return found
+
+
+def family(method: str) -> str:
+    """A method without the number of its draw: ``random push 3`` is one of several random pushes."""
+    return re.sub(r" \d+$", "", method)
+
+
+OTHER = "one feature, main SAE"
+"""the same rule on the main SAE, where the prepared folder has another one for clamping"""
+WRITER = "one writer"
+"""the best writer of the whole dictionary, whether it reads the bridge or not"""
+OF_FEATURES = ("one feature", WRITER, "two features", "three features")
+"""methods that push features which were found, not fitted: their strength is a share of a typical norm"""
+READERS, LEARNED = "readers", "learned features"
+"""the features that fire most on the name, at their mean there; those that were fitted, at the fitted values"""
+HELD = (*OF_FEATURES, READERS, LEARNED)
 
 
 def written_answers(
@@ -242,31 +262,45 @@ def written_answers(
     return texts
 
 
-def measured(model: Model, questions: Sequence[str], texts: Sequence[str], relevance: bool = False) -> dict[str, Any]:
-    """Loss (nats, summed) and tokens of each answer under the unclamped model, and if wanted the relevance: by how much
-    its own question makes the answer likelier than the next question does, nats per token."""
+def measured(model: Model, questions: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
+    """Each answer under the unclamped model: its loss (nats, summed) and tokens; its relevance, by how much its own
+    question makes it likelier than the next question does (nats per token); and what is left after ``LATER`` tokens."""
     loss, tokens = answer_losses(model, questions, texts, 25, NO_SYSTEM)
-    row: dict[str, Any] = {"loss": loss.round(3).tolist(), "tokens": tokens.tolist()}
-    if relevance:
-        others = [*questions[1:], questions[0]]
-        unrelated, _ = answer_losses(model, others, texts, 25, NO_SYSTEM)
-        row["relevance"] = ((unrelated - loss) / np.maximum(tokens, 1)).round(4).tolist()
-    return row
+    unrelated, _ = answer_losses(model, [*questions[1:], questions[0]], texts, 25, NO_SYSTEM)
+    return {
+        "loss": loss.round(3).tolist(),
+        "tokens": tokens.tolist(),
+        "relevance": ((unrelated - loss) / np.maximum(tokens, 1)).round(4).tolist(),
+        "later": later(model, texts),
+    }
 
 
-def perplexity(row: dict[str, Any]) -> float:
+def later(model: Model, texts: Sequence[str], tokens: int = LATER) -> list[str]:
+    """What is left of each text after its first tokens."""
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [str(model.tokenizer.decode(row[tokens:])) for row in ids]
+
+
+def perplexity(row: Mapping[str, Any]) -> float:
     """Per token, over all answers of a row."""
     return float(np.exp(np.sum(row["loss"]) / max(np.sum(row["tokens"]), 1)))
 
 
-def summary(row: dict[str, Any], plain: dict[str, Any], words: Sequence[str]) -> dict[str, float]:
-    """Mention rate, perplexity and distinct-2 in units of the unclamped answers."""
-    usual = max(float(style.distinct(plain["answers"]).mean()), 1e-9)
+def summary(row: Mapping[str, Any], plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, float]:
+    """A setting by the four measures of ``GOAL``."""
+    usual = max(float(np.mean(plain["relevance"])), 1e-6)
     return {
-        "mention": round(float(np.mean(clamping.mentions(row["answers"], words))), 4),
+        "mention": round(float(np.mean(clamping.mentions(row["later"], words))), 4),
         "perplexity": round(perplexity(row) / perplexity(plain), 4),
-        "distinct": round(float(style.distinct(row["answers"]).mean()) / usual, 4),
+        "distinct": round(style.distinct_over(row["answers"]), 4),
+        "relevance": round(float(np.mean(row["relevance"])) / usual, 4),
     }
+
+
+def reached(row: Mapping[str, float]) -> float:
+    """How near a setting comes to ``GOAL``: the worst of its four measures as a share of what is wanted, 0 to 1."""
+    parts = [row[k] / GOAL[k] for k in ("mention", "distinct", "relevance")]
+    return float(np.clip(min([*parts, GOAL["perplexity"] / max(row["perplexity"], 1e-9)]), 0, 1))
 
 
 def fingerprint(sae: Any) -> float:
@@ -282,8 +316,8 @@ def cache_key(model: Model, tools: Tools, method: str, strength: float | None) -
             made.append([one.site.layer, one.index, one.unit, fingerprint(one.sae)])
     else:
         made = [[d.layer, d.scale, float(d.vector[0])] for d in what or ()]
-    name = "feature" if isinstance(what, Feature) else method
-    return [name, strength, made, model.hash, NEW_TOKENS, system_of(method)]
+    name = "features" if isinstance(what, Feature | Group) else method
+    return [name, strength, made, model.hash, NEW_TOKENS, LATER, system_of(method)]
 
 
 def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
@@ -296,12 +330,21 @@ def chosen(model: Model) -> tuple[Tools, dict[str, Any]]:
             f"({model.hash}): {why}. Another model needs its own SAE (notebook 03) and its own choice: `glassbox "
             "prepare MODEL` makes both. Steering by a direction (notebook 05) needs no SAE."
         )
-    return make_tools(model, table["ranked"], table["best"], table["learned"]), table["selected"]
+    return make_tools(model, table), table["selected"]
 
 
-def demonstrated(selected: dict[str, Any]) -> str:
-    """The clamp that is shown: of the groups of features the one with the most mentions on selection prompts."""
-    groups = [method for method in selected if method.startswith(("several features", "learned features"))]
-    if not groups:
+def demonstrated(selected: Mapping[str, Any], among: Sequence[str] = HELD) -> str:
+    """The clamp that is shown: of the methods that hold features the one that comes nearest to the goal."""
+    found = [method for method in selected if method in among]
+    if not found:
         raise clamping.ClampError(NONE)
-    return max(groups, key=lambda m: (selected[m]["mention"], -selected[m]["perplexity"]))
+    return max(found, key=lambda m: (reached(selected[m]), selected[m]["mention"], -selected[m]["perplexity"]))
+
+
+def imitated(selected: Mapping[str, Any]) -> dict[str, str]:
+    """Family of random draws -> the method whose size they have: they are its control."""
+    like = {"random features": LEARNED, "random readers": READERS}
+    like |= {"random direction": "learned vector", TWIN: f"{TWIN} 0"}
+    if any(method in OF_FEATURES for method in selected):
+        like["random push"] = demonstrated(selected, OF_FEATURES)
+    return {draws: method for draws, method in like.items() if method in selected}

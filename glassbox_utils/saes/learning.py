@@ -27,6 +27,8 @@ START_TOKENS, START_WEIGHT = 4, 2.0
 """an answer's first tokens decide what it is about: their mean loss counts twice as much as that of all others"""
 CANDIDATES = 256
 """features that learning begins with"""
+RATE = 0.0035
+"""how far a step of learning moves what a feature writes, as a share of a typical norm: the same for any dictionary"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ def learn_group(
     given: Sequence[Lesson],
     n: int = 32,
     steps: int = 49,
-    rate: float = 0.5,
+    rate: float = RATE,
     name: str = "",
     seed: int = 0,
     usual: Sequence[Lesson] | None = None,
@@ -206,7 +208,10 @@ def learn_group(
             alive[worst] = False
         values.mul_(alive)
 
-    history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], rate, after)
+    written = torch.cat([x[x > 0] for x in keep]).mean()  # what a unit of activation adds to the stream
+    usually = torch.cat([x.resid.norm(dim=-1)[x.batch.attention_mask.bool()] for x in given]).median()
+    speed = rate * float(usually / written)
+    history = _descend(values, [loss_at(step % len(given)) for step in range(steps)], speed, after)
     held, order = result(values), result(order)
     chosen = [(int(order[i]), float(held[i])) for i in held.argsort(descending=True) if held[i] > 0]
     others = sorted(set(quiet.nonzero().flatten().tolist()) - set(order.tolist())) or order.tolist()

@@ -57,6 +57,14 @@ def pushed(model: Model, sae: Any, indices: Sequence[int], name: str = "") -> Fe
     return found[0] if len(found) == 1 else Group(found, name)
 
 
+def push_size(model: Model, what: Feature | Group) -> float:
+    """How long a push of strength 1 is where none of the features is active, as a share of a typical norm."""
+    parts = what.features if isinstance(what, Group) else (what,)
+    shares = [(f, f.unit / push_unit(model, f.sae, f.index)) for f in parts]
+    rows = [x * torch.nn.functional.normalize(coding.rows(f.sae)[f.index].detach().float(), dim=0) for f, x in shares]
+    return float(torch.stack(rows).sum(0).norm())
+
+
 def concept_tokens(model: Model, words: Sequence[str]) -> list[int]:
     """First tokens of the words as they stand inside a sentence, small and capitalised."""
     forms = {f" {form}" for word in words for form in (word, word.capitalize())}

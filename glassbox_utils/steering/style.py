@@ -120,6 +120,13 @@ def distinct(texts: Sequence[str], n: int = 2) -> NDArray:
     return np.array(shares)
 
 
+def distinct_over(texts: Sequence[str], n: int = 2) -> float:
+    """Share of different n-grams among those of *all* texts: answers that share a sentence score low, each by itself
+    high. It falls with the number of texts, so compare sets of one size."""
+    grams = [gram for w in map(words, texts) for gram in zip(*(w[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
 def _share(text: str, lexicon: frozenset[str]) -> float:
     w = words(text)
     return 100 * sum(word in lexicon for word in w) / max(len(w), 1)

@@ -60,7 +60,6 @@ def small_words(monkeypatch):
     monkeypatch.setattr(clamping_study, "LEARN_STEPS", 4)
     monkeypatch.setattr(clamping_choice_study, "learn_steps", lambda: 4)
     monkeypatch.setattr(clamping_report_study, "ADVERSARIAL_TOKENS", 4)
-    monkeypatch.setattr(clamping_report_study, "CONCEPT_TOKENS", 4)
     monkeypatch.setattr(clamping_report_study, "SWEEP", (0.5, 1.0))
     monkeypatch.setattr(study, "STEPS", 60)
 
@@ -79,8 +78,9 @@ def test_every_study_runs_on_another_model(kind, roles, tmp_path, monkeypatch, s
         for run in (clamping_report_study.STUDIES_OF_CLAMPING).values():
             run()
         choice, report = read_table("clamp_choose"), read_table("clamp_report")
-        assert len(choice["saes"]) == len(roles) and choice["provenance"]["model_hash"] == model.hash
-        assert (prepared.path("vectors", "golden-gate-l0.json")).exists()
+        assert choice["provenance"]["model_hash"] == model.hash
+        layer = clamping_study.stream_layer(clamping_study.held_sae(model))
+        assert clamping_study.vector_file(layer).with_suffix(".json").exists()
         sizes = {len(r["answers"]) for r in report["rows"]}
         assert sizes <= set(clamping_report_study.report_sizes()) and max(sizes) == len(report["prompts"])
         plain = report["rows"][0]
