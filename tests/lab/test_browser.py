@@ -182,7 +182,7 @@ def test_the_clamping_panel_answers_to_its_slider(browser, lab):
     source = (
         "import glassbox_utils as gb\nfrom glassbox_utils.saes import clamping_study\n"
         "model = gb.load_model()\ntools, selected = clamping_study.chosen(model)\n"
-        "gb.clamp_panel(model, {'bridge': tools.found['several features']}, 'Who are you?', 0.5, 3.0, 24)"
+        "gb.clamp_panel(model, {'bridge': tools.found['readers']}, 'Who are you?', 0.5, 3.0, 24)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     notebook.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
