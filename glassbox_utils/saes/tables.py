@@ -121,13 +121,23 @@ def beside_card(explained: float, as_it_is: Float[Tensor, " row"], cost: Cost, c
     return frame(rows), float(np.max(gaps))
 
 
+OF_ALL = "SAE of all positions"
+"""a second SAE of the same place, which was trained on the massive positions too"""
+
+
 def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) -> list[Finding]:
-    """The rise of the loss with the SAE in place, against PCA at the same positions: where it was trained, and all."""
+    """The rise of the loss with the SAE in place, against PCA at the same positions: where it was trained, and all; and
+    everywhere with one that was trained on all positions, against the one that was not."""
     findings = []
     for place, said in (("ordinary positions", "ordinary positions"), ("everywhere", "all positions")):
         sae, pca = (bootstrap_ci(array(cost[name, place] - as_it_is), seed=seed) for name in ("SAE", "PCA"))
         claim = f"splicing the SAE in at {said} costs less than PCA there (rise of the loss, nats)"
         findings.append(Finding.measured(claim, 3, sae, "rows", _pca(k, pca.value), side="below", null=None))
+    if (OF_ALL, "everywhere") in cost:
+        new, old = (bootstrap_ci(array(cost[n, "everywhere"] - as_it_is), seed=seed) for n in (OF_ALL, "SAE"))
+        control = Control.measured("trained opponent", "the SAE that never met a massive position", old)
+        claim = "an SAE that was trained on all positions costs less everywhere (rise of the loss, nats)"
+        findings.append(Finding.measured(claim, 3, new, "rows", control, side="below", null=None))
     return findings
 
 
