@@ -116,6 +116,7 @@ def thinned(row: dict[str, Any], n: int) -> dict[str, Any]:
 def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
     """Every measure of one setting's answers with its interval over prompts (exact for shares, else bootstrap).
 
+    ``mentions`` counts any of the concept's words after ``LATER`` tokens, ``names it`` only the first, its name.
     ``perplexity ×``: under the unclamped model, times that of the unclamped answers to the same prompts; ``relevance
     ×``: nats by which an answer's own question makes it likelier than another one, times the unclamped answers'.
     ``distinct-2 of the set`` falls with the number of answers, and a resample of prompts repeats some of them, so its
@@ -132,7 +133,7 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
 
     samples = {
         "mentions": clamping.mentions(row["later"], page["words"]),
-        "golden gate": clamping.mentions(row["answers"], ["golden gate"]),
+        "names it": clamping.mentions(row["later"], page["words"][:1]),
         "speaks as it": clamping.identifies(row["answers"], page["words"]),
         "other landmarks": clamping.mentions(row["answers"], page["landmarks"]),
     }

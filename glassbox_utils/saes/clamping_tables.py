@@ -111,15 +111,14 @@ def compared(found: Mapping[str, Measures], report: Table, sizes: Mapping[str, f
         row = {"method": name if len(draws) == 1 else f"{name} ({len(draws)} draws)"}
         push = [sizes[m] * strengths[m] for m in found if family(m) == name and m in sizes]
         row["push"] = f"{np.mean(push):.0%}" if push else ""
-        for what in FOUR:
+        for what in (FOUR[0], "names it", *FOUR[1:]):
             values = [m[what].value for m in draws]
             spread = Interval(float(np.mean(values)), min(values), max(values), len(values))
             row[what] = shown(draws[0][what] if len(draws) == 1 else spread)
         row["all four"] = "yes" if all(map(reached, draws)) else "no"
         rows.append(row)
-    goal = {"method": "**goal**"} | {k: f"{'≤' if k.startswith('perp') else '≥'} {v:g}" for k, v in LIMITS.items()}
-    goal = {"method": goal.pop("method"), "push": ""} | goal
-    return frame([goal | {"all four": ""}, *rows])
+    said = {k: f"{'≤' if k.startswith('perp') else '≥'} {v:g}" for k, v in LIMITS.items()}
+    return frame([{"method": "**goal**"} | {k: said.get(k, "") for k in rows[0] if k != "method"}, *rows])
 
 
 def reached(measures: Measures) -> bool:
@@ -296,11 +295,16 @@ def controls(draw: str, method: str) -> bool:
     return family(draw) == CONTROLS.get(method, "random push")
 
 
-def _never(draws: Sequence[Measures]) -> Control:
+def _drawn_words(method: str) -> str:
+    """What the random draws beside a method are."""
+    return "random features, at the same values" if method in CONTROLS else "random features, pushed as much"
+
+
+def _never(draws: Sequence[Measures], what: str, words: str) -> Control:
     """The mentions of random draws, which mostly have none at all: all answers together, by their exact interval."""
-    rates = [m["mentions"] for m in draws]
+    rates = [m[what] for m in draws]
     rate = exact_ci(sum(round(x.value * x.n) for x in rates), sum(x.n for x in rates))
-    return Control.measured("random units", f"{len(rates)} draws of random features, pushed as much", rate)
+    return Control.measured("random units", f"{len(rates)} draws of {words}", rate)
 
 
 def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_method: str) -> list[Finding]:
@@ -320,13 +324,14 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
     if draws:
         for rung, what, claim, side in (
             (4, "mentions", "share of report answers with a mention after token 8", "above"),
+            (4, "names it", "share of report answers that name the Golden Gate after token 8", "above"),
             (5, "perplexity ×", "perplexity of its answers, times the unclamped ones'", "above"),
             (5, "relevance ×", "relevance of its answers, times the unclamped ones'", "below"),
         ):
             values = [m[what].value for m in draws]
-            control = Control.drawn("random units", "random features, pushed as much", values)
-            if what == "mentions":
-                control = _never(draws)
+            control = Control.drawn("random units", _drawn_words(shown_method), values)
+            if what in ("mentions", "names it"):
+                control = _never(draws, what, _drawn_words(shown_method))
             nothing = 0.0 if rung == 4 else 1.0
             claim = f"the clamp that is shown: {claim}"
             claims.append(
@@ -338,29 +343,45 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
             claim = f"one feature alone, {what}: share of report answers with a mention after token 8"
             rate = found[method]["mentions"]
             claims.append(
-                Finding.measured(claim, 4, rate, "prompts", _never(pushes), side="above", null=0.0, source=source)
+                Finding.measured(
+                    claim,
+                    4,
+                    rate,
+                    "prompts",
+                    _never(pushes, "mentions", _drawn_words(method)),
+                    side="above",
+                    null=0.0,
+                    source=source,
+                )
             )
     drawn = [m for method, m in found.items() if controls(method, clamping_study.READERS)]
     if drawn and clamping_study.READERS in found and shown_method != clamping_study.READERS:
-        rate, claim = (
-            found[clamping_study.READERS]["mentions"],
-            "the features that fire most on the name, held as there",
-        )
-        claim += ": share of report answers with a mention after token 8"
-        claims.append(Finding.measured(claim, 4, rate, "prompts", _never(drawn), side="above", null=0.0, source=source))
-    twins = [m for method, m in found.items() if family(method) == TWIN]
+        for what, said in (("mentions", "with a mention"), ("names it", "that name the Golden Gate")):
+            control = _never(drawn, what, _drawn_words(clamping_study.READERS))
+            claim = (
+                f"the features that fire most on the name, held as there: share of report answers {said} after token 8"
+            )
+            rate = found[clamping_study.READERS][what]
+            claims.append(Finding.measured(claim, 4, rate, "prompts", control, side="above", null=0.0, source=source))
+    twins = [method for method in found if family(method) == TWIN]
     if LEARNED in found and len(twins) > 1:
-        for what, side in (("mentions", "above"), ("perplexity ×", "below"), ("relevance ×", "above")):
+        page, rows = clamping_study.prompts()["golden_gate"], {r["method"]: r for r in reversed(report["rows"])}
+        for words, said in ((page["words"], "mention"), (page["words"][:1], "name")):
+            hits = {m: np.array(clamping.mentions(rows[m]["later"], words), dtype=float) for m in (LEARNED, *twins)}
+            gap = bootstrap_ci(hits[LEARNED] - np.mean([hits[m] for m in twins], 0))
+            each = [float(np.mean(hits[m]) - np.mean([hits[o] for o in twins if o != m])) for m in twins]
+            control = Control.drawn("random units", "random dictionaries, each against the others", each)
+            claim = (
+                f"values fitted on the SAE's rows {said} it more often than the same fit on random rows (difference)"
+            )
+            claims.append(Finding.measured(claim, 4, gap, "prompts", control, side="above", source=source))
+        for what, side in (("perplexity ×", "below"), ("relevance ×", "above")):
             control = Control.drawn(
-                "random units", "dictionaries of random rows, same fit", [m[what].value for m in twins]
+                "random units", "dictionaries of random rows, same fit", [found[m][what].value for m in twins]
             )
             claim = f"values fitted on the SAE's rows: {what}, against the same fit on random rows"
-            null: float | None = 0.0 if what == "mentions" else None
-            claims.append(
-                Finding.measured(
-                    claim, 4, found[LEARNED][what], "prompts", control, side=side, null=null, source=source
-                )
-            )
+            fit = found[LEARNED][what]
+            claims.append(Finding.measured(claim, 5, fit, "prompts", control, side=side, null=None, source=source))
     _, forbid = forbidden(report)
     if shown_method in forbid:
         control = Control.measured("other group", "the same prompts, nothing held", forbid["none"])
@@ -376,7 +397,7 @@ def side_effects(price: Mapping[str, Interval], lost: Mapping[str, Interval], sh
     claims, source = list[Finding](), "study clamp-costs"
     push = next((m for m in price if controls(m, shown_method)), None)
     if push:
-        control = Control.measured("random units", "random features, pushed as much", price[push])
+        control = Control.measured("random units", f"one draw of {_drawn_words(shown_method)}", price[push])
         claim = "the clamp that is shown: rise of the loss on held-out text (nats per token)"
         claims.append(Finding.measured(claim, 5, price[shown_method], "texts", control, source=source))
     if "the name's features" in lost and "features as active" in lost:

@@ -96,6 +96,20 @@ def test_topics_stand_beside_random_features_and_the_shown_one_is_chosen_on_sele
     assert found == []
 
 
+def test_a_mention_is_not_yet_the_name(report, choice):
+    """Answers about any bridge count as mentions; the column beside it counts those that say which one."""
+    words = clamping_study.prompts()["golden_gate"]["words"]
+    assert words[0] == "golden gate" and "bridge" in words
+    found = clamping_tables.at_selected(report)
+    assert found["one feature"]["mentions"].value == 1 and found["one feature"]["names it"].value == 0
+    table = clamping_tables.compared(found, report, {})
+    assert table.loc["one feature", "names it"].startswith("0.00")
+    named = next(
+        f for f in clamping_tables.findings(choice, report, found, "one feature") if "that name the" in f.claim
+    )
+    assert named.verdict == "null"
+
+
 def test_pictures_say_what_they_show(report, choice):
     figure = clamping_tables.readers_and_writers(choice)
     said = " ".join(figure.get_suptitle().split())
