@@ -297,7 +297,9 @@ def controls(draw: str, method: str) -> bool:
 
 def _drawn_words(method: str) -> str:
     """What the random draws beside a method are."""
-    return "random features, at the same values" if method in CONTROLS else "random features, pushed as much"
+    if method in CONTROLS:
+        return "random features, at the same values"
+    return "random features, as many and as hard as the best set of found ones"
 
 
 def _never(draws: Sequence[Measures], what: str, words: str) -> Control:
@@ -340,7 +342,9 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
     pushes = [m for method, m in found.items() if family(method) == "random push"]
     for method, what in (("one feature", "the best writer among its readers"), (WRITER, "the best writer of all")):
         if method in found and pushes and method != shown_method:
-            claim = f"one feature alone, {what}: share of report answers with a mention after token 8"
+            claim = (
+                f"one feature alone at its chosen push, {what}: share of report answers with a mention after token 8"
+            )
             rate = found[method]["mentions"]
             claims.append(
                 Finding.measured(
