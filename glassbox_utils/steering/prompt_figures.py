@@ -88,7 +88,7 @@ def prompts_figure(report: Report) -> Any:
         ):
             axis.scatter(x, tone, s=9, color=colour, label=end, zorder=3)
         axis.set(
-            ylabel=label, title=f"{label}: {right.mean():.0%} of {len(x)} prompts in order (grey lines: the others)"
+            ylabel=label, title=f"{label}: {right.mean():.1%} of {len(x)} prompts in order (grey lines: the others)"
         )
         axis.axhline(0, color="black", linewidth=0.5)
     axes[-1].set_xlabel("report prompts, sorted by the tone of the unsteered answer")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.steering import style
+from glassbox_utils.steering.vectors import SteeringError
 
 SQUASH = 15.0
 """VADER's: a text's compound score is s / sqrt(s² + 15), for the sum s of its words' valences"""
@@ -90,6 +91,21 @@ def shuffled(valence: Float[Tensor, "end vocabulary"], seed: int) -> Float[Tenso
     mixed = valence.clone()
     mixed[:, toned] = valence[:, toned[torch.randperm(len(toned), generator=torch.Generator().manual_seed(seed))]]
     return mixed
+
+
+def centred(
+    valence: Float[Tensor, "end vocabulary"], counts: Float[Tensor, " vocabulary"]
+) -> Float[Tensor, "end vocabulary"]:
+    """Shifted at each end so that the words of the model's own unsteered answers count 0 on average.
+
+    ``counts``: how often each token stands in those answers. A reward with a mean above 0 asks one end for more words
+    that count, the other for fewer; this one asks for neither. Tokens that counted nothing at both ends still do.
+    SteeringError if no token that counts is ever said.
+    """
+    said = counts * (valence != 0).any(0)
+    if said.sum() == 0:
+        raise SteeringError("None of the tokens that have a valence is in the counted answers: give more answers.")
+    return (valence - (valence * said).sum(-1, keepdim=True) / said.sum()) * (valence != 0).any(0)
 
 
 def squashed(total: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,6 +109,7 @@ def train_vector(
     valence: Float[Tensor, " vocabulary"] | Float[Tensor, "end vocabulary"] | None = None,
     order: bool | Literal["likely"] = False,
     per_token: bool = False,
+    variety: float = 0.0,
     checkpoint: Path | None = None,
 ) -> ControlVector:
     """Train a vector, of many layers or of one, on the model's own answers, from ``start``, for pushes of ±alpha.
@@ -120,7 +121,9 @@ def train_vector(
     a nat of Kullback-Leibler divergence from the unsteered model, summed over an answer; ``per_token``: of its mean
     over the answer's tokens times ``new_tokens``, so that short answers are no cheaper. ``valence``: of each token,
     or of each token at the ends plus and minus; ``reward.valences`` if not given. The weights stay as they are.
-    ``checkpoint``: a file that is written every ten steps, and that an interrupted run goes on from.
+    ``variety``: a word that stands in a share of an end's answers, on average over the last steps, counts exp(-variety
+    times the share) of its valence there, so that one word in every answer is worth little. ``checkpoint``: a file that
+    is written every ten steps, and that an interrupted run goes on from.
 
     Raises SteeringError if no token has a valence or a number makes no sense. On-policy training of a vector, in the
     spirit of BiPO (arXiv 2406.00045).
@@ -159,7 +162,11 @@ def train_vector(
     run |= {"learning_rate": learning_rate, "divergence": divergence, "new_tokens": new_tokens, "system": system}
     run |= {"temperature": temperature, "start": fingerprint(start), "valence": _digest(ends.tolist())}
     run |= {"questions": _digest(list(questions)), "order": order} | ({"per_token": True} if per_token else {})
-    if checkpoint and (saved := checkpoints.resume(checkpoint, run, {"vector": vector}, optimiser, SteeringError)):
+    kept = {"vector": vector}
+    usual = torch.zeros_like(ends)
+    if variety:
+        run, kept = run | {"variety": variety}, kept | {"usual": usual}
+    if checkpoint and (saved := checkpoints.resume(checkpoint, run, kept, optimiser, SteeringError)):
         done = saved.step
 
     def trained() -> ControlVector:
@@ -185,15 +192,32 @@ def train_vector(
                 if a.strip() and unsteered.get(q, "-").strip()
             ]
             pushed = partial(_pushed, model, parts, vector, pushes[0] if sign > 0 else -pushes[1])
+            mine = usual[0 if sign > 0 else 1]
+            mine += (said_by(model, [a for _, a, _ in rows], mine) - mine) * (
+                1 / (step + 1) if step < MEMORY else 1 / MEMORY
+            )
             with frozen_weights(model):
                 options: dict[str, Any] = {"system": system, "weight": 0.5 / len(asked), "likely": order == "likely"}
                 options["per"] = new_tokens if per_token else None
-                backward(model, rows, ends, sign, divergence, pushed, **options)
+                worth = ends * (-variety * usual).exp()
+                backward(model, rows, worth, sign, divergence, pushed, **options)
         optimiser.step()
         optimiser.zero_grad()
         if checkpoint and ((step + 1) % 10 == 0 or step + 1 == steps):
-            checkpoints.write(checkpoint, run, {"vector": vector}, optimiser, step + 1)
+            checkpoints.write(checkpoint, run, kept, optimiser, step + 1)
     return trained()
+
+
+MEMORY = 6
+"""steps over which it is averaged how usual a word is"""
+
+
+def said_by(model: Model, answers: Sequence[str], like: Tensor) -> Float[Tensor, " vocabulary"]:
+    """In which share of some answers each token stands; zeros for none."""
+    share = torch.zeros_like(like)
+    for answer in answers:
+        share[list(set(model.tokenizer(answer)["input_ids"]))] += 1 / len(answers)
+    return share
 
 
 def train_on_answers(
@@ -263,12 +287,14 @@ def backward(
     weight: float,
     likely: bool = False,
     per: int | None = None,
+    unchanged: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Add the gradient of the reward of some answers, at one end of the dial, to whatever ``changed`` trains.
 
     The loss, times ``weight``: ``divergence`` times the Kullback-Leibler divergence of each answer's words from the
     unsteered model, nats, minus ``sign`` times ``reward.expected_tone``; or minus ``reward.likely_order``
-    where ``likely``. ``per``: the divergence is the tokens' mean, times so many.
+    where ``likely``. ``per``: the divergence is the tokens' mean, times so many. ``unchanged``: in which the model is
+    the unsteered one, for an adapter that has to be switched off for that.
     """
     valence = ends[0 if sign > 0 else 1]
     longest_answer = max((len(model.tokenizer(answer)["input_ids"]) for _, answer, _ in rows), default=0)
@@ -281,7 +307,7 @@ def backward(
         batch, mask = answer_batch(model, texts, system)
         longest = int(mask.sum(-1).max())
         written, counted = batch.input_ids[:, -longest:], mask[:, -longest:]
-        with torch.no_grad():
+        with torch.no_grad(), unchanged():
             before = _log_probs(model, batch, longest)
         with torch.enable_grad(), changed():
             log_probs = _log_probs(model, batch, longest)

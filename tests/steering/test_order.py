@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from glassbox_utils.core import assets, models, prepared, studies
-from glassbox_utils.steering import contrast, order_study, reward, ruler_study, study, style
+from glassbox_utils.steering import contrast, order_study, order_tables, reward, ruler_study, study, style
 from glassbox_utils.steering.vectors import SteeringError, fingerprint, load_vector
 
 
@@ -36,7 +36,7 @@ def test_swapped_answers_are_the_same_ones_on_other_sides():
 
 
 def test_a_vector_that_is_none_is_refused():
-    for kind in ("reversed", "shuffled", "ordered 1", "shuffled x"):
+    for kind in ("reversed", "shuffled", "ordered 1", "shuffled x", "centred 1", "single 2", ""):
         with pytest.raises(SteeringError, match="Allowed: 'ordered'"):
             order_study.trained(None, kind)
 
@@ -65,9 +65,9 @@ def test_bars_are_counted_from_the_rows():
 
 def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_answers():
     table = studies.read_table("steering_order")
-    for name, value in (("full", order_study.FULL), ("started", order_study.STARTED), ("words", order_study.WORDS)):
+    for name, value in (("started", order_study.STARTED), ("words", order_study.WORDS)):
         assert table[name] == json.loads(json.dumps(value))
-    assert table["training"] == json.loads(json.dumps(order_study.STAGES)) and table["smaller"] == [10, 5, 5]
+    assert table["training"] == json.loads(json.dumps(order_study.STAGES)) and table["smaller"] == [10, 5, 5, 5]
     assert table["prompts"] == order_study.fresh_prompts()
     for row in table["rows"]:
         assert row["tone"] == pytest.approx(style.tone(row["answers"]).round(4).tolist())
@@ -78,6 +78,43 @@ def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_an
         assert f"{100 * share:.1f} %" in page  # what the page says is what the table holds
     for times in (*found.times_random_by, *found.times_shuffled_by):
         assert f"{times:.1f} times" in page
+
+
+def test_a_centred_reward_asks_for_neither_more_nor_fewer_words():
+    valence = torch.tensor([[0.0, 3.0, -1.0, 2.0, 0.0], [0.0, 3.0, 0.0, 2.0, 0.0]])
+    counts = torch.tensor([9.0, 2.0, 1.0, 1.0, 0.0])
+    found = reward.centred(valence, counts)
+    assert (found * counts).sum(-1).abs().max() < 1e-6
+    assert found[:, [0, 4]].eq(0).all() and torch.allclose(found[0, 1] - found[0, 2], torch.tensor(4.0))
+    with pytest.raises(SteeringError, match="None of the tokens that have a valence"):
+        reward.centred(valence, torch.tensor([9.0, 0.0, 0.0, 0.0, 1.0]))
+
+
+def test_the_strength_is_the_largest_within_the_limit(monkeypatch):
+    prices = {0.0: 1.0, 1.0: 1.2, -2.0: 1.8, 3.0: 2.5}
+    row = lambda model, asked, work, subject, strength: {"loss": [np.log(prices[strength])], "tokens": [1]}  # noqa: E731
+    monkeypatch.setattr(order_study, "kept_row", row)
+    assert order_study.strength_of(None, None, "v", (1.0, -2.0, 3.0)) == -2.0
+    assert order_study.strength_of(None, None, "v", (3.0,)) == 3.0  # none is within it: the smallest
+
+
+def test_what_the_notebook_shows_is_what_the_table_holds():
+    table = studies.read_table("steering_order")
+    rows = order_tables.by_condition(table)
+    methods = order_tables.methods_table(table)
+    assert list(methods.columns) == list(order_tables.METHODS.values())
+    zero, ends = np.array(rows["unsteered"]["tone"]), [np.array(rows[f"ordered {s}"]["tone"]) for s in (-1, 1)]
+    right = (ends[0] < zero) & (zero < ends[1])
+    assert methods.loc["in order, lexicon, %"].iloc[0].startswith(f"{100 * right.mean():.0f} (")
+    assert order_tables.effect(table, "ordered").value == pytest.approx((ends[1] - ends[0]).mean())
+    controls = order_tables.controls_table(table)
+    assert controls.shape == (7, 2) and next(iter(controls)).startswith("10 random")
+    assert len(order_tables.draws(table, "shuffled")) == 5
+    assert len(order_tables.drawn_answers(table, n=2).splitlines()) == 2 * 7
+    kinds = [f.control.kind for f in order_tables.findings(table)]
+    assert kinds == ["trained opponent", "trained opponent", "random units", "shuffled labels"]
+    with pytest.raises(SteeringError, match=r"no method .other.\. Allowed: ordered, single, lora"):
+        order_tables.in_order(table, "other")
 
 
 @pytest.mark.slow
@@ -100,24 +137,34 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(reward, "worded", lambda tokenizer, **options: valence)
     monkeypatch.setattr(ruler_study, "read_tone", lambda model, texts: [0.0] * len(texts))
-    monkeypatch.setattr(order_study, "read_table", lambda name: {"rank_correlation": {}})
+    stored = {"rank_correlation": {}, "selected": {"layer": 1, "alpha": 0.1}}
+    monkeypatch.setattr(order_study, "read_table", lambda name: stored)
     monkeypatch.setattr(order_study, "opened_answers", opened)
     monkeypatch.setattr(order_study, "SHUFFLES", (0,))
     monkeypatch.setattr(study, "N_RANDOM", 2)
     monkeypatch.setattr(study, "selected", lambda: (study.tone_vector(model, n_resamples=0), 0.1))
     with prepared.using(tmp_path / "made"):
         table = json.loads(order_study.study_order().read_text())
-        vectors = {kind: order_study.trained(model, kind) for kind in ("ordered", "smaller", "shuffled 0")}
+        vectors = {k: order_study.trained(model, k) for k in ("ordered", "smaller", "shuffled 0")}
         assert fingerprint(load_vector("tone-ordered")) == fingerprint(vectors["ordered"])
         again = json.loads(order_study.study_order().read_text())
     names = ["unsteered"]
-    names += [
-        f"{k} {s}" for k in ("ordered", "shipped", "shared 0", "shared 1", "smaller", "shuffled 0") for s in (-1, 1)
+    kinds = [
+        "ordered",
+        "single",
+        "lora",
+        "shipped",
+        "system",
+        "shared 0",
+        "shared 1",
+        "smaller",
+        "shuffled 0",
     ]
+    names += [f"{kind} {sign}" for kind in kinds for sign in (-1, 1)]
     assert [row["condition"] for row in table["rows"]] == names
     assert again["rows"] == table["rows"] and sorted(said) == [-1, 1]  # nothing was done twice
     assert fingerprint(vectors["shuffled 0"]) != fingerprint(vectors["smaller"])
     for row in table["rows"]:
         assert {len(row[k]) for k in ("tone", "second", "loss", "tokens", "answers")} == {len(table["prompts"])}
-    signs = [np.sign(row["alpha"]) for row in table["rows"][1:]]
+    signs = [np.sign(row["alpha"]) for row in table["rows"][1:] if row["alpha"] is not None]
     assert signs == [-1, 1] * (len(signs) // 2)

@@ -47,7 +47,9 @@ def test_every_study_runs_on_another_model_and_its_tables_can_be_drawn(tmp_path,
         assert dial.prepared and dial.kl <= study.KL_BUDGET and dial.vector.layers[-1] < model.n_layers
         directions, strength = study.attributes(model)
         assert list(directions) == list(study.ATTRIBUTES) and strength > 0
-        draw({name: studies.read_table(f"steering_{name}") for name in report_study.TABLES})
+        draw(
+            {name: studies.read_table(f"steering_{name}") for name in report_study.TABLES if name != "order"}
+        )  # test_order's
 
 
 def draw(tables):

@@ -48,7 +48,7 @@ def test_shares_have_wilson_intervals_by_each_ruler_and_by_both():
 
 def test_the_picture_shows_every_prompt_and_says_how_many_are_in_order():
     figure = prompt_figures.prompts_figure(report())
-    assert "lexicon: 67% of 3 prompts in order" in alt_text(figure) and "second ruler: 33%" in alt_text(figure)
+    assert "lexicon: 66.7% of 3 prompts in order" in alt_text(figure) and "second ruler: 33.3%" in alt_text(figure)
     assert all(len(dots.get_offsets()) == 3 for axis in figure.axes for dots in axis.collections[1:])
 
 
