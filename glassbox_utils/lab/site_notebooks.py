@@ -129,6 +129,10 @@ def page(lesson: Lesson, modules: Iterable[str]) -> Any:
     return notebook
 
 
+PAGES = {"data/studies/audit_power.json": "power.md"}
+"""files that the site shows as a page of its own"""
+
+
 def relinked(text: str, base: Path, up: str, modules: Iterable[str]) -> str:
     """Markdown whose links to files of the repository lead to their pages; plain text where the site has none.
 
@@ -143,6 +147,8 @@ def relinked(text: str, base: Path, up: str, modules: Iterable[str]) -> str:
         end = f"#{anchor}" if anchor else ""
         if re.fullmatch(r"docs/[^/]+\.md|notebooks/[^/]+\.ipynb", place):
             return f"[{found['text']}]({up}{place.removeprefix('docs/')}{end})"
+        if place in PAGES:
+            return f"[{found['text']}]({up}{PAGES[place]}{end})"
         module = place.removeprefix("glassbox_utils/").removesuffix(".py").replace("/", ".")
         if place.startswith("glassbox_utils/") and module in known:
             return f"[{found['text']}]({up}api/{module.replace('.', '/')}.md)"

@@ -34,9 +34,14 @@ def results(lessons: Sequence[Lesson]) -> str:
         "",
         f"The notebooks state {len(found)} findings: {total}. Each row is read from the notebook that measured it. A "
         "verdict "
-        "is computed from the numbers: *held* means that the interval lies where the claim puts it, beyond its control "
-        "and beyond no effect. *Null* can't be told apart from one of them, *refuted* lies on the other side, *not "
-        "testable* had a control that could not have failed. Evidence, never proof.",
+        "is computed from the numbers: *held* means that the whole interval lies where the claim puts it, beyond its "
+        "control's number and beyond no effect, and the effect outside the brackets of the control (of random units: "
+        "lowest and highest draw). *Null* can't be told apart from one of them, *refuted* lies on the other side, *not "
+        "testable* had a control that could not have failed. Where *p* stands, it is corrected for what was tested "
+        "beside it, and from .05 on the row is null. Evidence, never proof.",
+        "",
+        "How often the audit finds a planted bias, and how often it accuses the honest, is a "
+        "[page of its own](power.md).",
         "",
     ]
     lines += ['<p><a href="_static/findings.json">The same as JSON</a>, to count for yourself.</p>', ""]
@@ -49,17 +54,17 @@ def results(lessons: Sequence[Lesson]) -> str:
 
 
 def _findings(rows: Iterable[Mapping[str, Any]], link: str, title: str) -> str:
-    columns = ("verdict", "rung", "claim", "effect", "95 % interval", "resampled", "control", "p")
+    columns = ("verdict", "effect", "95 % interval", "claim", "control", "rung", "resampled", "p")
     body = []
     for f in rows:
         cells = [
             f'<span class="verdict {f["verdict"].replace(" ", "-")}">{html.escape(f["verdict"])}</span>',
-            f"{f['rung']} {RUNGS[f['rung']]}",
-            f'<a href="{link}">{html.escape(f["claim"])}</a>',
             f"{f['effect']:.2f}",
             f"{f['ci'][0]:.2f} to {f['ci'][1]:.2f}",
-            html.escape(f"{f['n']} {f['unit']}"),
+            f'<a href="{link}">{html.escape(f["claim"])}</a>',
             html.escape(_control(f["control"])),
+            f"{f['rung']} {RUNGS[f['rung']]}",
+            html.escape(f"{f['n']} {f['unit']}"),
             html.escape(f.get("p") or ""),
         ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
@@ -138,6 +143,13 @@ def power(table: Mapping[str, Any], picture: Path) -> str:
     sizes = table["settings"]["sizes"]
     alt = _draw_power(rates, sizes, picture)
     made = table["provenance"]
+    point, alarm = rates["curve", "all", 1.0, "found"], rates["honest", "all", None, "alarm"]
+    said = (
+        f"Of {point['n']} planted biases of one point {point['value'] * point['n']:.0f} were found "
+        f"({point['value']:.2f} [{point['low']:.2f}, {point['high']:.2f}]). A false alarm: of {alarm['n']} honest "
+        f"officers {alarm['value'] * alarm['n']:.0f} were accused "
+        f"({alarm['value']:.2f} [{alarm['low']:.2f}, {alarm['high']:.2f}])."
+    )
     columns = ("what", "of which", "size, points of the merit rule", "share", "95 % interval", "n")
     words = {"found": "found", "right": "found and named right", "alarm": "false alarm", "again": "said again"}
     rows = []
@@ -151,9 +163,15 @@ def power(table: Mapping[str, Any], picture: Path) -> str:
         [
             "# How often the audit is right",
             "",
-            "Officers with a known bias were planted and audited from their answers alone, and officers that hold "
-            "nothing "
-            "against anybody beside them. The interval resamples officers (Wilson).",
+            "A bias of known size was planted in officers, which the audit then asked without knowing it; officers "
+            "that hold nothing against anybody were audited beside them. **These officers are no language models:** "
+            "each is a rule plus a penalty that is read from the text of the application. *A point* is one point of "
+            "that rule.",
+            "",
+            said,
+            "",
+            "Intervals are Wilson's, over officers. *Named right*: the group that was planted is the one that is "
+            "named.",
             "",
             f"```{{figure}} {picture.name}",
             f":alt: {alt}",
@@ -195,7 +213,7 @@ def _draw_power(rates: Mapping[Any, Mapping[str, Any]], sizes: Sequence[float], 
     figures.titled(
         figure,
         f"Found: {first:.0%} of biases of {sizes[0]:g} points, {second:.0%} of {sizes[1]:g}; "
-        f"false alarms about {alarm['value']:.0%} of {alarm['n']} honest officers",
+        f"{alarm['value'] * alarm['n']:.0f} of {alarm['n']} honest officers accused",
     )
     axis.legend(loc="lower right")
     figure.savefig(path, metadata={"Software": None})

@@ -59,8 +59,8 @@ def test_what_a_notebook_finds_anew_is_what_the_page_says():
     page = site_pages.results([one])
     row = bs4.BeautifulSoup(page, "html.parser").find("tbody").find_all("td")
     said = [cell.get_text() for cell in row]
-    assert said == ["null", "3 causal", "A <head> does nothing", "0.10", "-0.20 to 0.40", "12 prompts",
-                    "random units: 8 heads: 0.05 [-0.10, 0.20]", "0.4"]  # fmt: skip
+    assert said == ["null", "0.10", "-0.20 to 0.40", "A <head> does nothing",
+                    "random units: 8 heads: 0.05 [-0.10, 0.20]", "3 causal", "12 prompts", "0.4"]  # fmt: skip
     assert "1 null" in page
     other = lesson(shown({site_notebooks.MIMETYPE: [LADDER | {"verdict": "held"}], "text/html": ""}))
     assert "1 held" in site_pages.results([other])
@@ -90,12 +90,12 @@ def test_a_link_into_the_repository_leads_to_its_page_or_is_no_link():
     source = (
         "[term](../docs/glossary.md#dead-feature) [code](../glassbox_utils/core/text.py) "
         "[next](../notebooks/02_x.ipynb) "
-        "[data](../data/README.md) [paper](https://arxiv.org/abs/2309.17453)"
+        "[data](../data/README.md) [power](../data/studies/audit_power.json) [paper](https://arxiv.org/abs/2309.17453)"
     )
     text = site_notebooks.page(lesson(source=source), ["core.text"])["cells"][1].source
     assert "[term](../glossary.md#dead-feature)" in text and "[code](../api/core/text.md)" in text
     assert "[next](../notebooks/02_x.ipynb)" in text and "data (`data/README.md`)" in text
-    assert "[paper](https://arxiv.org/abs/2309.17453)" in text
+    assert "[power](../power.md)" in text and "[paper](https://arxiv.org/abs/2309.17453)" in text
 
 
 def test_terms_lead_back_to_where_they_are_used():
