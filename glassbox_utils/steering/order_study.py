@@ -215,7 +215,8 @@ def rewarded_lora(model: Model, sign: int) -> Path:
     """A LoRA that is trained as the vector is, for one end of the dial (1 or -1): a folder in the cache; resumable.
 
     Rank 4 on queries and values, AdamW at LORA_RATE, which falls over the second half of each training, as for the
-    sentences' LoRA; on the end's opened answers, then on its own answers with the same reward, steps and questions.
+    sentences' LoRA; on the end's opened answers, then on its own answers with as many steps and questions and the same
+    reward, but for ``variety``: a word that stands in most answers counts in full.
     """
     from peft import LoraConfig, get_peft_model
 

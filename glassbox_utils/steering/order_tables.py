@@ -20,7 +20,7 @@ Table = Mapping[str, Any]
 METHODS = {
     "ordered": "vector, thirteen layers, this reward",
     "single": "vector, one layer, this reward",
-    "lora": "LoRA, this reward",
+    "lora": "LoRA, this reward but for variety",
     "system": "system prompt",
     "shipped": "the vector of sections 1 to 5",
 }
@@ -143,8 +143,10 @@ def findings(table: Table) -> list[Finding]:
     order = exact_ci(int(rates["ordered"].sum()), len(rates["ordered"]))
     if "lora" in rates:
         other = exact_ci(int(rates["lora"].sum()), len(rates["lora"]))
-        control = Control.measured("trained opponent", "a LoRA with the same reward, steps and questions", other)
-        claim = "the dial trained for order turns more prompts, by both rulers, than a LoRA trained alike (share)"
+        control = Control.measured("trained opponent", "a LoRA with its reward but for variety, as many steps", other)
+        claim = (
+            "the dial trained for order turns more prompts, by both rulers, than a LoRA trained nearly alike (share)"
+        )
         found.append(Finding.measured(claim, 4, order, "prompts", control, side="above", null=None, source=source))
     if "single" in rates:
         mine, other = effect(table, "ordered", "second"), effect(table, "single", "second")

@@ -143,6 +143,7 @@ def train_vector(
         raise SteeringError(f"order is {shown(order)}. Allowed: False, True, or 'likely'.")
     number("learning_rate", learning_rate, SteeringError, above=0)
     number("divergence", divergence, SteeringError, least=0)
+    number("variety", variety, SteeringError, least=0)
     number("temperature", temperature, SteeringError, least=0)
     questions = items("questions", questions, SteeringError)
     if not isinstance(start, Vector):

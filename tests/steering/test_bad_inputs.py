@@ -163,6 +163,7 @@ CALLS = {
     "train: rate inf": lambda: trained(learning_rate=INF),
     "train: rate negative": lambda: trained(learning_rate=-1.0),
     "train: divergence NaN": lambda: trained(divergence=NAN),
+    "train: variety below 0": lambda: trained(variety=-1.0),
     "train: no tokens": lambda: trained(new_tokens=0),
     "train: seed": lambda: trained(seed=-2),
     "train: one text": lambda: trained(questions="w1"),
