@@ -28,7 +28,7 @@ def _locate(args: argparse.Namespace, mend: bool = False) -> int:
     import shlex
 
     from glassbox_utils.core import files, models, prepared, schema
-    from glassbox_utils.decisions import locate_figures, locate_study, reading
+    from glassbox_utils.decisions import locate_figures, locate_study, locate_tables, reading
 
     decision, out = reading.load_decision(args.decision), files.check_output(args.out, "--out") if args.out else None
     if args.adapter:  # before a model is loaded
@@ -43,7 +43,7 @@ def _locate(args: argparse.Namespace, mend: bool = False) -> int:
         where = {"--decision": decision.name, "--model": Path(args.model or models.EMBEDDED).name,
                  "--attribute": args.attribute, "--own": args.own, "--donor": args.donor}  # fmt: skip
         command = " ".join(["glassbox mitigate", *(f"{k} {shlex.quote(v)}" for k, v in where.items() if v)])
-        table = locate_study.as_mitigation(table, decision.title, command)
+        table = locate_tables.as_mitigation(table, decision.title, command)
         print(f"Preferred on the cases that chose: {table['description']}")
     if out is not None:
         with files.atomic_path(out) as path:

@@ -202,7 +202,7 @@ def package(name: str) -> Package:
         raise AssetError(
             f"There is no pinned package {name!r}."
             + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
-            + f" Known packages: {', '.join(sorted(PACKAGES))}. To add one, pin it in glassbox_utils/assets.py."
+            + f" Known packages: {', '.join(sorted(PACKAGES))}. To add one, pin it in glassbox_utils/core/assets.py."
         )
     return PACKAGES[name]
 

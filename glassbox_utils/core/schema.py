@@ -89,6 +89,7 @@ def _worded(found: Any, twin: Any) -> str:
     said = []
     for e in found.errors(include_url=False)[:3]:
         name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" if i else str(p) for i, p in enumerate(e["loc"]))
+        name = name if name.isprintable() else str(e["loc"][0])
         described = twin.model_fields[e["loc"][0]].description if e["type"] == "string_pattern_mismatch" else None
         rule = (
             f"Allowed: {described}"
@@ -140,11 +141,15 @@ class Marked:
         write out stands where its parent does."""
         n = next(n for n in range(len(keys), -1, -1) if keys[:n] in self.lines)
         name = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
-        return f"{self.path}, line {self.lines[keys[:n]]}{f' ({name})' if name and len(name) < 80 else ''}"
+        named = f" ({name})" if name and len(name) < 80 and name.isprintable() else ""
+        return f"{self.path}, line {self.lines[keys[:n]]}{named}"
 
     def under(self, *keys: str | int) -> Callable[[str], str]:
         """``place`` of the keys below some, as ``build`` takes it."""
-        return lambda part: self.place(*keys, *(int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", part)))
+        number = re.compile(r"[0-9]{1,9}")
+        return lambda part: self.place(
+            *keys, *(int(k) if number.fullmatch(k) else k for k in re.findall(r"[^.\[\]]+", part))
+        )
 
 
 def read_marked(path: Path, error: type[GlassboxError], example: str, largest: int = 1_000_000) -> Marked:
@@ -167,6 +172,11 @@ def _note_lines(node: Any, keys: tuple[str | int, ...], lines: dict[tuple[str | 
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
+    if node.tag in _NUMBERS and (len(node.value) > 100 or not re.search(r"\d|inf|nan", node.value, re.IGNORECASE)):
+        raise ValueError(f"{shown(node.value)} in line {lines[keys]} is no number that can be read; write one of "
+                         "fewer digits, or text in quotes")  # fmt: skip
+    if node.tag == _DATE:
+        raise ValueError(f"{shown(node.value)} in line {lines[keys]} would be read as a date; write it in quotes")
     if node.tag in _NUMBERS and not _PLAIN_NUMBER.fullmatch(node.value):
         raise ValueError(
             f"{shown(node.value)} in line {lines[keys]} would be read as another number; write it in plain digits, or "
@@ -178,6 +188,12 @@ def _note_lines(node: Any, keys: tuple[str | int, ...], lines: dict[tuple[str | 
     if isinstance(node, yaml.MappingNode):
         for key, part in node.value:
             line, below = key.start_mark.line + 1, (*keys, str(key.value))
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"the name of a field is a list or a mapping in line {line}; write a word before the "
+                                 "colon, and a value with [ ], { } or ? in quotes")  # fmt: skip
+            if not keys and key.tag not in (_TEXT, _MERGE):
+                raise ValueError(f"{shown(key.value)} in line {line} is the name of a field, and would not be read as "
+                                 "text; write another name, or this one in quotes")  # fmt: skip
             if below in lines and key.tag != _MERGE:
                 raise ValueError(
                     f"{shown(key.value)} is given twice, in line {lines[below]} and in line {line}; remove one of them"
@@ -199,6 +215,9 @@ def _read(
             size = max(len(raw), path.stat().st_size)
             raise error(f"{path} has {size:,} bytes or more. Allowed: at most {largest:,}. Give {example}.")
         text = raw.decode("utf-8-sig")
+        if "\0" in text and path.suffix != ".json":
+            raise error(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1} is not valid YAML: it holds a "
+                        f"byte 0. Save the file as plain text in UTF-8. Give {example}.")  # fmt: skip
         note(text)
         values = (
             json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _strict_yaml())
@@ -206,11 +225,18 @@ def _read(
     except OSError as reason:
         raise error(f"{path} can't be read: {reason.strerror or reason}. Give {example}.") from reason
     except UnicodeDecodeError as reason:
-        raise error(f"{path} is not text in UTF-8 (byte {reason.start}). Give {example}.") from reason
+        line = raw[: reason.start].count(b"\n") + 1
+        raise error(f"{path}, line {line} is not text in UTF-8 (byte {reason.start}). Save the file as UTF-8 in your "
+                    f"editor. Give {example}.") from reason  # fmt: skip
     except json.JSONDecodeError as reason:
         raise error(f"{path} is not valid JSON: {reason.msg} in line {reason.lineno}. Give {example}.") from reason
     except RecursionError as reason:
         raise error(f"{path} is nested too deeply. Give {example}.") from reason
+    except GlassboxError:
+        raise
+    except (yaml.MarkedYAMLError, yaml.reader.ReaderError) as reason:
+        line, said = _explained(reason, text)
+        raise error(f"{path}, line {line} is not valid YAML: {said} Give {example}.") from reason
     except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as reason:
         # TypeError: a list as the name of a field; the last ones: PyYAML on `!!int ''` and the like
         words, kind = (
@@ -219,8 +245,56 @@ def _read(
         )
         raise error(f"{path} is not valid {kind}: {words}. Give {example}.") from reason
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise error(f"{path} holds {shown(values)} instead of fields with values. Give {example}.")
+        where, why = (", line 1: the file", ", it is empty or all remarks") if values is None else ("", "")
+        raise error(f"{path}{where} holds {shown(values)} instead of fields with values{why}. Give {example}.")
     return values
+
+
+def _explained(reason: Any, text: str) -> tuple[int, str]:
+    """The line of a YAML file that can't be read, what is wrong there, and the fix."""
+    if not hasattr(reason, "problem_mark"):  # a character that YAML does not take
+        line = text.count("\n", 0, reason.position) + 1
+        return line, f"it holds the character U+{reason.character:04X}, which is not printed. Remove it."
+    rows, problem = text.splitlines(), reason.problem or ""
+    mark = reason.problem_mark or reason.context_mark
+    at = mark.line if mark else 0
+    begin = reason.context_mark.line if reason.context_mark else at
+    above = next((n for n in range(min(at, len(rows)) - 1, -1, -1) if rows[n].strip()), at)
+    for n in (at, above):
+        lead = re.match(r"\s*", rows[n])[0].strip(" ") if n < len(rows) else ""  # type: ignore[index]
+        if lead and (n == at or lead[0] != "\t"):
+            sign = "a tab" if lead[0] == "\t" else f"a space of another kind (U+{ord(lead[0]):04X})"
+            return n + 1, f"it begins with {sign}. Indent it with plain spaces, two for each level."
+        if n < len(rows) and re.match(r"\s*-[^\s\d.-]", rows[n]):
+            return n + 1, "a space is missing behind `-`. Write `- ` before an entry of a list."
+    if problem == "mapping values are not allowed here":
+        row = rows[at] if at < len(rows) else ""
+        key = re.match(r"\s*(?:- +)*([^\s:][^:]*):\s", row)
+        if key and mark.column >= key.end():
+            return (
+                at + 1,
+                f"the value of {shown(key[1])} holds a colon with a space behind it. Put the value in quotes.",
+            )
+        if not re.search(r":(\s|$)", rows[above]):
+            return above + 1, "it has no colon with a space behind the name. Write it as `name: value`."
+        return at + 1, "its indentation fits no line above it. Indent it like the other fields of its level."
+    if "could not find expected ':'" in problem:
+        return begin + 1, ("it has no colon with a space behind the name. Write it as `name: value`, or indent it if it"
+                           " belongs to a text above.")  # fmt: skip
+    if problem.startswith("expected ',' or"):
+        return at + 1, (f"the bracket that line {begin + 1} opens is not closed, or a comma or a quote is missing. Add "
+                        "it; text with [ ] { } or a comma belongs in quotes.")  # fmt: skip
+    if problem.startswith("expected <block end>"):
+        return at + 1, (f"it does not fit what begins in line {begin + 1}: it is indented otherwise, or a quote above "
+                        "is not closed. Indent it like its neighbours, or mend the quote.")  # fmt: skip
+    if "end of stream" in problem and "quoted" in (reason.context or ""):
+        return begin + 1, "a quote is opened and not closed. Close it."
+    if "found another document" in problem:
+        return at + 1, "`---` begins a second document. Remove that line."
+    said = " ".join(problem.split())[:120]
+    if "constructor" in said:
+        return at + 1, f"{said}. Remove what begins with `!`, or put the value in quotes."
+    return at + 1, f"{said}. Put a value with signs such as : # * & ! % @ ` in quotes."
 
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -250,7 +324,7 @@ def _strict_yaml() -> Any:
     return Strict
 
 
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _TEXT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("merge", "str", "timestamp"))
 _PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 """of YAML 1.1's numbers those that mean what they look like: 010 is 8, 1:30 is 90, 0x1F is 31, 1_0 is 10"""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

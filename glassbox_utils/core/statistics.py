@@ -330,13 +330,18 @@ def cluster_bootstrap(
     """Bootstrap interval where cases share what varies: whole clusters are drawn. ``n`` is the number of clusters.
 
     ``clusters`` names the cluster of each value (its name pair, template, seed). Raises StatisticsError below 2.
-    Source: Davison & Hinkley 1997, section 3.8.
+    A plain percentile interval of few clusters is too narrow (of four it leaves a true 0 outside in a fifth of all
+    samples), so the ends are taken further out, as a t-interval's are; below six clusters even the outermost draws are
+    too near: read it with ``n``. Sources: Davison & Hinkley 1997, section 3.8; the expanded percentile interval,
+    Hesterberg, arXiv 1411.5279.
     """
     _check_resampling(level, n_resamples, seed)
     groups = list(_grouped(values, clusters).values())
     rng, k = np.random.default_rng(seed), len(groups)
     draws = [float(statistic(np.concatenate([groups[i] for i in rng.integers(0, k, k)]))) for _ in range(n_resamples)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    tail = float(stats.norm.cdf(np.sqrt(k / (k - 1)) * stats.t.ppf((1 - level) / 2, k - 1)))
+    between: Any = "linear" if np.isfinite(draws).all() else "nearest"  # a ratio over nothing is no number to mix with
+    low, high = np.quantile(draws, [tail, 1 - tail], method=between)
     return Interval(float(statistic(np.concatenate(groups))), float(low), float(high), k, level)
 
 

@@ -208,7 +208,8 @@ def measured(
         {name: rule.unit for name, rule in decision.fields.items() if isinstance(rule, Number) and rule.unit},
     )
     sizes = Sizes(len(cases), len(worded), seed, len(memory), batch_size)
-    return replace(found, sizes=sizes, unsaid=tuple(_unsaid(decision, found)))
+    by_swap = tuple(replace(swap, noise=found.noise) for swap in found.swaps)
+    return replace(found, sizes=sizes, swaps=by_swap, unsaid=tuple(_unsaid(decision, found)))
 
 
 def _with_answer(
@@ -325,7 +326,8 @@ def _unnamed(found: Answer) -> Control | None:
 def _rewording(found: Answer) -> Control | None:
     if found.noise is None:
         return None
-    return Control("other group", "the same facts in other words", 0.0, (-found.noise, found.noise))
+    return Control("base rate", "the same facts in other words (one standard deviation about no change)", 0.0,
+                   (-found.noise, found.noise))  # fmt: skip
 
 
 def below_four_fifths(one: Impact) -> bool:

@@ -61,6 +61,19 @@ def changes(found: Answer) -> Any:
     return _table(rows, "no change that was tried turns the answer")
 
 
+def rivals(summary: Mapping[str, Any]) -> Any:
+    """Of the study ``explain-fidelity``: how often what each rule names turns the decision when it is mended, and by
+    how much the measured reasons turn more."""
+    import pandas as pd
+
+    rows = []
+    for m in summary["methods"]:
+        more = said(Interval(**m["better"])) if m["better"] else ""
+        rows.append({"two fields named by": m["name"], "mended, turn": said(Interval(**m["flips"])),
+                     "cause turns more by": more})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def _table(rows: Sequence[Mapping[str, Any]], none: str) -> Any:
     if rows:
         return frame(rows)

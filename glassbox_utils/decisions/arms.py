@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from glassbox_utils.core import losses
-from glassbox_utils.core.arguments import items, number, shown
+from glassbox_utils.core.arguments import items, number, shown, whole
 from glassbox_utils.core.devices import array, like, result
 from glassbox_utils.core.interventions import check_rows, edits, not_first, recording
 from glassbox_utils.core.models import Model, Site, check_layer
@@ -303,34 +303,47 @@ def direction_arms(
     layers: Sequence[Sequence[int]],
     place: Place = "carrier",
     ways: Sequence[tuple[Mode, Level]] = (("coordinate", "midpoint"), ("coordinate", "other"), ("cut", "quiet")),
+    seed: int | None = None,
     batch_size: int = 12,
 ) -> list[Arm]:
     """Candidates: the groups' mean difference in the stream at the carrier, after one layer or at several at once (each
-    entry of ``layers``); its coordinate is set or cut at every position of every text."""
+    entry of ``layers``); its coordinate is set or cut at every position of every text. With a ``seed``: random
+    directions instead."""
     sets = [sorted({check_layer(model, layer) for layer in some}) for some in layers]
     space = stream(model, sorted({layer for some in sets for layer in some}))
     units = [(layer, 0) for layer in space.layers]
     means = levels(model, pairs, space, units, [place] * len(units), batch_size)
+    axes, kind = means.axis, "direction" if seed is None else "random"
+    if seed is not None:
+        axes = torch.randn(axes.shape, generator=torch.Generator().manual_seed(whole("seed", seed, 0, DecisionError)))
+        axes = axes / axes.norm(dim=-1, keepdim=True)
     arms = []
     for some in sets:
         rows_of = [units.index((layer, 0)) for layer in some]
         for mode, level in ways:
-            hold = Hold(space, tuple(units[i] for i in rows_of), means.at(level)[rows_of], means.axis[rows_of], mode)
+            hold = Hold(space, tuple(units[i] for i in rows_of), means.at(level)[rows_of], axes[rows_of], mode)
             about = {"layers": some, "mode": mode, "level": level, "place": place}
-            arms.append(of_hold(f"vector at the {place}, {mode} at the {level}", "direction", hold, **about))
+            name = f"vector at the {place}, {mode} at the {level}"
+            arms.append(of_hold(name if seed is None else f"random {name}", kind, hold, **about))
     return arms
 
 
 def edit_arms(
-    model: Model, decision: Decision, twins: Sequence[Twins], template: str, layers: Sequence[int]
-) -> list[Arm]:
-    """Candidates: the affine edit of ``mitigation`` at the decision position, after each of some layers."""
+    model: Model, decision: Decision, twins: Sequence[Twins], template: str, layers: Sequence[int],
+    seed: int | None = None,
+) -> list[Arm]:  # fmt: skip
+    """Candidates: the affine edit of ``mitigation`` at the decision position, after each of some layers. With a
+    ``seed``: in random directions instead."""
     texts = [scoring.prompts(model, decision, cases, template) for cases in sides(twins)]
     own, donor = (mitigation.decision_states(model, some, layers) for some in texts)
-    return [
-        of_edit(mitigation.fit_edit({"groups": (own[:, i], donor[:, i])}, check_layer(model, layer)))
+    fitted = [
+        mitigation.fit_edit({"groups": (own[:, i], donor[:, i])}, check_layer(model, layer))
         for i, layer in enumerate(layers)
     ]
+    if seed is None:
+        return [of_edit(edit) for edit in fitted]
+    random = [of_edit(mitigation.random_edit(edit, seed)) for edit in fitted]
+    return [replace(arm, name=f"random {arm.name}", kind="random") for arm in random]
 
 
 def sides(twins: Sequence[Twins]) -> tuple[list[Case], list[Case]]:
@@ -401,6 +414,8 @@ class Tried:
     merit: float
     """share of decisions that are right"""
     perplexity: float
+    keeps_merit: bool = True
+    """as many decisions are right as without it, or more"""
     chosen: bool = False
 
 
@@ -422,22 +437,28 @@ def choose(
     plain = losses.text_losses(model, texts, 128)
     right = np.array([truth(decision, t.case) for t in twins])
 
-    def measured(arm: Arm) -> tuple[float, float]:
+    def measured(arm: Arm) -> tuple[float, int]:
         own, donor, _ = decide(arm, model, decision, twins, template, batch_size)
-        agree = [((array(x) > 0) == right).mean() for x in (own, donor)]
-        return float((donor - own).mean()), float(np.mean(agree))
+        return float((donor - own).mean()), sum(int(((array(x) > 0) == right).sum()) for x in (own, donor))
 
-    gap, merit = measured(nothing())
-    tried = [Tried(a.name, a.about, *measured(a), perplexity_ratio(a, model, texts, plain)) for a in candidates]
-    cheap = [i for i, t in enumerate(tried) if t.merit >= merit and t.perplexity <= PERPLEXITY]
+    gap, before = measured(nothing())
+    tried = []
+    for arm in candidates:
+        left, agree = measured(arm)
+        price = perplexity_ratio(arm, model, texts, plain)
+        tried.append(Tried(arm.name, arm.about, left, agree / (2 * len(twins)), price, agree >= before))
+    best = _best(tried, gap)
+    return candidates[best], [replace(t, chosen=i == best) for i, t in enumerate(tried)]
+
+
+def _best(tried: Sequence[Tried], gap: float) -> int:
+    cheap = [i for i, t in enumerate(tried) if t.keeps_merit and t.perplexity <= PERPLEXITY]
     halving = [i for i, t in enumerate(tried) if abs(t.gap) <= abs(gap) / 2]
     if cheap:
-        best = min(cheap, key=lambda i: abs(tried[i].gap))
-    elif halving:
-        best = min(halving, key=lambda i: tried[i].perplexity)
-    else:
-        best = min(range(len(tried)), key=lambda i: abs(tried[i].gap))
-    return candidates[best], [replace(t, chosen=i == best) for i, t in enumerate(tried)]
+        return min(cheap, key=lambda i: abs(tried[i].gap))
+    if halving:
+        return min(halving, key=lambda i: tried[i].perplexity)
+    return min(range(len(tried)), key=lambda i: abs(tried[i].gap))
 
 
 # --- is it off, is it gone? ---------------------------------------------------------------------------
@@ -455,44 +476,3 @@ def identical(arm: Arm, model: Model, texts: Sequence[str]) -> bool:
     after = scoring.final_logits(model, batch)
     off = [i for i, is_on in enumerate(switch) if not is_on]
     return bool(torch.equal(during[off], before[off]) and torch.equal(after, before))
-
-
-# --- pushed back in -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def reactivated(
-    model: Model,
-    pairs: Pairs,
-    arms: Sequence[Arm],
-    layer: int,
-    push: Mapping[str, Float[Tensor, " d_model"]],
-    strengths: Sequence[float] = (0.0, 1.0, 2.0),
-    batch_size: int = 12,
-) -> dict[tuple[str, str, float], Float[Tensor, " n"]]:
-    """Logits of the donor's prompts with a vector added at the carrier after a layer, under each arm.
-
-    (arm, name of the vector, strength) -> [n]. With the groups' mean difference (donor to own) as the vector this asks
-    whether a repair took the mechanism out or only what fed it: what share of decisions turns (cf. arXiv 2605.15217).
-    A random vector of the same length is the control. Arms that read other cases or words are left out; one of other
-    weights gets the same vectors as the model that it was trained from.
-    """
-    site, found = Site("resid_post", check_layer(model, layer)), {}
-    for arm in [a for a in arms if a.kind in ("nothing", "units", "direction", "edit", "random", "weights")]:
-        used = arm.model or model
-        for name, vector in push.items():
-            for strength in strengths:
-                out = torch.zeros(len(pairs))
-                for some in rows(used, pairs, batch_size):
-                    where = some.places["carrier"][..., None]
-                    add = lambda x, w=where, s=strength, v=vector: torch.where(w, x + s * like(v, x), x)  # noqa: E731
-                    with edits(used, {site: add}), arm.on(used, True):
-                        logits = scoring.final_logits(used, some.donor)
-                    out[some.rows] = result(logits[:, pairs.tokens[0]] - logits[:, pairs.tokens[1]])
-                found[arm.name, name, strength] = out
-    return found
-
-
-def turned(before: Float[Tensor, " n"], after: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 where the decision is another one, for each pair."""
-    return ((before > 0) != (after > 0)).float()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from glassbox_utils.core.evidence import Control, Finding
+from glassbox_utils.core.evidence import Control, Finding, Side
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.decisions import locate, outcomes
 from glassbox_utils.decisions.answer_page import Measure, Mitigation
@@ -23,10 +23,19 @@ COUNTS = {10: "ten"}
 def order(scores: Mapping[str, NDArray], source: str, seed: int = 0) -> Finding:
     """``scores``: three wordings -> logits of each person: the first, its answers in the other order, its facts so."""
     first, answers, facts = scores
-    turned, other = (bootstrap_ci(scores[first] - scores[name], seed=seed) for name in (answers, facts))
-    control = Control.measured("other group", f"{first!r} minus {facts!r}", other)
+    turned = bootstrap_ci(scores[first] - scores[answers], seed=seed)
+    control, side = _words(turned, f"{first!r} minus {facts!r}, either way", scores[first] - scores[facts], seed)
     claim = f"the order of the answers moves the decision ({first!r} minus {answers!r}, logits)"
-    return Finding.measured(claim, 3, turned, UNIT, control, source=source)
+    return Finding.measured(claim, 3, turned, UNIT, control, source=source, side=side)
+
+
+def _words(effect: Interval, what: str, moves: NDArray, seed: int) -> tuple[Control, Side]:
+    """How far other words move a score, either way (moves that cancel are moves), on the side of the effect: what is
+    smaller than that is no effect."""
+    sign = 1 if effect.value >= 0 else -1
+    return Control.measured("base rate", what, bootstrap_ci(sign * np.abs(moves), seed=seed)), (
+        "above" if sign > 0 else "below"
+    )
 
 
 def ranking(areas: Mapping[str, Interval], model: str, opponent: str, source: str) -> Finding:
@@ -36,12 +45,14 @@ def ranking(areas: Mapping[str, Interval], model: str, opponent: str, source: st
     return Finding.measured(claim, 4, areas[model], UNIT, control, null=0.5, side="above", source=source)
 
 
-def moved(differs: Contrast, gap: Interval, rewording: float | None, source: str) -> Finding:
-    """``gap``: the same people with the other value, logits; beside it what other words for the same facts do."""
-    noise = rewording or 0.0
-    control = Control("other group", "the same facts in other words (standard deviation)", 0.0, (-noise, noise))
+def moved(differs: Contrast, gap: Interval, scores: Sequence[NDArray], source: str, seed: int = 0) -> list[Finding]:
+    """``gap``: the same people with the other value, logits; beside it how far the same facts in other words move a
+    score (``scores``: of some people in two wordings). Nothing is claimed where there is one wording."""
+    if len(scores) < 2:
+        return []
+    control, side = _words(gap, "the same facts in other words, either way", scores[0] - scores[1], seed)
     claim = f"the same person with {differs.what} {differs.donor} instead of {differs.own} gets another score (logits)"
-    return Finding.measured(claim, 3, gap, UNIT, control, source=source)
+    return [Finding.measured(claim, 3, gap, UNIT, control, source=source, side=side)]
 
 
 def carried(points: Sequence[Point], source: str) -> list[Finding]:
@@ -49,7 +60,8 @@ def carried(points: Sequence[Point], source: str) -> list[Finding]:
     found = []
     for p in (p for p in points if p.k in COUNTS and p.random_carried):
         what = f"{COUNTS[p.k]} {p.basis}"
-        control = Control.drawn("random units", f"sets of {what} of like activity", p.random_carried)
+        like = f"sets of {what}, the nearest in activity ({p.likeness:.1f} times)"
+        control = Control.drawn("random units", like, p.random_carried)
         claim = f"{COUNTS[p.k]} located {p.basis} carry the gap to other people and words (share)"
         found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=source))
     return found

@@ -16,7 +16,7 @@ from pydantic import Field as Rule
 
 from glassbox_utils.core import assets, schema
 from glassbox_utils.core.arguments import shown
-from glassbox_utils.decisions.fields import DecisionError, Field, Plain, Value, checked, from_cell
+from glassbox_utils.decisions.fields import DecisionError, Field, Plain, Value, checked, from_cell, looks
 
 LARGEST = 50_000_000
 """bytes of a table"""
@@ -87,15 +87,18 @@ class Table:
                 " or `package:` with `member:` (a file of a pinned package). Correct them."
             )
         if self.file is not None and (Path(self.file).name != self.file or self.file.startswith(".")):
-            raise DecisionError(f"file is {self.file!r}. Allowed: the name of a file that lies in the folder itself.")
+            raise DecisionError(f"file is {self.file!r}. Allowed: the name of a file that lies in the folder itself. "
+                                "Put the table there, and write its name alone.")  # fmt: skip
 
 
 def read_cases(
-    source: schema.Marked, folder: Path, fields: Mapping[str, Field], refused: Collection[str] = ()
-) -> tuple[Case, ...]:
+    source: schema.Marked, folder: Path, fields: Mapping[str, Field], refused: Collection[str] = (),
+    listed: Mapping[str, Collection[str]] | None = None,
+) -> tuple[Case, ...]:  # fmt: skip
     """The cases that a ``decision.yaml`` names; DecisionError, AssetError for a package that can't be fetched.
 
-    ``refused``: what no free text may hold (``fields.checked``).
+    ``refused``: what no free text may hold (``fields.checked``); ``listed``: the values of a field that carry a group.
+    Others carry none, and are taken, unless they look like a listed one or no case has a listed one.
     """
     table = schema.build(Table, source.values["cases"], source.under("cases"), DecisionError)
     columns, outcome = _columns(table, source, fields), None
@@ -112,39 +115,67 @@ def read_cases(
     rows = _rows(where, raw, table.delimiter)
     header_line, header = next(rows, (1, []))
     _check_header(f"{where}, line {header_line}", header, wanted, table)
+    carried = {name: frozenset(values) for name, values in (listed or {}).items()}
+    near = {name: {look: v for v in sorted(values) for look in looks(v)} for name, values in carried.items()}
     found: dict[str, Case] = {}
     lines: dict[str, int] = {}
     for number, (line, cells) in enumerate(rows, 1):
         place = f"{where}, line {line}"
         if len(cells) != len(header):
             what = "is empty" if not cells else f"has {len(cells)} cells"
+            if cells[len(header) :] and not any(cell.strip() for cell in cells[len(header) :]):
+                raise DecisionError(f"{place} {what}, and the table has {len(header)} columns. The last ones are empty."
+                                    f" Remove the trailing {table.delimiter!r} from the line.")  # fmt: skip
             raise DecisionError(
                 f"{place} {what}, and the table has {len(header)} columns ({', '.join(header)[:120]}). Allowed: as many"
                 f" cells as columns, in quotes where a cell holds {table.delimiter!r}. Correct the row, or remove it."
             )
         row = dict(zip(header, cells, strict=True))
         name = row[table.id] if table.id else str(number)
-        if not 1 <= len(name) <= 60 or not name.isprintable():
-            raise DecisionError(f"{place}, column {table.id!r} is {shown(name)}. Allowed: 1 to 60 printed characters.")
+        if not 1 <= len(name) <= 60 or not name.isprintable() or name != name.strip():
+            raise DecisionError(f"{place}, column {table.id!r} is {shown(name)}. Allowed: 1 to 60 printed characters, "
+                                "and no spaces around them. Correct it.")  # fmt: skip
         if name in found:
             raise DecisionError(
                 f"{place}, column {table.id!r} is {name!r}, as in line {lines[name]}. Allowed: a name of its own for "
                 "each case. Correct one of them."
             )
         values = {key: _value(key, rule, columns[key], row, refused, place) for key, rule in fields.items()}
+        for key, words in carried.items():
+            if values[key] not in words:
+                _check_unlisted(str(values[key]), near[key], f"{place}, column {columns[key].column!r}")
         found[name], lines[name] = Case(name, values, _outcome(outcome, row, place)), line
     if not found:
         raise DecisionError(f"{where} holds no cases. Allowed: one row or more below the names of the columns.")
+    for key, words in carried.items():
+        if not any(case.values[key] in words for case in found.values()):
+            few = ", ".join(map(shown, list(dict.fromkeys(case.values[key] for case in found.values()))[:3]))
+            raise DecisionError(
+                f"{where}: no case has a value of {key!r} that a list below `carriers:` holds (there are {few}), so "
+                "that all groups are unknown. Allowed: a listed value in some cases, such as "
+                f"{shown(min(words))}. Add the values of the table to the lists, or correct the column."
+            )
     return tuple(found.values())
+
+
+def _check_unlisted(value: str, words: Mapping[str, str], place: str) -> None:
+    """A value that no list holds carries no group; one that looks like a listed one was meant to."""
+    if near := next((words[look] for look in looks(value) if look in words), None):
+        kind = "case, spaces or the form of a letter"
+        if looks(value)[0] != looks(near)[0]:
+            kind = "letters of another alphabet that look the same"
+        raise DecisionError(
+            f"{place} is {shown(value)}, which no list below `carriers:` holds. Did you mean {shown(near)}? They "
+            f"differ by {kind}. Allowed: a listed value as it is written there, or quite another one. Correct the cell."
+        )
 
 
 def _columns(table: Table, source: schema.Marked, fields: Mapping[str, Field]) -> dict[str, Column]:
     """field -> its column; the words that cells stand for are checked by the field's rule."""
     if unknown := [name for name in table.columns if name not in fields]:
-        near = get_close_matches(unknown[0], fields, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DecisionError(
-            f"{source.place('cases', 'columns', unknown[0])}: there is no field {unknown[0]!r}.{hint} Allowed: "
+            f"{source.place('cases', 'columns', unknown[0])}: there is no field {shown(unknown[0])}."
+            f"{_hint(unknown[0], fields)} Allowed: "
             f"{', '.join(fields)}. Correct the name (the field stands left, the column right)."
         )
     found = {}
@@ -162,18 +193,27 @@ def _bytes(table: Table, folder: Path, source: schema.Marked) -> tuple[str, byte
     """What the table is called in messages, and its bytes."""
     if table.file is None:
         assert table.package is not None and table.member is not None  # of Table's own check
-        try:
-            pinned = assets.package(table.package)
-        except assets.AssetError as reason:
-            raise DecisionError(f"{source.place('cases', 'package')}: {reason}") from reason
+        if table.package not in assets.PACKAGES:
+            raise DecisionError(
+                f"{source.place('cases', 'package')} is {shown(table.package)}.{_hint(table.package, assets.PACKAGES)} "
+                f"Allowed: {', '.join(sorted(assets.PACKAGES))}. Correct it, or put the table into the folder as a CSV "
+                "file and name it below `file:`. (Packages are pinned in glassbox_utils/core/assets.py.)"
+            )
+        if table.member not in (members := assets.members(table.package)):
+            raise DecisionError(
+                f"{source.place('cases', 'member')} is {shown(table.member)}, which is no file of the package "
+                f"{table.package!r}.{_hint(table.member, members)} Allowed: the path of a CSV file in it. Correct it."
+            )
+        pinned = assets.package(table.package)
         return f"{pinned.name}=={pinned.version}: {table.member}", assets.read(table.package, table.member)
     path = folder / table.file
     try:
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)
-    except OSError as reason:
+    except (OSError, ValueError) as reason:  # ValueError: a name with a byte 0
         raise DecisionError(
-            f"{source.place('cases', 'file')}: {path} can't be read ({reason.strerror or reason}). Allowed: the name "
+            f"{source.place('cases', 'file')}: {str(path)!r} can't be read "
+            f"({getattr(reason, 'strerror', None) or reason}). Allowed: the name "
             "of a CSV file in the folder. Put it there, or correct the name."
         ) from reason
     if len(raw) > LARGEST:
@@ -216,14 +256,21 @@ def _check_header(place: str, header: list[str], wanted: list[str], table: Table
             f"{place} has one column, {shown(header[0])}: its cells are separated by {other!r}, not by "
             f"{table.delimiter!r}. Write `delimiter: {other!r}` below `cases:`, or save the table with commas."
         )
+    blank = [i for i, name in enumerate(header) if not name.strip()]
+    if blank and blank[0] and blank == list(range(blank[0], len(header))):
+        raise DecisionError(
+            f"{place} ends in columns without a name ({len(blank)}). Allowed: a name for each column. Remove the "
+            f"trailing {table.delimiter!r} from all lines (in a spreadsheet: delete the empty columns)."
+        )
+    if blank:
+        raise DecisionError(f"{place}: column {blank[0] + 1} has no name. Allowed: a name for each column. Give it one,"
+                            " or remove the column (pandas: `to_csv(index=False)`).")  # fmt: skip
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise DecisionError(f"{place} names the column {shown(twice)} twice. Allowed: each column once. Rename one.")
     if missing := [name for name in wanted if name not in header]:
-        near = get_close_matches(missing[0], header, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DecisionError(
-            f"{place}: the column {missing[0]!r} is missing.{hint} There are: {shown(', '.join(header))}. Add it, or "
-            "say below `cases: columns:` which column holds the field."
+            f"{place}: the column {missing[0]!r} is missing.{_hint(missing[0], header)} There are: "
+            f"{shown(', '.join(header))}. Add it, or say below `cases: columns:` which column holds the field."
         )
     if absent := [name for name in table.unused if name not in header]:
         raise DecisionError(f"{place} has no column {absent[0]!r}, which `unused` names. Take it out of the list.")
@@ -234,6 +281,11 @@ def _check_header(place: str, header: list[str], wanted: list[str], table: Table
         )
     if both := [name for name in table.unused if name in wanted]:
         raise DecisionError(f"{place}: the column {both[0]!r} is used, and `unused` names it. Take it out of the list.")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _value(
@@ -270,10 +322,9 @@ def parse_values(
         raise DecisionError(f"{where} is {shown(given)}. Allowed: a value for each of {', '.join(fields)}.")
     for name in given:
         if name not in fields:
-            near = get_close_matches(str(name), fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise DecisionError(
-                f"{where} has a field {shown(name)}.{hint} Allowed: {', '.join(fields)}. Rename or remove it."
+                f"{where} has a field {shown(name)}.{_hint(str(name), fields)} Allowed: {', '.join(fields)}. "
+                "Rename or remove it."
             )
     if missing := [name for name in fields if name not in given]:
         raise DecisionError(f"{where} lacks the field {missing[0]!r}. Needed are {', '.join(fields)}. Add it.")

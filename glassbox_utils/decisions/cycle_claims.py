@@ -7,9 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from glassbox_utils.core.evidence import Control, Finding
-from glassbox_utils.core.statistics import Interval, cluster_bootstrap
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, cluster_bootstrap
 from glassbox_utils.decisions import locate, outcomes
-from glassbox_utils.decisions.locate import Point, Specificity
+from glassbox_utils.decisions.locate import Link, Point, Specificity
 from glassbox_utils.decisions.outcomes import Measured
 
 UNIT = "pairs of names"
@@ -18,9 +18,10 @@ KS = (1, 10)
 
 
 def behaviour(total: Interval, same: Interval, source: str = "") -> Finding:
-    """``total``: the gap between two groups; ``same``: what another name of the own group does, both in logits."""
+    """``total``: the gap between two groups; ``same``: how far another name of the own group moves it, either way; both
+    in logits. (With its sign the control would be nothing by construction, whatever names do.)"""
     claim = "the same case is decided less favourably under a name of the other group (logits)"
-    control = Control.measured("other group", "another name of the same group", same)
+    control = Control.measured("base rate", "another name of the same group, either way", same)
     return Finding.measured(claim, 4, total, UNIT, control, side="above", source=source)
 
 
@@ -28,7 +29,8 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
     """The first units of each basis against random ones of like activity."""
     found = []
     for p in (p for p in points if p.k in KS and len(p.random_carried) > 1):
-        control = Control.drawn("random units", f"sets of {p.k} {p.basis} of like activity", p.random_carried)
+        like = f"sets of {p.k} {p.basis}, the nearest in activity ({p.likeness:.1f} times)"
+        control = Control.drawn("random units", like, p.random_carried)
         which = f"a single located {p.basis.removesuffix('s')}" if p.k == 1 else f"{p.k} located {p.basis}"
         claim = f"{which} alone carry a share of the gap".replace("carry", "carries" if p.k == 1 else "carry")
         found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=source))
@@ -36,7 +38,7 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
 
 
 def specific(
-    own: Sequence[Specificity], rows: Sequence[Specificity], attribute: str, source: str = ""
+    own: Sequence[Specificity], rows: Sequence[Specificity], attribute: str, source: str = "", unit: str = UNIT
 ) -> list[Finding]:
     """Do the units of each basis carry less than half as much of another attribute's gap as of their own?
 
@@ -50,17 +52,46 @@ def specific(
         half = Control("other group", "half of the share that they carry of their own gap", bar.value / 2,
                        (bar.low / 2, bar.high / 2))  # fmt: skip
         claim = f"{r.k} located {r.basis} carry little of the gap in {attribute}: they are specific (share)"
-        found.append(Finding.measured(claim, 3, r.carried, UNIT, half, side="below", null=None, source=source))
+        found.append(Finding.measured(claim, 3, r.carried, unit, half, side="below", null=None, source=source))
     return found
 
 
+def looked_at(moved: Tensor, most: int, people: str = "applicants", source: str = "") -> Finding:
+    """Does the field that is looked at most move the decision more than the others do? ``moved``: [person, field]."""
+    rest = [i for i in range(moved.shape[1]) if i != most]
+    claim = "the field that is looked at most moves the decision further than the other fields do (logits)"
+    control = Control.measured("base rate", "the other fields, mean", bootstrap_ci(moved[:, rest].mean(1)))
+    return Finding.measured(claim, 3, bootstrap_ci(moved[:, most]), people, control, side="above", source=source)
+
+
+def path(links: Sequence[Link], source: str = "") -> list[Finding]:
+    """Do the neurons where the groups differ act through the located heads? Control: as many random heads frozen."""
+    frozen = {x.frozen: x.carried for x in links if x.what == "neurons" and x.place == "carrier" and x.frozen}
+    ours, other = frozen.get("heads at decision"), frozen.get("random heads at decision")
+    if ours is None or other is None:
+        return []
+    control = Control.measured("random units", "as many random heads frozen there", other)
+    claim = (
+        "located neurons where the groups differ carry less while the located heads are frozen at the decision (share)"
+    )
+    return [Finding.measured(claim, 3, ours, UNIT, control, side="below", null=None, source=source)]
+
+
 def closed(measured: Sequence[Measured], arm: str, random: str, plain: str = "as it is") -> tuple[Interval, Interval]:
-    """Share of the gap in logits that an arm closes, and that as many random units close; whole clusters are drawn."""
+    """Share of the gap in logits that an arm closes, and that as many random units close, each in the wordings in which
+    it was measured; whole clusters are drawn."""
     by_arm = outcomes.by(measured, "arm")
-    left = {name: np.concatenate([np.subtract(m.donor, m.own) for m in by_arm[name]]) for name in (plain, arm, random)}
-    clusters = [c for m in by_arm[plain] for c in m.clusters]
-    ours, other = (locate.share(left[plain] - left[name], left[plain], clusters) for name in (arm, random))
-    return ours, other
+    before = {m.template: m for m in by_arm[plain]}
+
+    def share(name: str) -> Interval:
+        after = by_arm[name]
+        was, left = (
+            np.concatenate([np.subtract(m.donor, m.own) for m in some])
+            for some in ([before[m.template] for m in after], after)
+        )
+        return locate.share(was - left, was, [c for m in after for c in m.clusters])
+
+    return share(arm), share(random)
 
 
 def mended(
@@ -91,9 +122,10 @@ def pushed_back(
 
 
 def reasons_turn(summary: Mapping[str, Any], source: str = "study explain-fidelity") -> Finding:
-    """From the stored study: named reasons against as many fields that attention names."""
+    """From the stored study: named reasons against as many fields that its strongest rival names."""
     flips = {m["name"]: Interval(**m["flips"]) for m in summary["methods"]}
-    control = Control.measured("trained opponent", "as many fields that attention names", flips["attention"])
+    rival = max((name for name in flips if name != "cause"), key=lambda name: flips[name].value)
+    control = Control.measured("base rate", f"as many fields, {rival}: the strongest of the rivals", flips[rival])
     claim = "mending the two named reasons turns the decision (share)"
     return Finding.measured(claim, 4, flips["cause"], summary.get("unit", "cases"), control, side="above",
                             source=source)  # fmt: skip

@@ -61,39 +61,38 @@ def twins_table(some: Pairs, own: Tensor, donor: Tensor, seed: int, n: int = 8) 
 def draw_twins(
     some: Sequence[tuple[Case, Case]], own: Tensor, donor: Tensor, which: int, answers: tuple[str, str]
 ) -> Any:
-    """Each case as itself and as its twin: two dots on one line, the decision between them at 0; one of them in red."""
+    """Each case as itself and as its twin: two dots on one line, the decision between them at 0; one in bold."""
     import matplotlib.pyplot as plt
 
     names, a, b = [carriers(*pair) for pair in some], np.array(own), np.array(donor)
     order = list(np.argsort(a))
     figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.17 * len(order)))
     for y, i in enumerate(order):
-        colour = RED if i == which else GREY
-        axis.plot([a[i], b[i]], [y, y], color=colour, lw=2.5 if i == which else 1, zorder=1)
+        axis.plot([a[i], b[i]], [y, y], color="black" if i == which else GREY, lw=3 if i == which else 1, zorder=1)
     turned = int(((a > 0) != (b > 0)).sum())
     axis.scatter(a[order], range(len(order)), color=BLUE, s=16, zorder=2, label="as it is")
     axis.scatter(
         b[order], range(len(order)), color=ORANGE, s=16, zorder=2, label="under the other name, all else the same"
     )
-    axis.set_yticks(range(len(order)), [names[i][0] for i in order], fontsize=6.5)
-    axis.get_yticklabels()[order.index(which)].set_color(RED)
+    axis.set_yticks(range(len(order)), [" → ".join(names[i]) for i in order], fontsize=6.5)
+    axis.get_yticklabels()[order.index(which)].set_fontweight("bold")
     axis.axvline(0, color="black", lw=0.8)
     good, bad = (word.strip() for word in answers)
     axis.set_xlabel(f"← {bad}      logit({good}) - logit({bad})      {good} →")
-    axis.set_title(f"{turned} of {len(order)} decisions turn under the other name; {names[which][0]} in red")
+    axis.set_title(f"{turned} of {len(order)} decisions turn under the other name; {names[which][0]} in bold")
     axis.legend(loc="lower right")
     return figure
 
 
 def draw_fields(names: Sequence[str], looked: Sequence[float], moved: Sequence[float]) -> Any:
-    """Attention to each field beside how far the decision moves when that field comes from somebody else."""
+    """Attention to each field beside how far the decision moves when that field has another value of the sample."""
     import matplotlib.pyplot as plt
 
     order = list(np.argsort(moved))
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), sharey=True)
     most = names[int(np.argmax(looked))], names[int(np.argmax(moved))]
     for axis, values, label, top in zip(
-        axes, (looked, moved), ("share of the attention to the fields", "logits by which another's value moves it"),
+        axes, (looked, moved), ("share of the attention to the fields", "logits by which another value moves it"),
         most, strict=True,
     ):  # fmt: skip
         axis.barh([names[i] for i in order], [values[i] for i in order],
@@ -131,7 +130,8 @@ def carried_table(points: Sequence[Point], ks: Sequence[int] = (1, 10)) -> Any:
             "units": f"{p.k} {p.basis if p.k > 1 else p.basis.removesuffix('s')}",
             "carried": _said(p.carried, 2),
             "left": _said(p.left, 2),
-            "carried by random ones of like activity": " and ".join(f"{x + 0.0:.2f}" for x in p.random_carried),
+            "carried by random ones": " and ".join(f"{x + 0.0:.2f}" for x in p.random_carried),
+            "their activity, times": f"{p.likeness:.1f}",
         }
         for p in points
         if p.k in ks
@@ -146,7 +146,8 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
     """The way of a gap from the changed value to the decision: places from left to right, depth upwards.
 
     Bands: the share that the residual stream carries at each place after each layer. Signs: the first k heads and
-    neurons where each does most, as large as its guessed effect; an arrow for each head that acts at a later place.
+    neurons where each does most, as large as its effect by attribution (a guess); an arrow for each head that acts at a
+    later place, from layers where a quarter of the gap is still at the first.
     """
     import matplotlib.pyplot as plt
 
@@ -167,13 +168,16 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
         for i, (unit, place) in enumerate(zip(order, arms.places_of(found[name], order) if order else (), strict=True)):
             at = list(found[name].space.layers).index(unit[0])
             effect = float(found[name].effect[:, at, unit[1]].sum()) / found[name].gap
-            across = columns[place] + side * (0.08 + 0.05 * (i % 4))
-            label, area = f"{len(order)} {name}" if i == 0 else None, 25 + 700 * abs(effect)
+            across = columns[place] + side * (0.09 + 0.075 * (i % 5))
+            label, area = f"{len(order)} {name}" if i == 0 else None, 22 + 320 * abs(effect)
             axis.scatter(across, unit[0], s=area, color=colour, marker=marker, label=label, alpha=0.7,
                          zorder=3, edgecolor="white")  # fmt: skip
             markers.append(((across, unit[0]), area**0.5 / 2))
             named += [((across, unit[0]), f"{unit[0]}.{unit[1]}", area**0.5 / 2)] if i < 3 else []
-            if name == "heads" and columns[place] > 0 and abs(effect) > 0.03:
+            below = share[max([x for x in layers if x < unit[0]] or layers[:1]), "carrier"]
+            if (
+                name == "heads" and columns[place] > 0 and abs(effect) > 0.03 and below >= 0.25
+            ):  # else what would it read?
                 arrow = {"arrowstyle": "->", "color": colour, "lw": 0.8 + 5 * abs(effect)}
                 axis.annotate("", (across, unit[0]), (0.04, unit[0]), zorder=2, arrowprops=arrow)
                 arrows.append(((0.04, unit[0]), (across, unit[0])))
@@ -190,24 +194,8 @@ def draw_path(links: Sequence[Link], found: Mapping[str, Attribution], carrier: 
 def _path_title(share: Mapping[Any, float], layers: Sequence[int], carrier: str) -> str:
     late = [layer for layer in layers if share[layer, "carrier"] >= 0.5]
     there = [layer for layer in layers if share[layer, "decision"] >= 0.5]
-    stays = f"the gap is at the {carrier} up to layer {late[-1]}" if late else f"little of the gap is at the {carrier}"
+    stays = f"most of the gap is at the {carrier} up to layer {late[-1]}" if late else f"little is at the {carrier}"
     return f"{stays}, " + (f"at the decision from layer {there[0]} on" if there else "and never half at the decision")
-
-
-def beside_stored(links: Sequence[Link], stored: Any) -> Any:
-    """Share of the gap at each place and depth: here / in a stored study, which patches before the next layer.
-
-    ``stored``: a data frame with a row for each layer and the columns of PLACES in their order.
-    """
-    import pandas as pd
-
-    rows = []
-    for layer in sorted({x.layer for x in links if x.layer is not None and x.layer + 1 in stored.index}):
-        here = {x.place: x.carried.value for x in links if x.what == "stream" and x.layer == layer}
-        there = stored.loc[layer + 1].tolist()
-        both = {p: f"{here[p] + 0.0:.2f} / {x + 0.0:.2f}" for p, x in zip(PLACES, there, strict=True)}
-        rows.append({"after layer": layer} | both)
-    return pd.DataFrame(rows)
 
 
 def frozen_table(links: Sequence[Link]) -> Any:
@@ -237,7 +225,7 @@ def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -
 
     found: dict[str, dict[str, str]] = {}
     for r in [*own, *rows]:
-        said = "no effect to carry" if r.carried is None else f"{r.carried.value:.2f}"
+        said = "no effect to carry" if r.carried is None else _said(r.carried, 2)
         said += "" if r in own or r.carried is None else f" {r.verdict}"
         effect = {"effect, logits": f"{r.effect.value:+.1f}", "clusters": str(r.effect.n)}
         found.setdefault(r.what, effect)[f"{r.k} {r.basis} carry"] = said

@@ -101,6 +101,8 @@ class Points:
         schema.check(self, DecisionError)
         if not self.points:
             raise DecisionError("points is 0. Allowed: a number that counts. Change it, or remove the line.")
+        for name in ("points", "at_least", "at_most"):
+            rules.check_size(name, getattr(self, name) or 0)
 
     def hold(self, value: Any) -> bool:
         if self.equals is not None:

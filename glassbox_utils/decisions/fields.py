@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
+from math import ceil
 from numbers import Integral
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,8 @@ Value = int | float | str
 Finite = Annotated[float, AfterValidator(lambda x: int(x) if x.is_integer() else x)]
 """a number as people write it: 18, not 18.0"""
 Plain = Annotated[str, Rule(min_length=1, max_length=200)]
+LARGEST, FINEST = 10**12, 9
+"""of a number: its size, and its digits behind the point"""
 
 
 class DecisionError(GlassboxError, ValueError):
@@ -48,6 +51,13 @@ class Number:
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
         low, high = self.range
+        for name, x in (("range[0]", low), ("range[1]", high), ("step", self.step)):
+            check_size(name, x)
+        if (high - low) / self.step > LARGEST:
+            raise DecisionError(
+                f"step is {self.step}, which is too small for a range from {low} to {high}. Allowed: at most "
+                f"{LARGEST:,} steps. Take a larger step or a smaller range."
+            )
         if low >= high:
             raise DecisionError(f"range is [{low}, {high}]. Allowed: the smaller number first. Turn it round.")
         if not _on_grid(high, low, self.step):
@@ -57,8 +67,13 @@ class Number:
             )
         if list(self.bands) != sorted(set(self.bands)) or not all(low < b <= high for b in self.bands):
             raise DecisionError(
-                f"bands is {list(self.bands)}. Allowed: rising numbers above {low} and up to {high}, each the first "
-                "one of the next group."
+                f"bands is {shown(list(self.bands))}. Allowed: rising numbers above {low} and up to {high}, each the "
+                "first one of the next group."
+            )
+        if _is_whole(self) and (odd := [b for b in self.bands if not float(b).is_integer()]):
+            raise DecisionError(
+                f"bands holds {odd[0]}, and the field holds whole numbers only. Allowed: whole numbers, each the first "
+                f"one of the next group. Write {ceil(odd[0])} for it."
             )
         if self.role == "protected" and not self.bands:
             raise DecisionError(
@@ -79,7 +94,7 @@ class Category:
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
-        _check_words("values", self.values)
+        check_words("values", self.values)
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class Text:
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
-        _check_words("known", self.known)
+        check_words("known", self.known)
         for i, value in enumerate(self.known):
             if not fits(self, value):
                 raise DecisionError(f"known[{i}] is {shown(value)}. Allowed: {allowed(self)}. Correct it.")
@@ -109,15 +124,17 @@ PUNCTUATION = ".,;'\u2019()/&+%#!?\"-"
 """what a sentence may hold beside letters, digits and spaces: nothing that marks a turn, a key or a placeholder"""
 
 
-def _check_words(name: str, values: tuple[str, ...]) -> None:
+def check_words(name: str, values: tuple[str, ...]) -> None:
     """Values of the decision's owner: each once, in one line."""
+    seen: dict[str, str] = {}
     for i, value in enumerate(values):
         if value != value.strip() or not value.isprintable():
             raise DecisionError(
                 f"{name}[{i}] is {shown(value)}. Allowed: text of one line without spaces around it. Correct it."
             )
-        if value in values[:i]:
-            raise DecisionError(f"{name}[{i}] is {shown(value)}, which is in the list twice. Remove one of them.")
+        if (before := seen.get(fold(value))) is not None:
+            raise DecisionError(f"{name}[{i}] is {shown(value)}, {repeated(value, before)}. Remove one of them.")
+        seen[fold(value)] = value
 
 
 def allowed(rule: Field) -> str:
@@ -130,7 +147,8 @@ def allowed(rule: Field) -> str:
         return f"one of {', '.join(map(repr, rule.values[:12]))}{more}"
     marks = "spaces, hyphens and apostrophes"
     marks = f"digits, {marks} and {PUNCTUATION}" if rule.characters == "sentence" else marks
-    example = f", such as {rule.known[0]!r}" if rule.known else ""
+    known = next((value for value in rule.known if fits(rule, value)), None)
+    example = f", such as {known!r}" if known else ""
     return f"a text of 1 to {rule.max_length} letters, {marks} in one line{example}"
 
 
@@ -177,6 +195,34 @@ def fits(rule: Text, text: str) -> bool:
     return is_words(text)
 
 
+def fold(text: str) -> str:
+    """What stays the same when a text is written in other case, with other spaces or in another form of its letters."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def looks(text: str) -> tuple[str, str]:
+    """What a text looks like: two texts with one of them in common are hard to tell apart by eye."""
+    text = " ".join(unicodedata.normalize("NFKC", text).replace("\u2019", "'").split())
+    return text.casefold(), text.translate(_LATIN).casefold()
+
+
+def repeated(value: str, before: str) -> str:
+    """How a value repeats an earlier one, in words."""
+    if value == before:
+        return "which is in the list twice"
+    return f"which differs from {shown(before)} by case or spaces only"
+
+
+def check_size(name: str, x: float) -> None:
+    """Numbers as people write them, of which sums and steps are exact."""
+    size = Decimal(str(x))
+    if abs(size) > LARGEST or size != round(size, FINEST):
+        raise DecisionError(
+            f"{name} is {shown(x)}. Allowed: numbers from -{LARGEST:,} to {LARGEST:,} with at most {FINEST} digits "
+            "behind the point. Write a smaller or rounder one, perhaps in another unit."
+        )
+
+
 def phrase(text: str) -> str:
     """Words alone, between spaces, to look for one text inside another."""
     words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text)).casefold()
@@ -213,6 +259,14 @@ def _band(rule: Number, i: int) -> str:
     if i + 1 == len(edges):
         return f"{edges[i]} to {rule.range[1]}"
     return f"{edges[i]} to {edges[i + 1] - 1}" if _is_whole(rule) else f"{edges[i]} to below {edges[i + 1]}"
+
+
+_LATIN = str.maketrans(
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0423\u0425\u0406\u0408\u0405"
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455",
+    "ABEKMHOPCTYXIJSaeopcyxijs",
+)
+"""Cyrillic letters that look like Latin ones"""
 
 
 def _is_whole(rule: Number) -> bool:

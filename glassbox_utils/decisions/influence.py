@@ -45,14 +45,18 @@ class Swap:
     asked: int
     turns_this: bool
     """does the first value turn the decision in the template that is explained?"""
+    noise: float | None = None
+    """what other words for the same facts do (standard deviation, logits), where no other value of the own group says
+    what chance does"""
 
     @property
     def beyond_noise(self) -> bool:
-        """Is the effect more than chance, and more than what another value of the own group does? Where nothing was
-        resampled there is no such question, and nothing is held against the effect."""
+        """Is the effect more than chance, and more than what another value of the own group does, or other words for
+        the same facts? Where nothing was resampled there is no such question, and nothing is held against it."""
         if self.effect is None or self.effect.n < 2:
             return self.effect is not None
-        spread = self.same.ci if self.same is not None else None
+        spread = (-self.noise, self.noise) if self.noise is not None else None
+        spread = self.same.ci if self.same is not None else spread
         return self.effect.excludes() and (spread is None or not spread[0] <= self.effect.value <= spread[1])
 
 

@@ -24,6 +24,7 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, cluster_bootstrap
 from glassbox_utils.decisions import arms, mitigation, pairs, scoring, units
 from glassbox_utils.decisions.decision import Decision
+from glassbox_utils.decisions.directions import reactivated
 from glassbox_utils.decisions.fields import Category, DecisionError, Number, band_of
 from glassbox_utils.decisions.pairs import Contrast
 
@@ -114,7 +115,7 @@ def _one(model: Model, decision: Decision, differs: Contrast, name: str, n: int,
     noise = torch.randn(draws, len(push), generator=torch.Generator().manual_seed(seed))
     noise = noise / noise.norm(dim=-1, keepdim=True) * push.norm()
     vectors = {"difference": push, **{f"random {i}": row for i, row in enumerate(noise)}}
-    logits = arms.reactivated(model, held, [arms.nothing()], layer, vectors, (0.0, *TIMES))
+    logits = reactivated(model, held, [arms.nothing()], layer, vectors, (0.0, *TIMES))
     by = {
         key: [float((logits["as it is", key, times] - logits["as it is", key, 0.0]).mean()) for times in TIMES]
         for key in vectors

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from glassbox_utils.core.arguments import items, number, whole
-from glassbox_utils.core.devices import array, result
+from glassbox_utils.core.devices import array, like, result
 from glassbox_utils.core.interventions import recording
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
@@ -34,7 +34,6 @@ from glassbox_utils.decisions.fields import DecisionError
 from glassbox_utils.decisions.pairs import PLACES, Pairs, Place, Rows, rows
 from glassbox_utils.decisions.units import (
     Attribution,
-    Basis,
     Space,
     Unit,
     activity_of,
@@ -62,6 +61,8 @@ class Put:
     units: Sequence[Unit]
     source: Side = "donor"
     place: Place = "all"
+    axis: Float[Tensor, " width"] | None = None
+    """of length 1: only the coordinate along it is taken, all else stays"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,15 @@ def _clean(
 
 def _values(put: Put, clean: Mapping[tuple[int, int], Tensor], wanted: Wanted) -> Callable[[int, Tensor], Tensor]:
     by_layer, known = check_units(put.space, put.units), wanted[id(put.space)][1]
-    return lambda layer, _: clean[id(put.space), layer][..., [known[layer].index(i) for i in by_layer[layer]], :]
+
+    def values(layer: int, x: Tensor) -> Tensor:
+        new = clean[id(put.space), layer][..., [known[layer].index(i) for i in by_layer[layer]], :]
+        if put.axis is None:
+            return new
+        axis = like(put.axis, x)
+        return x + ((new - x) * axis).sum(-1, keepdim=True) * axis
+
+    return values
 
 
 # --- shares -------------------------------------------------------------------------------------------
@@ -338,7 +347,7 @@ def chain(
     model: Model,
     pairs: Pairs,
     streams: Space,
-    parts: Mapping[Basis, tuple[Space, Sequence[Unit]]],
+    parts: Mapping[str, tuple[Space, Sequence[Unit]]],
     seed: int = 0,
     batch_size: int = 12,
 ) -> list[Link]:

@@ -74,7 +74,8 @@ def draw_curve(points: Sequence[Point], template: str | None = None) -> Any:
                 axis.fill_between(k, [x.low for x in here], [x.high for x in here], color=colour, alpha=0.15, lw=0)
                 drawn = [(p.k, x) for p in some for x in getattr(p, f"random_{key}")]
                 if drawn:
-                    axis.scatter(*zip(*drawn, strict=True), color=colour, s=7, alpha=0.6, marker="_")
+                    axis.scatter(*zip(*drawn, strict=True), color=colour, s=70, lw=1.6, marker="_", zorder=3,
+                                 label="as many random units" if i == len(bases) - 1 else None)  # fmt: skip
         axis.set_xscale("log")
         tried = sorted({p.k for p in points})
         if len(tried) <= TICKS:
@@ -83,7 +84,7 @@ def draw_curve(points: Sequence[Point], template: str | None = None) -> Any:
         axis.axhline(TARGET if key == "carried" else 1 - TARGET, color=GREY, lw=0.6, ls="--")
         axis.axhline(0, color=GREY, lw=0.5)
         axis.set_xlabel("units, the first ones of each basis")
-    axes[0].set_ylabel(f"share of the gap, {template}")
+    axes[0].set_ylabel(f"share of the gap (wording {template!r})")
     axes[0].set_title("carried by them alone")
     axes[1].set_title("left when they alone keep their values")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center right")  # where what is left is little
@@ -161,7 +162,8 @@ def draw_chain(links: Sequence[Row], carrier: str = "carrier") -> Any:
     axes[2].set_title("what goes through whom")
     at = next((n for n in layers if _at(streams, n, "decision") >= 0.5), None)
     when = f"more than half of it is there after layer {at}" if at is not None else "it never is half there"
-    axes[0].set_title(f"from the {carrier} to the decision: {when}")
+    axes[0].set_title("where it is")
+    figure.suptitle(f"From the {carrier} to the decision: {when}", fontsize=10, x=0.01, ha="left")
     return figure
 
 

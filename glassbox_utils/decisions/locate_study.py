@@ -5,6 +5,7 @@ folder. Units, k, layers and ways are chosen on the choose part, in the choosing
 other cases and other names, in every template. Each part is resumable.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from glassbox_utils.core import prepared
+from glassbox_utils.core import coding, prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.losses import perplexity_ratio, text_losses
@@ -22,7 +22,7 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import bootstrap_ci, cluster_bootstrap
 from glassbox_utils.core.studies import SEED, resumed, write_table
-from glassbox_utils.decisions import arms, locate, outcomes, pairs, planted, units
+from glassbox_utils.decisions import arms, directions, locate, outcomes, pairs, planted, units
 from glassbox_utils.decisions.arms import Arm
 from glassbox_utils.decisions.decision import Decision
 from glassbox_utils.decisions.fields import DecisionError, Number
@@ -38,24 +38,30 @@ OFFICERS = {"deployed": ("gender", "female", "male"), "model-a": ("side", "East"
             "model-c": ("origin", "hispanic", "english")}  # fmt: skip
 """whose gap is located: what the officer was taught to hold against whom (``data/loans/key.json``)"""
 
+RANDOM_IN = 2
+"""wordings in which arms of random units are measured: what they do is to be seen, not how they may be used"""
+OTHERS = {"templates": 3, "draws": 2}
+"""how much is measured of an officer that is not mended: three or four pairs of values carry its gap, so that more
+wordings would be more of the same"""
+
 
 class Size(NamedTuple):
     """How much is measured."""
 
     choose: int = 40
     """pairs that choose"""
-    report: int = 36
+    report: int = 24
     """pairs that report, in each template"""
     others: int = 24
     """pairs of each other contrast"""
-    decided: int = 48
+    decided: int = 24
     """pairs that are decided under each arm, in each template"""
     texts: int = 40
-    choices: int = 100
+    choices: int = 40
     draws: int = locate.DRAWS
     templates: int = 99
     """at most, those that chose among them"""
-    full: int = 2
+    full: int = 1
     """templates in which every k and the random units are measured; in the others every second k"""
     layers: int = 10
     """after which a direction is tried"""
@@ -115,7 +121,13 @@ def attributed(
     """Mean attribution over the choosing templates, and the pairs of the first of them."""
     twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED)
     names = pairs.choosing_templates(decision, differs.what)[:most]
-    some = [pairs.aligned(model, decision, twins, name, differs) for name in names]
+    some = []
+    for name in names:
+        try:
+            some.append(pairs.aligned(model, decision, twins, name, differs))
+        except DecisionError:  # another wording may align
+            if name == names[-1] and not some:
+                raise
     found = [units.attribute(model, p, spaces) for p in some]
     return {name: units.pooled([f[name] for f in found]) for name in spaces}, some[0]
 
@@ -132,7 +144,7 @@ def located(
     model: Model, decision: Decision, differs: Contrast, size: Size, found: Mapping[str, Attribution], chosen_on: Pairs
 ) -> dict[str, Any]:
     """The curve in every template, specificity and the chain in the first, as plain values; ``attributed`` chose."""
-    key = [model.hash, decision.name, str(differs), list(size), list(found), SEED]
+    key = [model.hash, content(decision), str(differs), list(size), _bases(found), SEED]
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
     points: list[Any] = []
     table: dict[str, Any] = {
@@ -142,13 +154,18 @@ def located(
         },
         "first": {name: _first(one) for name, one in found.items()}, "gaps": {}, "explained": {},
     }  # fmt: skip
-    for i, name in enumerate(templates_of(decision, differs.what, size.templates)):
-        here = size if i < size.full else size._replace(draws=0, ks=size.ks[1::2])
-        part = resumed(NAME, [*key, "curve", name], or_none, _curve, model, decision, differs, twins, name, found, here)
+    measured = 0  # in how many wordings there was a gap
+    for name in templates_of(decision, differs.what, size.templates):
+        here = size if measured < size.full else size._replace(draws=0, ks=size.ks[1::2])
+        part = resumed(NAME, [*key, "curve", name, list(here)], or_none, _curve, model, decision, differs, twins, name,
+                       found, here)  # fmt: skip
+        measured += "points" in part
         points += part.get("points", [])
         table["gaps"][name] = part.get("gap") or part
     table["points"] = points
-    first = templates_of(decision, differs.what, 1)[0]
+    first = next((name for name, gap in table["gaps"].items() if "skipped" not in gap), "")
+    if not first:
+        return table | {"specificity": [], "chain": []}
     some = pairs.aligned(model, decision, twins, first, differs)
     for name, one in found.items():
         if one.space.sae is not None:
@@ -159,6 +176,17 @@ def located(
     )
     table["chain"] = resumed(NAME, [*key, "chain"], _chain, model, some, found)
     return table
+
+
+def content(decision: Decision) -> str:
+    """What tells the kept parts of one decision from those of another, or of the same one after a change."""
+    return f"{decision.name} {hashlib.sha256(repr(decision).encode()).hexdigest()[:16]}"
+
+
+def _bases(found: Mapping[str, Attribution]) -> list[str]:
+    saes = {name: one.space.sae for name, one in found.items()}
+    rows = {name: result(coding.rows(sae)).numpy().tobytes() for name, sae in saes.items() if sae is not None}
+    return [f"{name} {hashlib.sha256(rows[name]).hexdigest()[:16]}" if name in rows else name for name in found]
 
 
 def _first(one: Attribution, n: int = 10) -> list[Any]:
@@ -172,7 +200,7 @@ def or_none(work: Any, *args: Any) -> dict[str, Any]:
     """What was found, or why not: a template without a gap, or in which no pair aligns, does not end the study."""
     try:
         return work(*args)
-    except DecisionError as reason:
+    except GlassboxError as reason:
         return {"skipped": " ".join(str(reason).split())}
 
 
@@ -236,23 +264,31 @@ def chosen_arms(
 ) -> tuple[list[Arm], dict[str, list[Any]]]:  # fmt: skip
     """All arms of the table, and what every candidate did on the choose part. Perplexity is watched on texts that the
     report does not use."""
-    key = [model.hash, decision.name, str(differs), list(size), list(found), SEED, "choose"]
+    key = [model.hash, content(decision), str(differs), list(size), _bases(found), SEED, "choose"]
     out, tried, form = [arms.nothing()], {}, chosen_on.template
+    fitted_on = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
     for name, some in candidates(model, decision, differs, found, chosen_on, size).items():
+        if not some:  # no unit of this basis is guessed to carry anything
+            continue
         tried[name] = resumed(NAME, [*key, name], _chosen, model, decision, differs, form, some, size)
         arm = some[[row["chosen"] for row in tried[name]].index(True)]
+        if arm.kind == "direction":
+            ways = ((arm.about["mode"], arm.about["level"]),)
+            out += [arm, *arms.direction_arms(model, chosen_on, [arm.about["layers"]], ways=ways, seed=SEED)]
+        elif arm.kind == "edit":
+            out += [arm, *arms.edit_arms(model, decision, fitted_on, form, [arm.about["layer"]], SEED)]
         if arm.kind != "units":
-            out.append(arm)
             continue
         about, way = arm.about, f"{arm.about['mode']} at the {arm.about['level']}"
         out.append(replace(arm, name=f"{about['k']} {name}, {way}"))
+        if 2 * about["k"] > found[name].space.n_units * len(found[name].space.sites):
+            continue  # too few are left to draw as many others
         like = arms.unit_arms(model, chosen_on, found[name], (about["k"],), ((about["mode"], about["level"]),), SEED)
         out.append(replace(like[0], name=f"{about['k']} random {name}, {way}"))
-    twins = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
-    parts = [a for a in out if a.kind == "units" and a.about["basis"] in ("heads", "neurons")]
-    if len(parts) > 1:
-        out.append(arms.joined("heads and neurons", parts))
-    own, donor, _ = arms.decide(out[0], model, decision, twins, form)
+    for kind, name in (("units", "heads and neurons"), ("random", "random heads and neurons")):
+        parts = [a for a in out if a.kind == kind and a.about.get("basis") in ("heads", "neurons")]
+        out += [arms.joined(name, parts)] if len(parts) > 1 else []
+    own, donor, _ = arms.decide(out[0], model, decision, fitted_on, form)
     gap = float((donor - own).mean())
     out += [arms.hidden(decision, differs.what), arms.instructed(differs.what), arms.offset(gap)]
     return out + ([] if retrained is None else [arms.retrained(retrained)]), tried
@@ -268,12 +304,13 @@ def mended(
     on ordinary text is high already, and an arm that lowers it has not made the officer a better reader for it.
     """
     all_arms, tried = chosen_arms(model, decision, differs, found, chosen_on, size, retrained)
-    whose = [model.hash, decision.name, str(differs), list(size), SEED]
+    whose = [model.hash, content(decision), str(differs), list(size), SEED]
     measured: list[Any] = []
     for arm in all_arms:
-        for other in [differs, *(also if arm.kind != "score" else ())]:  # an offset is for one contrast
+        for other in [differs, *(also if arm.kind not in ("score", "random") else ())]:  # an offset is for one contrast
             twins = pairs.twins(model, decision, other, "report", size.decided, SEED, alike=False)
-            names = templates_of(decision, differs.what, size.templates if other == differs else 1)
+            most = 1 if other != differs else min(size.templates, RANDOM_IN) if arm.kind == "random" else size.templates
+            names = templates_of(decision, differs.what, most)
             for name in names:
                 here = [*whose, _other(arm), "decide", arm.name, _plain(arm.about), str(other), name]
                 measured.append(resumed(NAME, here, _one, model, decision, arm, other, twins, name))
@@ -286,7 +323,8 @@ def mended(
         for arm in all_arms
         if arm.kind not in ("words", "score", "nothing")
     }
-    pushed = [*whose, None if retrained is None else retrained.hash, "push"]
+    told = [[arm.name, _plain(arm.about)] for arm in all_arms]
+    pushed = [*whose, None if retrained is None else retrained.hash, "push", told]
     return {
         "contrast": str(differs), "tried": tried,
         "arms": {a.name: {"kind": a.kind} | _plain(a.about) for a in all_arms},
@@ -371,20 +409,17 @@ def _pushed(
     """The groups' mean difference at the carrier, pushed back in there a third of the way through the layers; its
     length is that of the difference, times the strength. Control: a random vector of the same length."""
     layer = max(1, model.n_layers // 3)
-    means = arms.levels(model, chosen_on, units.stream(model, [layer]), [(layer, 0)], ["carrier"])
-    push = (means.own - means.donor)[0]
-    other = torch.randn(push.shape, generator=torch.Generator().manual_seed(SEED))
+    vectors = directions.pushes(model, chosen_on, layer, SEED)
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
     report = pairs.aligned(model, decision, twins, templates_of(decision, differs.what, 1)[0], differs)
-    vectors = {"difference": push, "random": other / other.norm() * push.norm()}
-    found = arms.reactivated(model, report, [a for a in some if a.kind != "random"], layer, vectors)
+    found = directions.reactivated(model, report, [a for a in some if a.kind != "random"], layer, vectors)
     rows = [
         {"arm": arm, "vector": name, "strength": s,
-         "turned": asdict(cluster_bootstrap(arms.turned(found[arm, name, 0.0], x), report.clusters, seed=SEED)),
+         "turned": asdict(cluster_bootstrap(directions.turned(found[arm, name, 0.0], x), report.clusters, seed=SEED)),
          "logits": asdict(cluster_bootstrap(x - found[arm, name, 0.0], report.clusters, seed=SEED))}
         for (arm, name, s), x in found.items() if s
     ]  # fmt: skip
-    return {"layer": layer, "length": round(float(result(push).norm()), 3), "rows": rows}
+    return {"layer": layer, "length": round(float(result(vectors["difference"]).norm()), 3), "rows": rows}
 
 
 # --- any decision, by command ---------------------------------------------------------------------------
@@ -423,33 +458,6 @@ def found_by_command(
     return located(model, decision, differs, COMMAND, found, chosen_on)
 
 
-def best_of(tried: Mapping[str, Sequence[Any]]) -> str:
-    """The arm that the choose part prefers over all families: of those at most PERPLEXITY the smallest gap, else the
-    cheapest. Chosen there, so that what is reported of it chose nothing."""
-    rows = [(family, row) for family, some in tried.items() for row in some if row["chosen"]]
-    cheap = [(f, row) for f, row in rows if row["perplexity"] <= arms.PERPLEXITY]
-    family, row = min(cheap, key=lambda x: abs(x[1]["gap"])) if cheap else min(rows, key=lambda x: x[1]["perplexity"])
-    about = row["about"]
-    return f"{about['k']} {family}, {about['mode']} at the {about['level']}" if "basis" in about else row["name"]
-
-
-def as_mitigation(table: Mapping[str, Any], decision: str, command: str) -> dict[str, Any]:
-    """The file that ``glassbox explain --mitigation`` takes: the preferred arm before and after, on other people."""
-    name, some = best_of(table["tried"]), [outcomes.measured(row) for row in table["measured"]]
-    by_arm = outcomes.by([m for m in some if m.contrast == table["contrast"]], "arm")
-    before, after = (outcomes.outcome(by_arm[arm]) for arm in (arms.nothing().name, name))
-    rows = []
-    for what, key, scale in (("gap in approvals, points", "gap", 1), ("gap, logits", "logits", 1),
-                             ("right decisions, %", "merit", 100), ("impact ratio", "impact_ratio", 1)):  # fmt: skip
-        both = [getattr(one, key) for one in (before, after)]
-        ends = [[scale * x for x in (one.value, one.low, one.high)] for one in both]
-        if np.isfinite(ends).all():
-            rows.append({"name": what, "before": ends[0], "after": ends[1], "n": both[0].n})
-    reached = "reaches" if all(row["holds"] for row in table["met"][name]) else "does not reach"
-    said = f"{name} ({table['contrast']}) in {decision}; it {reached} all demands in every wording that was measured."
-    return {"description": said, "source": command, "measures": rows}
-
-
 # --- the loan officers --------------------------------------------------------------------------------
 
 
@@ -459,18 +467,34 @@ def study_locate() -> Path:
     plain = prepared.load_subject()
     base = resumed(NAME, [plain.hash, list(size), "effects"], skills, plain, size)
     del plain
-    saes = list(dict.fromkeys(prepared.card().saes.values()))
+    saes = [prepared.card().saes["main"]] if "main" in prepared.card().saes else []
     tables: dict[str, Any] = {}
     for name in [n for n in loan_models() if n in OFFICERS]:
         model = load_loan_model(name)
         differs = oriented(model, decision, pairs.contrast(model, decision, *OFFICERS[name]))
         found, chosen_on = attributed(model, decision, differs, spaces_of(model, saes), size)
-        tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, size, found, chosen_on)}
+        here = size if name == "deployed" else size._replace(**{k: min(getattr(size, k), v) for k, v in OTHERS.items()})
+        tables[name] = {"model_hash": model.hash, "located": located(model, decision, differs, here, found, chosen_on)}
         if name == "deployed":
             also = [pairs.contrast(model, decision, *told) for key, told in OFFICERS.items() if key != name]
             fixed = repaired(decision, differs, officers() / name)
             tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also, fixed, base)
-    return write_table(NAME, load_loan_model(), time.time() - start, size=list(size), officers=tables)
+    return write_table(
+        NAME,
+        load_loan_model(),
+        time.time() - start,
+        size=list(size),
+        officers=rounded({name: outcomes.packed(one) for name, one in tables.items()}),
+    )
+
+
+def rounded(x: Any, digits: int = 4) -> Any:
+    """Plain values without digits that say nothing."""
+    if isinstance(x, Mapping):
+        return {key: rounded(value, digits) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [rounded(value, digits) for value in x]
+    return round(x, digits) if isinstance(x, float) else x
 
 
 STUDIES_OF_LOCATE = {"locate": study_locate}

@@ -5,6 +5,7 @@ Which tokens hold a field's value is found through the template's placeholders (
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,7 +16,7 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import Batch, tokenize
 from glassbox_utils.decisions import placing, scoring
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import Decision
+from glassbox_utils.decisions.decision import Decision, swapped
 
 
 def field_masks(
@@ -49,3 +50,23 @@ def attention_to_fields(
 
     looked = over_patterns(model, batch, reduce).sum(1)
     return looked / looked.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def moved_by_field(
+    model: Model, decision: Decision, cases: Sequence[Case], template: str, seed: int = 0, values: int = 2
+) -> Float[Tensor, "case field"]:
+    """How far each case's decision moves, up or down, when one field has another value of the decision's cases, logits.
+
+    ``values`` other values are drawn for every case and field, the mean of them counts; a field of which there is one
+    value in the table moves nothing.
+    """
+    rng, now = np.random.default_rng(seed), scoring.scores(model, decision, cases, template, check=False)
+    moved = []
+    for field in decision.fields:
+        known = [[c[field] for c in decision.cases if c[field] != one[field]] or [one[field]] for one in cases]
+        steps = []
+        for _ in range(values):
+            given = [swapped(decision, a, field, b[rng.integers(len(b))]) for a, b in zip(cases, known, strict=True)]
+            steps.append((scoring.scores(model, decision, given, template, check=False) - now).abs())
+        moved.append(torch.stack(steps).mean(0))
+    return torch.stack(moved, 1)

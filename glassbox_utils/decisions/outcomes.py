@@ -19,7 +19,7 @@ from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import Interval, cluster_bootstrap
 from glassbox_utils.decisions.arms import Arm, decide
-from glassbox_utils.decisions.decision import Decision, truth
+from glassbox_utils.decisions.decision import Decision, merit, truth
 from glassbox_utils.decisions.fields import DecisionError
 from glassbox_utils.decisions.impact import FOUR_FIFTHS
 from glassbox_utils.decisions.pairs import Contrast, Twins
@@ -36,11 +36,14 @@ class Measured:
     """logits, favourable minus unfavourable answer"""
     donor: tuple[float, ...]
     deserved: tuple[bool, ...]
+    """of the own member; of both, unless ``donor_deserved`` says otherwise"""
     clusters: tuple[str, ...]
     others: tuple[str, ...]
     """the other groups of both members, in words"""
     least_share: float
     """the least probability that the two answers have together: below ``scoring.LEAST_SHARE`` nothing is decided"""
+    donor_deserved: tuple[bool, ...] = ()
+    """where what differs may count, so that the two members deserve different answers"""
 
 
 def measured(row: Mapping[str, Any]) -> Measured:
@@ -69,11 +72,27 @@ def one(
 ) -> Measured:  # fmt: skip
     """One arm on one contrast in one template."""
     own, donor, least = decide(arm, model, decision, twins, template, batch_size)
+    deserved, of_donor = deserts(decision, contrast, twins)
     return Measured(
         arm.name, str(contrast), template, tuple(array(own).round(4).tolist()), tuple(array(donor).round(4).tolist()),
-        tuple(truth(decision, t.case) for t in twins), tuple(t.cluster for t in twins),
-        tuple(", ".join(value for _, value in t.others) for t in twins), least,
+        deserved, tuple(t.cluster for t in twins),
+        tuple(", ".join(value for _, value in t.others) for t in twins), least, of_donor,
     )  # fmt: skip
+
+
+def deserts(
+    decision: Decision, contrast: Contrast, twins: Sequence[Twins]
+) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """What the own members deserve, and the donors where that may differ (else empty).
+
+    A protected attribute changes nothing about that. A field that may count does: then the merit rule says it of each
+    member, and without such a rule what really happened to the case stands for both.
+    """
+    rule = decision.fields.get(contrast.what)
+    if rule is None or rule.role != "merit" or decision.merit is None:
+        return tuple(truth(decision, t.case) for t in twins), ()
+    own, donor = (tuple(merit(decision, getattr(t, side)) for t in twins) for side in ("own", "donor"))
+    return own, donor
 
 
 @dataclass(frozen=True)
@@ -100,9 +119,11 @@ class Outcome:
 
     @property
     def four_fifths(self) -> str:
-        """Which side of the four-fifths mark the whole interval lies on."""
+        """Which side of the four-fifths mark the whole interval lies on, whichever group is approved less."""
         low, high = self.impact_ratio.low, self.impact_ratio.high
-        return "above" if low >= FOUR_FIFTHS else "below" if high < FOUR_FIFTHS else "not settled"
+        if low >= FOUR_FIFTHS and high <= 1 / FOUR_FIFTHS:
+            return "above"
+        return "below" if high < FOUR_FIFTHS or low > 1 / FOUR_FIFTHS else "not settled"
 
 
 def outcome(some: Sequence[Measured], least: float = 0.2, seed: int = 0) -> Outcome:
@@ -114,10 +135,13 @@ def outcome(some: Sequence[Measured], least: float = 0.2, seed: int = 0) -> Outc
     if len({(m.arm, m.contrast) for m in some}) > 1:
         raise DecisionError("An outcome is that of one arm and one contrast. Give what was measured of one.")
     own, donor, right = (np.concatenate([np.array(getattr(m, k)) for m in some]) for k in ("own", "donor", "deserved"))
+    right_2 = np.concatenate([np.array(m.donor_deserved or m.deserved) for m in some])
     clusters = [c for m in some for c in m.clusters]
     yes = [(own > 0).astype(float), (donor > 0).astype(float)]
 
     def interval(f: Callable[[NDArray], float]) -> Interval:
+        if len(set(clusters)) < 2:  # nothing varies that could be drawn
+            return Interval(f(np.arange(len(own))), math.nan, math.nan, 1)
         return cluster_bootstrap(np.arange(len(own)), clusters, lambda i: f(i.astype(int)), seed=seed)
 
     def ratio(i: NDArray) -> float:
@@ -128,10 +152,10 @@ def outcome(some: Sequence[Measured], least: float = 0.2, seed: int = 0) -> Outc
         gap=interval(lambda i: 100 * float((yes[1][i] - yes[0][i]).mean())),
         logits=interval(lambda i: float((donor[i] - own[i]).mean())),
         approved=(float(yes[0].mean()), float(yes[1].mean())),
-        wrongly_approved=(_share(yes[0], ~right), _share(yes[1], ~right)),
-        wrongly_rejected=(_share(1 - yes[0], right), _share(1 - yes[1], right)),
+        wrongly_approved=(_share(yes[0], ~right), _share(yes[1], ~right_2)),
+        wrongly_rejected=(_share(1 - yes[0], right), _share(1 - yes[1], right_2)),
         impact_ratio=interval(ratio),
-        merit=interval(lambda i: float(((yes[0][i] == right[i]).mean() + (yes[1][i] == right[i]).mean()) / 2)),
+        merit=interval(lambda i: float(np.mean([yes[0][i] == right[i], yes[1][i] == right_2[i]]))),
         flips=float((yes[0] != yes[1]).mean()),
         decides=all(m.least_share >= least for m in some),
     )
@@ -153,7 +177,8 @@ def by(some: Sequence[Measured], key: str) -> dict[str, list[Measured]]:
         for value in dict.fromkeys(m.others):
             at = [i for i, v in enumerate(m.others) if v == value]
             part: dict[str, Any] = {
-                k: tuple(getattr(m, k)[i] for i in at) for k in ("own", "donor", "deserved", "clusters", "others")
+                k: tuple(getattr(m, k)[i] for i in at if getattr(m, k))
+                for k in ("own", "donor", "deserved", "clusters", "others", "donor_deserved")
             }
             found.setdefault(value, []).append(
                 Measured(m.arm, m.contrast, m.template, **part, least_share=m.least_share)
@@ -169,6 +194,10 @@ def gaps(some: Sequence[Measured], key: str, seed: int = 0) -> dict[str, Interva
         x = np.concatenate([100.0 * ((np.array(m.donor) > 0).astype(float) - (np.array(m.own) > 0)) for m in part])
         found[name] = cluster_bootstrap(x, clusters, seed=seed) if len(set(clusters)) > 1 else None
     return found
+
+
+ROUNDING = 1e-9
+"""of sums of shares: a merit that is the same may differ in the last bit"""
 
 
 @dataclass(frozen=True)
@@ -203,8 +232,8 @@ def met(
     """Does an arm reach the target in every wording it was measured in, at no less merit than without it (``plain``,
     the same pairs)? ``perplexity``: its ratio; None for an arm that does not touch the model.
 
-    An end of the interval needs two clusters; where there is one the demand does not hold. DecisionError as in
-    ``outcome``.
+    An end of the interval needs two clusters; where there is one the demand does not hold, and neither does one about
+    the undeserving where there are none. DecisionError as in ``outcome``.
     """
     wanted, before = target or Target(), {name: outcome(some) for name, some in by(plain, "template").items()}
     after = {name: outcome(some) for name, some in by(arm, "template").items()}
@@ -213,10 +242,10 @@ def met(
 
     def worst(demand: str, values: Mapping[str, float], bound: float) -> Met:
         where = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
-        return Met(demand, values[where], bound, where, values[where] <= bound)
+        return Met(demand, values[where], bound, where, values[where] <= bound + ROUNDING)
 
     def wrong(one: Outcome) -> float:
-        return max((100 * x for x in one.wrongly_approved if not math.isnan(x)), default=0.0)
+        return max((100 * x for x in one.wrongly_approved if not math.isnan(x)), default=math.nan)
 
     found = [
         worst("gap, points", {k: abs(o.gap.value) for k, o in after.items()}, wanted.gap),
@@ -224,6 +253,7 @@ def met(
               wanted.gap_end),
         worst("merit lost, points", {k: 100 * (before[k].merit.value - o.merit.value) for k, o in after.items()}, 0.0),
         worst("wrongly approved, points", {k: wrong(o) for k, o in after.items()}, wanted.wrongly_approved),
+        worst("undecided", {k: float(not o.decides) for k, o in after.items()}, 0.0),
     ]  # fmt: skip
     return found if perplexity is None else [*found, worst("perplexity", {"all": perplexity}, wanted.perplexity)]
 
@@ -232,12 +262,39 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Names of the arms that no other beats: none has a smaller gap (absolute) with at least as much merit, or more
     merit with a gap as small: the candidates for a less discriminatory alternative."""
     kept = []
-    for name, (gap, merit) in points.items():
+    for name, (gap, right) in points.items():
         better = [
-            abs(g) <= abs(gap) and m >= merit and (abs(g) < abs(gap) or m > merit)
+            abs(g) <= abs(gap) and m >= right and (abs(g) < abs(gap) or m > right)
             for other, (g, m) in points.items()
             if other != name
         ]
         if not any(better):
             kept.append(name)
     return kept
+
+
+# --- stored -------------------------------------------------------------------------------------------
+
+SHARED = ("deserved", "clusters", "others", "donor_deserved")
+"""what is the same of a pair whatever is done to it, in whatever words"""
+
+
+def packed(officer: Mapping[str, Any]) -> dict[str, Any]:
+    """An officer's part of a stored table, with what all arms share written once (``pairs``) and units named where an
+    arm was chosen only."""
+    if "mended" not in officer:
+        return dict(officer)
+    found = dict(officer["mended"])
+    found["pairs"] = {row["contrast"]: {key: row[key] for key in SHARED} for row in found["measured"]}
+    found["measured"] = [{k: v for k, v in row.items() if k not in SHARED} for row in found["measured"]]
+    found["tried"] = {
+        name: [{**row, "about": {k: v for k, v in row["about"].items() if k != "units"}} for row in rows]
+        for name, rows in found["tried"].items()
+    }
+    return {**officer, "mended": found}
+
+
+def unpacked(mended: Mapping[str, Any]) -> list[Measured]:
+    """What was measured of every arm, from a table that is ``packed`` or not."""
+    shared = mended.get("pairs", {})
+    return [measured({**row, **shared.get(row["contrast"], {})}) for row in mended["measured"]]

@@ -8,6 +8,7 @@ names nor cases.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
@@ -164,7 +165,8 @@ def _apart(model: Model, rule: Field, seen: Sequence[Any], what: str, own: Any, 
 def contrasts(model: Model, decision: Decision, but: str) -> list[Contrast]:
     """Every merit field and every protected attribute other than ``but``: what a cause of ``but`` should not carry.
 
-    Left out are free text without two known values and fields that carry an attribute, whose groups stand for them.
+    Left out are free text without two known values, fields that carry an attribute, whose groups stand for them, and
+    fields of which no two values can be told apart.
     """
     carried = {one.field for one in decision.carriers}
     names = [name for name, f in decision.fields.items() if f.role in ("merit", "protected") and name not in carried]
@@ -172,7 +174,8 @@ def contrasts(model: Model, decision: Decision, but: str) -> list[Contrast]:
     for name in [*decision.groups, *names]:
         rule = decision.fields.get(name)
         if name != but and not (isinstance(rule, Text) and len(rule.known) < 2):
-            found.append(contrast(model, decision, name))
+            with suppress(DecisionError):
+                found.append(contrast(model, decision, name))
     return found
 
 
@@ -184,8 +187,8 @@ def twins(
 ) -> list[Twins]:
     """``n`` cases as two each, for one part of the work; cases and names by turns.
 
-    The cases are halved by ``seed``. Names come from the lists of the part's splits (SPLITS); if the decision does not
-    part them so, pairs of names are halved too. ``alike``: only names that have a partner of equally many tokens (else
+    The cases are halved by ``seed``. Names come from the lists of the part's splits (SPLITS); lists that the decision
+    does not part so are halved too. ``alike``: only names that have a partner of equally many tokens (else
     the others are paired in their order). For a field, the case is what varies. DecisionError for no case or names.
     """
     if part not in SPLITS:
@@ -210,13 +213,15 @@ def twins(
             f"No list of names carries {differs} with a partner{' of equally many tokens' if alike else ''} for the "
             f"part {part!r}. Add lists below `carriers:` in which only {differs.what!r} differs, with their `split`."
         )
+    scarce = min(by_field, key=lambda name: len(by_field[name]))  # where two fields carry it: no more vary than that
     found = []
     for i, case in enumerate(cases):
         here = {name: pairs[i % len(pairs)] for name, pairs in by_field.items()}
         values = [{name: getattr(pair, side) for name, pair in here.items()} for side in ("own", "donor")]
         own, donor = (replace(case, values=dict(case.values) | v, outcome=None) for v in values)
         others = {k: v for pair in here.values() for k, v in pair.groups.items() if k != differs.what}
-        cluster = " / ".join(f"{pair.own}, {pair.donor}" for pair in here.values())
+        pair = here[scarce]
+        cluster = f"{pair.own}, {pair.donor}"
         found.append(Twins(case, own, donor, cluster, tuple(others.items())))
     return found
 
@@ -227,27 +232,31 @@ class _Pair(NamedTuple):
     own: str
     donor: str
     groups: dict[str, str]
-    split: str | None
 
 
 def _names(model: Model, carrier: Carrier, differs: Contrast, part: Part, seed: int, alike: bool) -> list[_Pair]:
     """Pairs of one part, the lists by turns, so that the first few have all origins."""
-    by_list = []
+    both = []
     for mine in carrier.lists:
         wanted = {**mine.groups, differs.what: differs.donor}
-        if mine.groups.get(differs.what) != differs.own:
+        if mine.groups.get(differs.what) == differs.own:
+            both += [(mine, one) for one in carrier.lists if (one.groups, one.split) == (wanted, mine.split)][:1]
+    splits = {mine.split for mine, _ in both}
+    parted = all(splits & set(SPLITS[name]) for name in SPLITS)
+    by_list = []
+    for mine, other in both:
+        if parted and mine.split is not None and mine.split not in SPLITS[part]:
             continue
-        for other in carrier.lists:
-            if other.groups == wanted and other.split == mine.split:
-                matched = _matched(model, mine.values, other.values, alike)
-                by_list.append([_Pair(a, b, dict(mine.groups), mine.split) for a, b in matched])
-                break
-    found = [pair for some in zip_longest(*by_list) for pair in some if pair]
-    splits = {pair.split for pair in found}
-    if all(splits & set(SPLITS[name]) for name in SPLITS):
-        return [pair for pair in found if pair.split is None or pair.split in SPLITS[part]]
-    order = np.random.default_rng(seed).permutation(len(found))
-    return [found[i] for i in sorted(order[::2] if part == "choose" else order[1::2])]
+        whole_list = parted and mine.split is not None
+        a, b = (one.values if whole_list else _half(one.values, part, seed) for one in (mine, other))
+        by_list.append([_Pair(*names, dict(mine.groups)) for names in _matched(model, a, b, alike)])
+    return [pair for some in zip_longest(*by_list) for pair in some if pair]
+
+
+def _half(values: Sequence[str], part: Part, seed: int) -> list[str]:
+    """One part's half of a list: the same one whoever the names are matched with, so that none is in both parts."""
+    order = np.random.default_rng(seed).permutation(len(values))
+    return [values[i] for i in sorted(order[::2] if part == "choose" else order[1::2])]
 
 
 def _matched(model: Model, a: Sequence[str], b: Sequence[str], alike: bool) -> list[tuple[str, str]]:
@@ -306,6 +315,13 @@ def aligned(model: Model, decision: Decision, some: Sequence[Twins], template: s
         scoring.answer_tokens(model, decision, text),
         len(some) - len(kept),
     )
+
+
+def drawn(
+    model: Model, decision: Decision, differs: Contrast, part: Part, template: str, n: int, seed: int = 0
+) -> Pairs:
+    """``twins`` of one part, ``aligned`` in one template."""
+    return aligned(model, decision, twins(model, decision, differs, part, n, seed), template, differs)
 
 
 def _fit(a: tuple[tuple[int, ...], tuple[bool, ...]], b: tuple[tuple[int, ...], tuple[bool, ...]]) -> bool:

@@ -36,7 +36,10 @@ DECISIONS = DATA / "decisions"
 """those that ship"""
 TEMPLATE = ("decision.yaml", "cases.csv")
 """of ``DECISIONS / "template"``: what ``new_decision`` copies"""
-_NAME = re.compile(r"[^\W\d]\w*")
+_NAME = re.compile(r"[^\W\d]\w{0,99}")
+_QUOTES = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\uff02`'
+_APOSTROPHES = ("'", "\u2018", "\u2019", "\u201a", "\u201b")
+"""in a word they are fine"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class _Written:
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
+        if not self.title.strip():
+            raise DecisionError(f"title is {self.title!r}. Allowed: a few words. Write what is decided.")
 
 
 def load_decision(folder: str | Path) -> Decision:
@@ -67,18 +72,17 @@ def load_decision(folder: str | Path) -> Decision:
     place = folder_of(folder)
     path = place / FILE
     if not os.path.isfile(path):
-        known = ", ".join(sorted(p.parent.name for p in DECISIONS.glob(f"*/{FILE}")))
-        what = f"holds no {FILE}" if os.path.isdir(place) else "is no folder"
-        raise DecisionError(f"{str(place)[:200]} {what}. Allowed: a folder with {FILE}, or one of: {known}.")
+        _refuse_folder(place)
     source = schema.read_marked(path, DecisionError, EXAMPLE)
     written = schema.build(_Written, source.values, source.under(), DecisionError)
     _check_answers(written.answers, source)
     fields = {name: _field(name, given, source) for name, given in written.fields.items()}
     templates = {name: _template(name, given, fields, source) for name, given in written.templates.items()}
+    _check_templates(templates, source)
     for what, made in (("templates", templates), ("fields", fields)):
         if not made:
             raise DecisionError(f"{source.place(what)} is empty. Allowed: one or more. Add one as in {EXAMPLE}.")
-    groups = {name: tuple(values) for name, values in written.groups.items()}
+    groups = {name: _groups(name, values, source) for name, values in written.groups.items()}
     carriers = tuple(_carrier(i, given, fields, groups, source) for i, given in enumerate(written.carriers))
     _check_groups(groups, carriers, fields, source)
     merit = None if written.merit is None else _merit(written.merit, fields, source)
@@ -88,7 +92,8 @@ def load_decision(folder: str | Path) -> Decision:
     )  # fmt: skip
     if written.cases is None:
         return decision
-    return replace(decision, cases=read_cases(source, place, decision.fields, decision.refused))
+    listed = {c.field: [value for one in c.lists for value in one.values] for c in carriers}
+    return replace(decision, cases=read_cases(source, place, decision.fields, decision.refused, listed))
 
 
 def new_decision(folder: str | Path) -> Path:
@@ -119,11 +124,39 @@ def folder_of(folder: str | Path) -> Path:
     return DECISIONS / place if not os.path.exists(place) and os.path.exists(DECISIONS / place / FILE) else place
 
 
+def _refuse_folder(place: Path) -> None:
+    """Why there is no decision in a place."""
+    known = sorted(p.parent.name for p in DECISIONS.glob(f"*/{FILE}"))
+    what = f"holds no {FILE}" if os.path.isdir(place) else "is no folder"
+    near, hint = get_close_matches(str(place)[:200], known, n=1), ""
+    if os.path.isfile(place):
+        what = "is a file, and a decision is the folder that holds it" if place.name == FILE else "is a file, no folder"
+        hint = f" Give the folder: {str(place.absolute().parent)[:200]}." if place.name == FILE else ""
+    elif near:
+        hint = f" Did you mean {near[0]!r}?"
+    raise DecisionError(
+        f"{str(place)[:200]} {what}.{hint} Allowed: a folder with {FILE}, or one of: {', '.join(known)}. Give one of "
+        "them; `glassbox new-decision FOLDER` begins a new one."
+    )
+
+
 def _check_answers(answers: tuple[str, str], source: schema.Marked) -> None:
     for i, answer in enumerate(answers):
         if not answer.strip() or not answer.isprintable():
             raise DecisionError(f"{source.place('answers', i)} is {shown(answer)}. Allowed: a word such as ' yes'.")
-    if len({answer.strip().casefold() for answer in answers}) == 1:
+        word = answer.strip()
+        if any(sign in _QUOTES for sign in word) or word.startswith(_APOSTROPHES) or word.endswith(_APOSTROPHES):
+            raise DecisionError(
+                f"{source.place('answers', i)} is {shown(answer)}, with quotes that belong to the answer. Allowed: the "
+                "word itself, such as ' yes'; around it stand the plain quotes of YAML, once. Take the "
+                "others out."
+            )
+        if answer != answer.rstrip() or answer.startswith("  "):
+            raise DecisionError(
+                f"{source.place('answers', i)} is {answer[:60]!r}. Allowed: one space in front of the word or none, and"
+                f" none behind it. Write {' ' * answer.startswith(' ') + word!r}."
+            )
+    if len({rules.fold(answer) for answer in answers}) == 1:
         raise DecisionError(
             f"{source.place('answers')} are {answers[0]!r} and {answers[1]!r}, which say the same. Allowed: two "
             "different answers, the favourable one first. Change one."
@@ -134,17 +167,27 @@ def _field(name: str, given: Any, source: schema.Marked) -> Field:
     place = source.place("fields", name)
     if not _NAME.fullmatch(name):
         raise DecisionError(
-            f"{place}: a field is called {shown(name)}. Allowed: letters, digits and _, a letter first. Rename it."
+            f"{place}: a field is called {shown(name)}. Allowed: up to 100 letters, digits and _, a letter first. "
+            "Rename it."
         )
-    if not isinstance(given, Mapping) or given.get("kind") not in KINDS:
-        found = shown(given.get("kind", "missing") if isinstance(given, Mapping) else given)
-        raise DecisionError(f"{source.place('fields', name, 'kind')}: the kind of the field {name!r} is {found}. "
-                            f"Allowed: `kind:` with one of {', '.join(KINDS)}.")  # fmt: skip
+    if not isinstance(given, Mapping):
+        raise DecisionError(f"{place}: the field {name!r} is {shown(given)}. Allowed: `kind:`, `role:` and the rule of "
+                            f"the kind, one a line, as in {EXAMPLE}. Write them below the name.")  # fmt: skip
+    if "kind" not in given:
+        raise DecisionError(f"{place}: the field {name!r} has no `kind:`. Allowed: `kind:` with one of "
+                            f"{', '.join(KINDS)}. Add it.")  # fmt: skip
+    if not isinstance(given["kind"], str) or given["kind"] not in KINDS:
+        near = get_close_matches(str(given["kind"])[:40], KINDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DecisionError(f"{source.place('fields', name, 'kind')}: the kind of the field {name!r} is "
+                            f"{shown(given['kind'])}.{hint} Allowed: one of {', '.join(KINDS)}. Correct it."
+                            )  # fmt: skip
     rest = {key: value for key, value in given.items() if key != "kind"}
     return schema.build(KINDS[given["kind"]], rest, source.under("fields", name), DecisionError)
 
 
 def _template(name: str, given: Any, fields: Mapping[str, Field], source: schema.Marked) -> Template:
+    _check_name("a template", name, source.place("templates", name))
     given = {"text": given} if isinstance(given, str) else given
     found = schema.build(Template, given, source.under("templates", name), DecisionError)
     place = source.place("templates", name)
@@ -174,18 +217,59 @@ def _template(name: str, given: Any, fields: Mapping[str, Field], source: schema
     return found
 
 
+def _check_templates(templates: Mapping[str, Template], source: schema.Marked) -> None:
+    """Two names for the same words would count as two wordings."""
+    seen: dict[tuple[str | None, ...], str] = {}
+    for name, one in templates.items():
+        words = (one.text, one.chat, one.system, one.opening)
+        if words in seen:
+            raise DecisionError(
+                f"{source.place('templates', name)} says the same as {seen[words]!r}, to the letter. Allowed: wordings "
+                "that differ (one without `split:` serves all). Change one, or remove it."
+            )
+        seen[words] = name
+
+
+def _check_name(what: str, name: str, place: str) -> None:
+    if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
+        raise DecisionError(f"{place}: {what} is called {shown(name)}. Allowed: 1 to 100 printed characters in one line"
+                            ", without spaces around them. Rename it.")  # fmt: skip
+
+
+def _groups(name: str, values: list[str], source: schema.Marked) -> tuple[str, ...]:
+    """The groups of a protected attribute: each once, in one line."""
+    _check_name("a protected attribute", name, source.place("groups", name))
+    try:
+        rules.check_words(name, tuple(values))
+    except DecisionError as reason:
+        i = int(re.findall(r"^\[(\d+)\]", str(reason)[len(name) :])[0])
+        raise DecisionError(f"{source.place('groups', name, i)}: {reason}") from reason
+    return tuple(values)
+
+
 def _carrier(
     i: int, given: Any, fields: Mapping[str, Field], groups: Mapping[str, tuple[str, ...]], source: schema.Marked
 ) -> Carrier:
     carrier = schema.build(_WrittenCarrier, given, source.under("carriers", i), DecisionError)
     place = source.place("carriers", i, "field")
     if carrier.field not in fields or isinstance(fields[carrier.field], Number):
-        near = get_close_matches(carrier.field, fields, n=1)
+        able = [name for name, f in fields.items() if not isinstance(f, Number) and f.role != "merit"]
+        near = get_close_matches(carrier.field, able, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        able = ", ".join(name for name, f in fields.items() if not isinstance(f, Number)) or "none: all are numbers"
-        raise DecisionError(f"{place}: {carrier.field!r} can't carry a group.{hint} Allowed: {able}. Correct it.")
+        why = "there is no such field"
+        if carrier.field in fields:
+            why, hint = "it is a number, and the groups of a number are its `bands:`", ""
+        raise DecisionError(f"{place}: {carrier.field!r} can't carry a group: {why}.{hint} Allowed: "
+                            f"{', '.join(able) or 'text and categories, and there are none'}. Correct it."
+                            )  # fmt: skip
+    if fields[carrier.field].role == "merit":
+        raise DecisionError(
+            f"{place}: {carrier.field!r} has the role merit, and carries a protected group. Allowed: carriers of the "
+            "role protected or other, since a legitimate reason can't stand for a protected group. Write `role: other` "
+            "in the field, or remove the carrier."
+        )
     lists: list[GroupList] = []
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[str, int]] = {}
     for j, one in enumerate(carrier.lists):
         at = ("carriers", i, "lists", j)
         made = schema.build(_WrittenList, one, source.under(*at), DecisionError)
@@ -194,8 +278,8 @@ def _carrier(
                 near = get_close_matches(name, groups, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise DecisionError(
-                    f"{source.place(*at, 'groups', name)}: {name!r} is no protected attribute below `groups:`.{hint} "
-                    f"Allowed: {', '.join(groups) or 'none is declared yet'}. Correct it, or declare it there."
+                    f"{source.place(*at, 'groups', name)}: {shown(name)} is no protected attribute below `groups:`."
+                    f"{hint} Allowed: {', '.join(groups) or 'none is declared yet'}. Correct it, or declare it there."
                 )
             if group not in groups[name]:
                 raise DecisionError(f"{source.place(*at, 'groups', name)} is {shown(group)}. Allowed: "
@@ -210,13 +294,15 @@ def _carrier(
                                 "Allowed: one list for them. Put the values together.")  # fmt: skip
         values = []
         for k, value in enumerate(made.values):
-            clean = checked(carrier.field, fields[carrier.field], value, (), source.place(*at, "values", k))
-            if clean in seen:
-                raise DecisionError(f"{source.place(*at, 'values', k)} is {value!r}, as in list {seen[str(clean)]} of "
-                                    "this carrier. Allowed: each value once, so that its groups are clear. Remove "
-                                    "one.")  # fmt: skip
-            seen[str(clean)] = j
-            values.append(str(clean))
+            clean = str(checked(carrier.field, fields[carrier.field], value, (), source.place(*at, "values", k)))
+            if rules.fold(clean) in seen:
+                before, first = seen[rules.fold(clean)]
+                but = "" if clean == before else f"; there it is {before!r}, and they differ by case or spaces only"
+                raise DecisionError(f"{source.place(*at, 'values', k)} is {value!r}, as in list {first} of this carrier"
+                                    f"{but}. Allowed: each value once, so that its groups are clear. Remove one."
+                                    )  # fmt: skip
+            seen[rules.fold(clean)] = clean, j
+            values.append(clean)
         lists.append(GroupList(made.groups, tuple(values), made.split))
     return Carrier(carrier.field, tuple(lists))
 
@@ -251,10 +337,10 @@ def _check_groups(
             raise DecisionError(f"{place}: there is a field {name!r}, which states its groups itself. Remove this, or "
                                 "rename the field.")  # fmt: skip
         carried = {one.groups[name] for c in carriers for one in c.lists if name in one.groups}
-        if absent := [v for i, v in enumerate(values) if v not in carried or v in values[:i]]:
+        if absent := [v for v in values if v not in carried]:
             raise DecisionError(
-                f"{place}: the group {absent[0]!r} is given twice, or carried by no value. Allowed: groups that a list "
-                "below `carriers:` names. Add a list, or remove the group."
+                f"{place}: the group {absent[0]!r} is carried by no value. Allowed: groups that a list below "
+                "`carriers:` names. Add a list, or remove the group."
             )
     for name, one in fields.items():
         if isinstance(one, Text) and one.role == "protected" and not any(c.field == name for c in carriers):
@@ -273,6 +359,7 @@ class _WrittenMerit:
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
+        rules.check_size("threshold", self.threshold)
 
 
 def _merit(given: Any, fields: Mapping[str, Field], source: schema.Marked) -> MeritRule:

@@ -34,8 +34,9 @@ from glassbox_utils.core.prepared import load_subject
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.skills import held_texts
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
-from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
+from glassbox_utils.core.studies import SEED, has_table, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate, tokenize
+from glassbox_utils.decisions import reality_study
 from glassbox_utils.decisions.study import or_why, why_skipped
 from glassbox_utils.saes import detection, features
 from glassbox_utils.saes.store import identity_of, load_sae
@@ -381,6 +382,16 @@ def findings(table: dict[str, Any] | None = None) -> list[Finding]:
         texts = more | {"unit": "texts"}
         out.append(Finding.measured(claim, 5, _ratio(by_name[name], base), control=control, null=1.0, **texts))
     return out
+
+
+def unmodified() -> list[Finding]:
+    """What the two studies of the unmodified model say, as far as their tables are there: three findings about lending,
+    five about refusals."""
+    found = reality_study.findings()[:3] if has_table("loans_reality") else []
+    if has_table("safety"):
+        seen = findings()
+        found += seen[:4] + [f for f in seen if "clamping the feature up changes" in f.claim]
+    return found
 
 
 STUDIES_OF_SAFETY = {"safety": study_safety}

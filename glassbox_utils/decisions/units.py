@@ -35,7 +35,7 @@ Basis = Literal["heads", "neurons", "features", "stream"]
 Unit = tuple[int, int]
 """layer, and the number of the head, neuron or feature"""
 NEAR = 30
-"""units of the most similar activity, among which a control is drawn"""
+"""units of the most similar activity, among which a control is drawn; of a small space a fiftieth, 3 at least"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,10 +179,10 @@ def moved(
 
 
 def sizes(model: Model, space: Space) -> Float[Tensor, "layer unit"]:
-    """How long a vector one unit of activation writes into the stream: neurons and features; heads count as 1."""
+    """How long a vector one unit of activation writes into the stream; of a head, in the mean over directions."""
     if space.sae is not None:
         return result(coding.rows(space.sae).norm(dim=-1))[None]
-    if space.basis != "neurons":
+    if space.basis == "stream":
         return torch.ones(len(space.sites), space.n_units)
     found = []
     for site in space.sites:
@@ -190,7 +190,8 @@ def sizes(model: Model, space: Space) -> Float[Tensor, "layer unit"]:
         weight = result(
             part.get_parameter("weight")
         )  # Linear keeps [d_model, d_mlp], GPT-2's Conv1D the other way round
-        found.append(weight.norm(dim=0 if isinstance(part, nn.Linear) else 1))
+        each = weight.norm(dim=0 if isinstance(part, nn.Linear) else 1)  # of every number that the projection reads
+        found.append(each.unflatten(0, (space.n_units, space.width)).pow(2).mean(-1).sqrt())
     return torch.stack(found)
 
 
@@ -282,7 +283,8 @@ def ranked(found: Attribution, most: int | None = None) -> list[Unit]:
 def alike(found: Attribution, units: Sequence[Unit], seed: int) -> list[Unit]:
     """As many other units of about the same activity, one for each: the control. None of ``units`` is among them.
 
-    Each is drawn from the NEAR most similar ones that are left. DecisionError if too few units are left.
+    Each is drawn from the most similar ones that are left (NEAR). Where the chosen are the loudest of all, none is as
+    loud: say how alike they are (``activity_of``). DecisionError if too few units are left.
     """
     layers = list(found.space.layers)
     check_units(found.space, units)
@@ -293,20 +295,15 @@ def alike(found: Attribution, units: Sequence[Unit], seed: int) -> list[Unit]:
     if free.sum() < len(units):
         raise DecisionError(f"{len(units)} of {len(activity)} {found.space.basis} are chosen, so that no {len(units)} "
                             "others are left as a control. Choose fewer.")  # fmt: skip
-    order = np.argsort(activity, kind="stable")
-    rank = np.empty(len(order), dtype=int)
-    rank[order] = np.arange(len(order))
-    rng, drawn = np.random.default_rng(whole("seed", seed, 0, DecisionError)), []
-    for i in place:
-        near: list[int] = []
-        step = 1
-        while len(near) < NEAR and step < len(order):
-            near += [order[j] for j in (rank[i] - step, rank[i] + step) if 0 <= j < len(order) and free[order[j]]]
-            step += 1
-        j = int(near[rng.integers(len(near))])
-        free[j] = False
-        drawn.append((layers[j // found.space.n_units], j % found.space.n_units))
-    return drawn
+    near = max(3, min(NEAR, len(activity) // 50))
+    size = np.log(activity + activity.max() * 1e-9 + 1e-30)
+    rng, drawn = np.random.default_rng(whole("seed", seed, 0, DecisionError)), dict[int, int]()
+    for i in sorted(place, key=lambda j: -activity[j]):  # the loudest first: they have the fewest like them
+        left = np.flatnonzero(free)
+        like_it = left[np.argsort(np.abs(size[left] - size[i]), kind="stable")[:near]]
+        drawn[i] = int(like_it[rng.integers(len(like_it))])
+        free[drawn[i]] = False
+    return [(layers[j // found.space.n_units], j % found.space.n_units) for j in (drawn[i] for i in place)]
 
 
 def activity_of(found: Attribution, units: Sequence[Unit]) -> float:

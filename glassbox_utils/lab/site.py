@@ -21,7 +21,7 @@ import nbformat
 from glassbox_utils.core import figures, files, prepared
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.lab import notebooks, site_notebooks, site_pages
+from glassbox_utils.lab import notebooks, site_located, site_notebooks, site_pages
 from glassbox_utils.lab.site_notebooks import Lesson
 
 SOURCE, DOCS = ROOT / "docs" / "site", ROOT / "docs"
@@ -158,6 +158,7 @@ def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], 
         "power.md": site_pages.power(
             site_pages.load_table(DATA / "studies" / "audit_power.json"), source / "power.png"
         ),
+        "located.md": site_located.located(site_pages.load_table(DATA / "studies" / "locate.json"), source),
         "notebooks/index.md": _listed("Notebooks", [lesson.name for lesson in lessons], _about(lessons)),
         **features,
     }
@@ -183,7 +184,7 @@ def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], 
 
 def _references(texts: Mapping[str, str]) -> list[str]:
     others = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in (*ORDER, "glossary"))
-    pages = ["power", *(name for name in ORDER if f"{name}.md" in texts), *others]
+    pages = ["power", "located", *(name for name in ORDER if f"{name}.md" in texts), *others]
     return [*pages, "api/index"] if "api/index.md" in texts else pages
 
 

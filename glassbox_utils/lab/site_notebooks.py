@@ -129,7 +129,7 @@ def page(lesson: Lesson, modules: Iterable[str]) -> Any:
     return notebook
 
 
-PAGES = {"data/studies/audit_power.json": "power.md"}
+PAGES = {"data/studies/audit_power.json": "power.md", "data/studies/locate.json": "located.md"}
 """files that the site shows as a page of its own"""
 
 

@@ -41,7 +41,7 @@ def results(lessons: Sequence[Lesson]) -> str:
         "beside it, and from .05 on the row is null. Evidence, never proof.",
         "",
         "How often the audit finds a planted bias, and how often it accuses the honest, is a "
-        "[page of its own](power.md).",
+        "[page of its own](power.md); where three officers' gaps are, and what mends one, is [another](located.md).",
         "",
     ]
     lines += ['<p><a href="_static/findings.json">The same as JSON</a>, to count for yourself.</p>', ""]
@@ -68,7 +68,7 @@ def _findings(rows: Iterable[Mapping[str, Any]], link: str, title: str) -> str:
             html.escape(f.get("p") or ""),
         ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    return _table(f"Findings of {title}", columns, body, "findings")
+    return table_html(f"Findings of {title}", columns, body, "findings")
 
 
 def _control(c: Mapping[str, Any] | None) -> str:
@@ -78,7 +78,7 @@ def _control(c: Mapping[str, Any] | None) -> str:
     return f"{c['kind']}: {c['what']}: {c['value']:.2f}{spread}"
 
 
-def _table(name: str, columns: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
+def table_html(name: str, columns: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
     label = html.escape(name, quote=True)
     return (
@@ -185,7 +185,7 @@ def power(table: Mapping[str, Any], picture: Path) -> str:
             "officer "
             "audited with another seed.",
             "",
-            _table("All rates", columns, rows),
+            table_html("All rates", columns, rows),
             "",
         ]
     )

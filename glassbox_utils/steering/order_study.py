@@ -8,12 +8,10 @@ which none of them met before. What is done is kept in the cache folder.
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import chat, generate
 from glassbox_utils.steering import contrast, reward, ruler_study, study, style
 from glassbox_utils.steering.apply import continuations, steer
-from glassbox_utils.steering.report_study import left_out, projections, prompted
+from glassbox_utils.steering.report_study import left_out, projections, prompted, scaled_lora
 from glassbox_utils.steering.training import backward, train_on_answers, train_vector
 from glassbox_utils.steering.vectors import (
     ControlVector,
@@ -297,11 +295,7 @@ def answers_row(model: Model, vector: Vector | None, alpha: float, asked: Sequen
 def lora_row(model: Model, folder: Path, strength: float, asked: Sequence[str]) -> dict[str, Any]:
     """A LoRA at so many times its strength (``lora_alpha``) on some prompts."""
     with tempfile.TemporaryDirectory() as there:
-        shutil.copytree(folder, copy := Path(there) / "adapter")
-        config = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
-        scaled = json.dumps(config | {"lora_alpha": config["lora_alpha"] * strength})
-        (copy / "adapter_config.json").write_text(scaled, encoding="utf-8")
-        other = load_subject(adapter=copy)
+        other = load_subject(adapter=scaled_lora(folder, strength, Path(there) / "adapter"))
     return row_of(model, asked, [text for part in batches(asked, 50) for text in plain_answers(other, part)])
 
 
@@ -408,59 +402,7 @@ def study_order() -> Path:
     return write_table("steering_order", model, time.time() - start, **about, rows=rows)
 
 
-@dataclass(frozen=True)
-class Bars:
-    """What the table says about each bar; shares are of the fresh prompts, ``*_by`` is by lexicon and second ruler."""
-
-    ordered_by: tuple[float, float]
-    """minus < zero < plus"""
-    ordered: float
-    """by both rulers"""
-    catastrophes: float
-    """of the minus answers with at least one"""
-    effect_by: tuple[float, float]
-    """mean at plus minus mean at minus: the lexicon's score, the second ruler's rating"""
-    times_random_by: tuple[float, float]
-    """the effect over the largest of the ten random directions, of either sign, on the prompts that these answered"""
-    times_shuffled_by: tuple[float, float]
-    """the effect of the smaller vector over the largest of the shuffled ones, of either sign"""
-    perplexity: tuple[float, float]
-    """of the minus and of the plus answers, times that of the unsteered ones"""
-
-
 RULERS = ("tone", "second")
-
-
-def bars(table: Mapping[str, Any], name: str = "ordered") -> Bars:
-    """The numbers of one vector of the table of ``study_order``: ``ordered``, ``smaller``, ``shipped`` or another."""
-    rows = {row["condition"]: row for row in table["rows"]}
-    if f"{name} 1" not in rows:
-        known = dict.fromkeys(condition.rsplit(" ", 1)[0] for condition in list(rows)[1:])
-        raise SteeringError(f"The table has no vector {name!r}. Allowed: {', '.join(known)}.")
-
-    def effect(one: str, ruler: str, n: int | None = None) -> float:
-        return float(np.mean(rows[f"{one} 1"][ruler][:n]) - np.mean(rows[f"{one} -1"][ruler][:n]))
-
-    def times(one: str, kind: str, ruler: str) -> float:
-        others = {condition.rsplit(" ", 1)[0] for condition in rows if condition.startswith(kind)}
-        n = min(len(rows[f"{other} 1"][ruler]) for other in others)
-        return effect(one, ruler, n) / max(abs(effect(other, ruler, n)) for other in others)
-
-    ends = [f"{name} -1", "unsteered", f"{name} 1"]
-    asked = len(rows[ends[0]]["tone"])  # a control answered fewer than the unsteered model
-
-    plain = perplexity(rows["unsteered"], asked)
-    lexicon, second = ((np.diff([rows[end][r][:asked] for end in ends], axis=0) > 0).all(0) for r in RULERS)
-    return Bars(
-        (float(lexicon.mean()), float(second.mean())),
-        float((lexicon & second).mean()),
-        float(style.catastrophes(rows[ends[0]]["answers"]).mean()),
-        (effect(name, "tone"), effect(name, "second")),
-        (times(name, "shared", "tone"), times(name, "shared", "second")),
-        (times("smaller", "shuffled", "tone"), times("smaller", "shuffled", "second")),
-        (perplexity(rows[ends[0]]) / plain, perplexity(rows[ends[2]]) / plain),
-    )
-
 
 STUDIES_OF_ORDER = {"steering-order": study_order}
 """not among those that ``prepare`` repeats on another model"""

@@ -24,7 +24,7 @@ METHODS = {
     "system": "system prompt",
     "shipped": "the vector of sections 1 to 5",
 }
-"""in the order of the table; ``bars`` knows them by the keys"""
+"""in the order of the table"""
 KINDS = {"shared": "random directions", "shuffled": "trained alike on shuffled, centred labels"}
 """of controls, each drawn several times"""
 SCALES = dict(zip(RULERS, ("lexicon", "second ruler"), strict=True))
@@ -59,6 +59,13 @@ def draws(table: Table, kind: str, ruler: str = "tone") -> list[float]:
     """The effects of all draws of a control of KINDS."""
     names = dict.fromkeys(c.rsplit(" ", 1)[0] for c in by_condition(table) if c.startswith(f"{kind} "))
     return [effect(table, name, ruler).value for name in names]
+
+
+def times(table: Table, name: str, kind: str, ruler: str = "tone") -> float:
+    """The effect of a vector over that of the strongest draw of a control, of either sign, on the prompts that the
+    draws answered."""
+    n = len(by_condition(table)["smaller 1"]["tone"])
+    return effect(table, name, ruler, n).value / max(abs(x) for x in draws(table, kind, ruler))
 
 
 def share(hits: Any) -> str:
@@ -100,10 +107,10 @@ def controls_table(table: Table) -> Any:
         line: dict[str, Any] = {"beside": METHODS["ordered"] + ("" if kind == "shared" else ", fewer steps")}
         for ruler, word in SCALES.items():
             others = draws(table, kind, ruler)
-            mine, strongest = effect(table, own, ruler, n), max(others, key=abs)
+            mine = effect(table, own, ruler, n)
             line |= {
                 f"vector, {word}": cell(mine), f"controls, {word}": f"{min(others):+.2f} to {max(others):+.2f}",
-                f"times the strongest, {word}": round(mine.value / abs(strongest), 1),
+                f"times the strongest, {word}": round(times(table, own, kind, ruler), 1),
             }  # fmt: skip
         found[f"{len(others)} {label}"] = line
     return pd.DataFrame(found)

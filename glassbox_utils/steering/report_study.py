@@ -96,15 +96,19 @@ def lora(side: str) -> Path:
 
 
 def half_lora(side: str) -> Path:
-    """The same LoRA at half its strength (half of lora_alpha): a second point for comparisons at equal effect."""
+    """The same LoRA at half its strength: a second point for comparisons at equal effect."""
     whole = lora(side)
-    folder = whole.with_name(f"{side}-half")
+    return scaled_lora(whole, 0.5, whole.with_name(f"{side}-half"))
+
+
+def scaled_lora(whole: Path, strength: float, folder: Path) -> Path:
+    """A copy of an adapter at so many times its strength (its ``lora_alpha``), unless it is there already."""
     if not (folder / "adapter_config.json").exists():
         with files.atomic_path(folder) as partial:
             shutil.copytree(whole, partial)
             config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
-            halved = json.dumps(config | {"lora_alpha": config["lora_alpha"] / 2})
-            (partial / "adapter_config.json").write_text(halved, encoding="utf-8")
+            scaled = json.dumps(config | {"lora_alpha": config["lora_alpha"] * strength})
+            (partial / "adapter_config.json").write_text(scaled, encoding="utf-8")
     return folder
 
 

@@ -10,7 +10,7 @@ from refusals import refused
 
 from glassbox_utils.core.models import Site
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.decisions import arms, locate, outcomes, pairs, scoring, units
+from glassbox_utils.decisions import arms, directions, locate, outcomes, pairs, scoring, units
 from glassbox_utils.decisions.arms import Hold
 from glassbox_utils.decisions.outcomes import Measured
 
@@ -158,7 +158,7 @@ def test_what_is_pushed_back_turns_decisions_unless_it_is_cut_downstream(model, 
     other = torch.randn(64, generator=torch.Generator().manual_seed(0))
     push = (means.own - means.donor)[0]
     mended = next(a for a in arms.unit_arms(model, some, found["heads"], (1,)) if a.about["level"] == "other")
-    pushed = arms.reactivated(
+    pushed = directions.reactivated(
         model, report, [arms.nothing(), mended], 0, {"difference": push, "random": other / other.norm() * push.norm()}
     )
     drop = {k: float((pushed[*k[:2], 0.0] - x).mean()) for k, x in pushed.items()}
@@ -166,7 +166,7 @@ def test_what_is_pushed_back_turns_decisions_unless_it_is_cut_downstream(model, 
     assert drop["as it is", "difference", 1.0] > 0.5 * plain
     assert abs(drop[mended.name, "difference", 1.0]) < 0.1 * plain  # the head that would carry it is held
     assert abs(drop["as it is", "random", 1.0]) < 0.5 * drop["as it is", "difference", 1.0] and untouched(model)
-    assert arms.turned(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, -2.0])).tolist() == [1, 0]
+    assert directions.turned(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, -2.0])).tolist() == [1, 0]
 
 
 # --- outcomes -----------------------------------------------------------------------------------------
@@ -214,3 +214,60 @@ def test_every_arm_is_measured_on_every_contrast_in_every_template(model, clans,
     assert all(len(m.own) == len(twins) == len(m.deserved) and m.least_share > 0.9 for m in found)
     assert np.mean(found[1].donor) > np.mean(found[1].own) and found[3].donor == found[3].own
     assert Site("mlp_post", 0) in model.sites and tokenize(model, TEXTS).input_ids.shape[0] == 4
+
+
+def test_random_directions_and_edits_stand_beside_the_fitted_ones(model, clans, setting):
+    """The same layers, way and number of directions: their control. They close nothing here."""
+    differs, some, _, twins = setting
+    plain, ways = gap(model, clans, twins), (("coordinate", "other"),)
+    fitted = arms.direction_arms(model, some, [[1]], ways=ways)[0]
+    random = arms.direction_arms(model, some, [[1]], ways=ways, seed=0)[0]
+    assert random.kind == "random" and random.name == f"random {fitted.name}" and random.about == fitted.about
+    assert torch.allclose(random.holds[0].axis.norm(dim=-1), torch.ones(1))
+    assert abs(gap(model, clans, twins, fitted)) < 0.5 * plain < gap(model, clans, twins, random)
+    pool = pairs.twins(model, clans, differs, "choose", 24)
+    edit, other = (arms.edit_arms(model, clans, pool, "front", [1], seed)[0] for seed in (None, 0))
+    assert other.kind == "random" and other.name == f"random {edit.name}" and other.about["layer"] == 1
+    assert abs(gap(model, clans, twins, edit)) < 0.2 * plain < gap(model, clans, twins, other) and untouched(model)
+
+
+def test_the_same_merit_is_no_loss():
+    """Sums of shares differ in the last bit with the order in which they are added: 41 + 41 and 34 + 48 of 48."""
+    some = [Measured("a", "c", "t", *([1.0] * k + [-1.0] * (48 - k) for k in ends), (True,) * 48, tuple("ab" * 24),
+                     ("",) * 48, 0.9) for ends in ((34, 48), (41, 41))]  # fmt: skip
+    found = {m.demand: m for m in outcomes.met(some[1:], some[:1], 1.0)}
+    assert found["merit lost, points"].holds and not found["wrongly approved, points"].holds  # nobody is undeserving
+
+
+def test_an_arm_under_which_nothing_is_decided_meets_no_target():
+    plain, silent = measured(), measured("b", least=1e-9)
+    broken = measured("c", own=(math.nan,) * 4, donor=(math.nan,) * 4, least=math.nan)
+    for one in (silent, broken):
+        found = {m.demand: m for m in outcomes.met([plain], [one])}
+        assert not found["undecided"].holds and not all(m.holds for m in found.values())
+    assert {m.demand: m for m in outcomes.met([plain], [plain])}["undecided"].holds
+
+
+def test_one_pair_of_names_has_a_value_and_no_interval():
+    alone = Measured("a", "c", "t", (1.0, -1.0), (1.0, 1.0), (True, False), ("x", "x"), ("", ""), 0.9)
+    assert outcomes.outcome([alone]).gap.value == 50 and math.isnan(outcomes.outcome([alone]).gap.low)
+    assert not {m.demand: m for m in outcomes.met([alone], [alone])}["end of its interval"].holds
+
+
+def test_a_group_that_is_favoured_too_much_is_below_four_fifths():
+    names = tuple("abcdefghij")
+    over = Measured("a", "c", "t", (1.0,) * 10, (1.0,) * 3 + (-1.0,) * 7, (True,) * 10, names, ("",) * 10, 0.9)
+    found = outcomes.outcome([over])
+    assert found.impact_ratio.value == pytest.approx(10 / 3) and found.four_fifths == "below"
+    few = Measured("a", "c", "t", (1.0, -1.0, -1.0), (-1.0,) * 3, (True,) * 3, ("x", "y", "z"), ("",) * 3, 0.9)
+    assert not math.isnan(outcomes.outcome([few]).impact_ratio.high)
+
+
+def test_where_a_field_may_count_each_member_has_its_own_deserts(model, clans):
+    differs = pairs.contrast(model, clans, "skill")
+    twins = pairs.twins(model, clans, differs, "report", 12)
+    own, donor = outcomes.deserts(clans, differs, twins)
+    assert set(own) != set(donor) or own != donor
+    assert outcomes.deserts(clans, pairs.contrast(model, clans, "clan"), twins)[1] == ()
+    one = outcomes.one(model, clans, arms.nothing(), differs, twins, "front")
+    assert one.deserved == own and one.donor_deserved == donor

@@ -89,7 +89,7 @@ YAML = {
         "    kind: category\n",
         "",
         15,
-        ["the kind of the field 'place' is 'missing'", "number, category, text"],
+        ["the field 'place' has no `kind:`", "number, category, text", "Add it"],
     ),
     "another kind": ("    kind: category", "    kind: choice", 16, ["'choice'", "number, category, text"]),
     "another role": ("    role: merit", "    role: merits", 21, ["'merits'", "'merit', 'protected' or 'other'"]),

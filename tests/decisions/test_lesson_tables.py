@@ -14,6 +14,7 @@ from glassbox_utils.decisions import (
     answer_tables,
     bench_claims,
     bench_figures,
+    cycle_claims,
     cycle_figures,
     letter,
     locate_figures,
@@ -90,14 +91,14 @@ def test_twins_are_named_by_what_differs():
     figure = cycle_figures.draw_twins(
         [(own, donor), (own, own)], torch.tensor([-1.0, 2]), torch.tensor([1.0, 2]), 0, ("a", "b")
     )
-    assert "1 of 2 decisions turn under the other name; Mary in red" in alt_text(figure)
+    assert "1 of 2 decisions turn under the other name; Mary in bold" in alt_text(figure)
     plt.close("all")
 
 
 def test_units_that_carry_and_that_are_frozen():
     table = cycle_figures.carried_table([point("heads", 1, 0.5), point("heads", 3, 0.6), point("neurons", 10, 0.75)])
     assert list(table.index) == ["1 head", "10 neurons"] and table.loc["1 head", "carried"] == "0.50 [0.40, 0.60]"
-    assert table.iloc[0, -1] == "0.00 and 0.10" and cycle_figures.carried_table([]).empty
+    assert table.iloc[0, -2:].tolist() == ["0.00 and 0.10", "1.0"] and cycle_figures.carried_table([]).empty
     links = [
         Link("neurons", "carrier", about(0.7, 0.6, 0.8)),
         Link("neurons", "carrier", about(0.0, 0, 0), "heads at decision"),
@@ -110,8 +111,24 @@ def test_units_that_carry_and_that_are_frozen():
     assert cycle_figures.specificity_table([], [other]).loc["side: a / b"].tolist() == [
         "+1.0",
         "4",
-        "0.90 not specific",
+        "0.90 [0.80, 1.00] not specific",
     ]
+
+
+def test_what_goes_through_the_located_heads_stands_beside_random_ones():
+    free = Link("neurons", "carrier", about(0.7, 0.6, 0.8))
+    ours = Link("neurons", "carrier", about(0.1, 0.0, 0.2), "heads at decision")
+    other = Link("neurons", "carrier", about(0.7, 0.6, 0.8), "random heads at decision")
+    (found,) = cycle_claims.path([free, ours, other])
+    assert found.verdict == "held" and "random heads frozen" in found.control.what
+    same = Link("neurons", "carrier", about(0.65, 0.5, 0.75), "heads at decision")
+    assert cycle_claims.path([free, same, other])[0].verdict == "null" and cycle_claims.path([free, ours]) == []
+
+
+def test_the_field_that_is_looked_at_is_judged_by_the_others():
+    rng = np.random.default_rng(0)
+    moved = torch.tensor(np.abs(rng.normal(size=(12, 4))) + np.array([0.0, 5.0, 0.0, 0.0]))
+    assert cycle_claims.looked_at(moved, 1).verdict == "held" and cycle_claims.looked_at(moved, 0).verdict == "refuted"
 
 
 def test_a_title_says_which_numbers_of_units_were_tried():
@@ -169,12 +186,13 @@ def test_claims_of_any_decision_have_their_verdict_and_control():
     scores = {"first": base, "order": base - 1 + 0.1 * rng.normal(size=30), "facts": base + 0.1 * rng.normal(size=30)}
     turned = bench_claims.order(scores, "section 1")
     assert turned.verdict == "held" and "('first' minus 'order', logits)" in turned.claim and turned.n == 30
-    assert turned.control.what == "'first' minus 'facts'"
+    assert turned.control.what == "'first' minus 'facts', either way" and turned.control.value > 0.05
     areas = {"mean": about(0.4, 0.3, 0.5, 60), "table": about(0.7, 0.6, 0.8, 60)}
     ranks = bench_claims.ranking(areas, "mean", "table", "")
     assert ranks.verdict == "refuted" and ranks.claim.endswith("does (AUC, mean of its wordings)")
-    assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), None, "").verdict == "held"
-    assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), 0.7, "").verdict == "null"
+    assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), [base, scores["facts"]], "")[0].verdict == "held"
+    assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), [base, scores["order"]], "")[0].verdict != "held"
+    assert bench_claims.moved(JOB, about(0.5, 0.4, 0.6), [base], "") == []  # one wording: there is no control
     heads, neurons = bench_claims.carried(
         [point("heads", 10, 0.8), point("neurons", 10, 0.05), point("heads", 1, 0.9)], ""
     )

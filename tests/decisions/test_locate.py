@@ -160,6 +160,40 @@ def test_control_units_are_others_of_like_activity(model, clans):
     assert "no unit (0, 24) among the neurons" in refused(lambda: units.check_units(found.space, [(0, 24)]))
 
 
+def test_the_control_of_the_loudest_units_is_the_loudest_of_the_others(model, clans):
+    """270 heads of which three are far louder than the rest: what is drawn comes from the next, not from the middle."""
+    choose, _ = halves(model, clans)
+    found = units.attribute(model, choose, {"neurons": units.neurons(model)})["neurons"]
+    loud = torch.arange(72.0).view(3, 24)
+    loud[2, 21:] *= 10
+    found = units.Attribution(found.space, found.effect, loud, found.gap)
+    drawn = [units.alike(found, [(2, 21), (2, 22), (2, 23)], seed) for seed in range(10)]
+    assert min(units.activity_of(found, some) for some in drawn) > 60
+
+
+def test_one_direction_may_be_taken_and_all_else_stays(model, clans):
+    _, report = halves(model, clans)
+    stream, axis = units.stream(model, [1]), torch.zeros(model.d_model)
+    axis[0] = 1.0
+    own, whole, none = (Condition("own", (Put(stream, [(1, 0)], axis=a),)) for a in (axis, None, axis * 0))
+    scores = locate.patched(model, report, [Condition("own"), own, whole, none])
+    assert torch.allclose(scores[0], scores[3]) and not torch.allclose(scores[0], scores[2])
+    assert not torch.allclose(scores[1], scores[2]) and untouched(model)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_lists_without_a_split_are_halved_before_they_are_matched(alike):
+    """Who is matched with whom depends on tokens, on ``alike`` and on who is own; who is in which half must not."""
+    template, seen = load_decision("template"), {}
+    words = wrap_model(tiny.network("llama", len(tiny.tokenizer()), positions=1024), tiny.tokenizer(), "random")
+    for own, donor in (("female", "male"), ("male", "female")):
+        differs = pairs.Contrast("gender", own, donor)
+        for part in ("choose", "report"):
+            some = pairs.twins(words, template, differs, part, 40, alike=alike)
+            seen.setdefault(part, set()).update(getattr(t, s)["customer"] for t in some for s in ("own", "donor"))
+    assert seen["choose"] and seen["report"] and not seen["choose"] & seen["report"]
+
+
 # --- the curve ----------------------------------------------------------------------------------------
 
 

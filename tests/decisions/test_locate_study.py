@@ -7,9 +7,11 @@ import matplotlib.pyplot as plt
 import planted
 import pytest
 
+from glassbox_utils.core.statistics import Interval
 from glassbox_utils.decisions import locate_figures as drawn
 from glassbox_utils.decisions import locate_study as study
-from glassbox_utils.decisions import pairs
+from glassbox_utils.decisions import locate_tables as told
+from glassbox_utils.decisions import outcomes, pairs
 from glassbox_utils.decisions.locate_study import Size
 from glassbox_utils.decisions.reading import load_decision
 
@@ -77,7 +79,7 @@ def test_tables_and_pictures_say_what_was_found(tables):
     figure = drawn.draw_curve(points, "behind")
     assert "80% of the gap: 1 head, 1 neuron" in figure._suptitle.get_text() and len(figure.axes) == 2
     chain = drawn.draw_chain(located["chain"], "person")
-    assert "after layer 1" in title(chain) and len(chain.axes) == 3
+    assert "after layer 1" in chain.get_suptitle() and len(chain.axes) == 3
     found = drawn.outcomes_of([drawn.measured_of(m) for m in mended["measured"]], mended["contrast"])
     frontier = drawn.draw_frontier(found)
     assert f"of {len(found) - 1} arms" in title(frontier)
@@ -113,3 +115,63 @@ def test_sizes_shrink():
         assert study.sized() == study.SMALL
     with prepared.at_size(1.0):
         assert study.sized() == Size()
+
+
+@pytest.fixture(scope="module")
+def stored(tables):
+    """The table of the study as it would be stored, of one officer that was mended and one that was not."""
+    located, mended = tables
+    made = {"command": "glassbox study locate", "seed": 0, "finished": "today"}
+    officers = {"first": outcomes.packed({"located": located, "mended": mended}), "second": {"located": located}}
+    return {"provenance": made, "size": list(SIZE), "officers": json.loads(json.dumps(officers))}
+
+
+def test_the_stored_study_as_tables(stored):
+    counts = told.counts_table(stored["officers"])
+    assert list(counts["officer"]) == ["first", "second"] and counts["heads for 80%"][0].startswith("1 [1, 1]")
+    assert counts["heads, all wordings"][0] == "1 to at most 2" and counts["gap"][0].startswith("clan:")
+    shares = told.shares_table(stored["officers"])
+    assert list(shares["units"][:2]) == ["1 heads", "1 neurons"] and "their activity, times" in shares
+    assert shares["random units carry"].str.len().all()
+    again = [drawn.point_of(p) for p in stored["officers"]["first"]["located"]["points"]]
+    assert set(told.apart(stored["officers"]["first"], again)) == {0.0}
+    assert told.apart(stored["officers"]["first"], [replace(again[0], template="nowhere")]) == []
+    whose = told.whose_table(stored["officers"])
+    assert set(whose["verdict"]) == {"specific to what was tested"} and not whose["carry as much of"].any()
+    mended = stored["officers"]["first"]["mended"]
+    wordings = told.wordings_table(mended, ["as it is", "carrier hidden"])
+    assert set(wordings["wording"]) == {"front", "behind"} and wordings["carrier hidden"][0].startswith("0.0 [")
+    assert set(told.pushed_table(mended)["arm"]) >= {"as it is", "affine edit"}
+    assert told.best(mended) in mended["arms"] and set(told.holding(mended["met"])) < set(mended["arms"])
+    pooled = told.together(mended)
+    assert {x["where"] for x in pooled["as it is"]} == {"all"} and set(pooled) <= set(mended["arms"])
+    one = outcomes.outcome([m for m in outcomes.unpacked(mended) if m.arm == "carrier hidden"])
+    assert pooled["carrier hidden"][0]["worst"] == pytest.approx(abs(one.gap.value))
+
+
+def test_units_that_carry_another_gap_are_called_so(stored):
+    changed = json.loads(json.dumps(stored["officers"]))
+    row = changed["first"]["located"]["specificity"][0]
+    row["verdict"] = "not specific"
+    whose = told.whose_table(changed)
+    said = whose.set_index(["officer", "units"])["verdict"].to_dict()
+    assert [v for (name, _), v in said.items() if name == "first"].count("not specific") == 1
+    assert "not specific" not in [v for (name, _), v in said.items() if name == "second"]
+
+
+def test_k_has_ends_and_may_not_be_reached(stored):
+    some = [drawn.point_of(p) for p in stored["officers"]["first"]["located"]["points"] if p["basis"] == "heads"]
+    one = replace(some[0], carried=Interval(0.5, 0.3, 0.9, 5))
+    assert told.k_range([one]) == (None, 1.0, None)
+    assert told.k_range([one, replace(one, k=10, carried=Interval(0.9, 0.85, 0.95, 5))])[0] == pytest.approx(
+        5.6, abs=0.1
+    )
+
+
+def test_findings_of_the_study_have_their_control(stored):
+    found = told.findings(stored, k=2)
+    assert all(f.source == "study locate" and f.control is not None for f in found)
+    by = {f.claim: f for f in found}
+    neurons = by["officer second: 2 located neurons alone carry a share of the gap in clan"]
+    assert neurons.effect > 0.8 and neurons.verdict == "not testable"  # the planted model's other neurons are silent
+    assert next(f for f in found if "closes a share" in f.claim).verdict == "held"

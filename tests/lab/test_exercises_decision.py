@@ -55,7 +55,7 @@ RIGHT_ONES = [
     ("auc", lambda x, y: (pairs(x, y) > 0).mean() + (pairs(x, y) == 0).mean() / 2),
     ("impact_ratio", lambda x, g: min(rates(x, g)) / max(rates(x, g))),
     ("smallest", lambda x: Z * error(x)),
-    ("smallest", lambda x: 3.24 * x.std() / len(x) ** 0.5),
+    ("smallest", lambda x: 3.24 * error(x)),
     ("wording", lambda: {"chat": WORDS + "accepted or rejected?", "opening": "It is"}),
     ("wording", lambda: {"system": "Say accepted or rejected.", "chat": WORDS + "what now?", "opening": "It is"}),
 ]
@@ -90,6 +90,7 @@ WRONG_ONES = [
     ("impact_ratio", lambda x, g: min(rates(x, g, lambda v: (v > 0).sum())) / max(rates(x, g, lambda v: (v > 0).sum())),
      "numbers of people"),
     ("impact_ratio", lambda x, g: min(rates(x, g)), "lowest rate alone"),
+    ("smallest", lambda x: 3.24 * x.std() / len(x) ** 0.5, "`ddof=1`"),
     ("smallest", lambda x: 1.96 * error(x), "half of the samples"),
     ("smallest", lambda x: Z * x.std(ddof=1), "standard error is missing"),
     ("smallest", lambda x: Z * x.std(ddof=1) / len(x), "root of n, not by n"),
@@ -102,6 +103,8 @@ WRONG_ONES = [
     ("wording", lambda: {"chat": WORDS + "accepted or rejected?", "opening": "It is "}, "opening ends in a space"),
     ("wording", lambda: {"chat": WORDS + "is it accepted?", "opening": "It is"}, "accepted alone"),
     ("wording", lambda: {"chat": WORDS + "what do you say?", "opening": "It is"}, "names no answer"),
+    ("wording", lambda: {"chat": WORDS + "acceptedness or rejectedness?", "opening": "It is"}, "names no answer"),
+    ("wording", lambda: {"chat": WORDS + "accepted, or unrejected?", "opening": "It is"}, "accepted alone"),
     ("wording", lambda: {"chat": WORDS + "accepted or rejected?"}, "without an opening"),
     ("wording", lambda: {"chat": THERE, "opening": "This refund is"}, "two that are there"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from glassbox_utils.core import assets
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.lab import formulas, notebooks, site, site_notebooks, site_pages
+from glassbox_utils.lab import formulas, notebooks, site, site_located, site_notebooks, site_pages
 
 PNG = "iVBORw0KGgo="
 LADDER = {
@@ -112,6 +112,21 @@ def test_the_power_page_is_the_study(tmp_path):
     assert page.count("<tr>") == len(table["rates"]) + 1
     changed = table | {"rates": [r | {"value": 0.123, "low": 0.1, "high": 0.2} for r in table["rates"]]}
     assert "12% at 0.25" in site_pages.power(changed, tmp_path / "power.png")
+
+
+def test_the_page_of_where_the_gaps_are_is_the_study(tmp_path):
+    table = site_pages.load_table(assets.DATA / "studies" / "locate.json")
+    page = site_located.located(table, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {f"curve-{name}.png" for name in table["officers"]}
+    carried = table["officers"]["deployed"]["located"]["points"][0]["carried"]["value"]
+    assert f"{carried:.2f} [" in page and page.count("```{figure}") == 2 * len(table["officers"]) + 1
+    assert "All demands are met by" in page or "No arm meets all" in page
+    table["officers"]["deployed"]["located"]["points"][0]["carried"]["value"] = 7.77
+    assert "7.77 [" in site_located.located(table, tmp_path) and "7.77 [" not in page
+    kept = table["officers"]["deployed"]["mended"]["met"]["carrier hidden"]
+    for one in kept:
+        one["holds"] = True
+    assert "All demands are met by: carrier hidden." in site_located.located(table, tmp_path)
 
 
 def test_a_formula_is_drawn_by_the_browser_and_a_broken_one_stays_readable():

@@ -41,7 +41,7 @@ def test_a_vector_that_is_none_is_refused():
             order_study.trained(None, kind)
 
 
-def test_bars_are_counted_from_the_rows():
+def test_numbers_are_counted_from_the_rows():
     def row(condition, tone, second, answers=("Fine.", "Good."), loss=(2.0, 2.0)):
         about = {"tone": tone, "second": second, "loss": loss, "tokens": (2, 2), "answers": answers}
         return {"condition": condition} | about
@@ -52,15 +52,18 @@ def test_bars_are_counted_from_the_rows():
     rows += [row("smaller -1", (0.0, 0.0), (0.0, 0.0)), row("smaller 1", (0.3, 0.3), (1.0, 1.0))]
     for kind, size in (("shared 0", -0.1), ("shared 1", 0.05), ("shuffled 0", 0.15)):
         rows += [row(f"{kind} -1", (0.0, 0.0), (0.0, 0.0)), row(f"{kind} 1", (size, size), (size, size))]
-    found = order_study.bars({"rows": rows})
-    assert found.ordered_by == (0.5, 0.5) and found.ordered == 0.5 and found.catastrophes == 0.5
-    assert found.effect_by == pytest.approx((0.6, 1.25)) and found.times_random_by == pytest.approx((6, 12.5))
-    assert found.times_shuffled_by == pytest.approx((2, 1 / 0.15))
-    assert found.perplexity == pytest.approx((np.e, np.exp(0.5)))
+    table = {"rows": rows}
+    by = {ruler: order_tables.in_order(table, "ordered", [ruler]).tolist() for ruler in order_study.RULERS}
+    assert by == {"tone": [True, False], "second": [True, False]}
+    assert order_tables.in_order(table, "ordered").mean() == 0.5
+    assert order_tables.effect(table, "ordered").value == pytest.approx(0.6)
+    assert order_tables.effect(table, "ordered", "second").value == pytest.approx(1.25)
+    assert order_tables.times(table, "ordered", "shared") == pytest.approx(6)
+    assert order_tables.times(table, "smaller", "shuffled", "second") == pytest.approx(1 / 0.15)
     with pytest.raises(
-        SteeringError, match=r"no vector 'other'\. Allowed: ordered, smaller, shared 0, shared 1, shuff"
+        SteeringError, match=r"no method 'other'\. Allowed: ordered, smaller, shared 0, shared 1, shuff"
     ):
-        order_study.bars({"rows": rows}, "other")
+        order_tables.in_order(table, "other")
 
 
 def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_answers():
@@ -72,12 +75,16 @@ def test_the_shipped_table_is_of_this_recipe_and_its_numbers_are_those_of_its_an
     for row in table["rows"]:
         assert row["tone"] == pytest.approx(style.tone(row["answers"]).round(4).tolist())
         assert len(row["second"]) == len(row["answers"]) in (136, order_study.N_CONTROL)
-    found = order_study.bars(table)
     page = (assets.DATA.parent / "docs" / "tone-vector.md").read_text(encoding="utf-8")
-    for share in (*found.ordered_by, found.ordered, found.catastrophes):
+    lexicon, second, both = (
+        order_tables.in_order(table, "ordered", rulers).mean() for rulers in (["tone"], ["second"], order_study.RULERS)
+    )
+    minus = order_tables.by_condition(table)["ordered -1"]["answers"]
+    for share in (lexicon, second, both, style.catastrophes(minus).mean()):
         assert f"{100 * share:.1f} %" in page  # what the page says is what the table holds
-    for times in (*found.times_random_by, *found.times_shuffled_by):
-        assert f"{times:.1f} times" in page
+    for name, kind in (("ordered", "shared"), ("smaller", "shuffled")):
+        for ruler in order_study.RULERS:
+            assert f"{order_tables.times(table, name, kind, ruler):.1f} times" in page
 
 
 def test_a_centred_reward_asks_for_neither_more_nor_fewer_words():
