@@ -331,9 +331,8 @@ def cluster_bootstrap(
 
     ``clusters`` names the cluster of each value (its name pair, template, seed). Raises StatisticsError below 2.
     A plain percentile interval of few clusters is too narrow (of four it leaves a true 0 outside in a fifth of all
-    samples), so the ends are taken further out, as a t-interval's are; below six clusters even the outermost draws are
-    too near: read it with ``n``. Sources: Davison & Hinkley 1997, section 3.8; the expanded percentile interval,
-    Hesterberg, arXiv 1411.5279.
+    samples), so the ends are taken further out, as a t-interval's are; below six even that is too near: read it with
+    ``n``. Sources: Davison & Hinkley 1997, section 3.8; the expanded interval of Hesterberg, arXiv 1411.5279.
     """
     _check_resampling(level, n_resamples, seed)
     groups = list(_grouped(values, clusters).values())

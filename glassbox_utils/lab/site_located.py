@@ -28,8 +28,8 @@ def located(table: Mapping[str, Any], folder: Path) -> str:
         "*Carried* is the share of the gap that k units bring alone. *Left* is the share that stays when they alone "
         "keep their own values. The control: as many random units, the nearest in activity (the loudest have none as "
         "loud; the table says how near they are). Every interval is over pairs of names or of places: one pair is "
-        "drawn or left with all its cases. **Four places and three names are few**: such intervals are hardly more than "
-        "the range of what was seen.",
+        "drawn or left with all its cases. **Four places and three names are few**: such intervals are hardly more "
+        "than the range of what was seen.",
         "",
         f"Made by `{made['command']}` with seed {made['seed']}, finished {made['finished']}: {size['choose']} pairs "
         f"chose, at most {size['report']} report in each wording, {size['decided']} are decided under each mend. One "

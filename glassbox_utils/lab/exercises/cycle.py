@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassbox_utils.core.statistics import Interval, cluster_bootstrap
+from glassbox_utils.core.statistics import Interval
 from glassbox_utils.decisions import locate
 from glassbox_utils.lab.exercises import WrongError, answer, checker, near, number, tensor, wrong_if
 
@@ -170,9 +170,9 @@ def check_interval(function: Answer) -> None:
         low, high = (float(x) for x in found)
     except (TypeError, ValueError):
         raise WrongError(f"the answer is {found!r:.80}, and should be two numbers: low and high.") from None
-    wanted, cases = (cluster_bootstrap(values, some, n_resamples=500) for some in (names, range(240)))
+    wanted, cases = (solve_interval(values, some, np.random.default_rng(2)) for some in (names, list(range(240))))
     wrong_if(not low <= values.mean() <= high, f"the mean {values.mean():.2f} is not between {low:.2f} and {high:.2f}.")
-    width, right, narrow = high - low, wanted.high - wanted.low, cases.high - cases.low
+    width, right, narrow = high - low, wanted[1] - wanted[0], cases[1] - cases[0]
     wrong_if(width < 2 * narrow, f"the interval is {width:.2f} wide. Twenty cases share a pair of names and are no "
              f"twenty new people: draw whole pairs of names, and it is about {right:.2f}.")  # fmt: skip
     wrong_if(width > 2 * right, f"the interval is {width:.2f} wide: this is the spread of the values (or of single "
