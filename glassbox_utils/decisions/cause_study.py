@@ -49,7 +49,7 @@ def study_cause() -> Path:
     donors = loans.applications(len(people), SEED + 31, "report")
 
     def looked() -> Any:
-        return cycle.attention_to_fields(model, people, CAUSE_LAYOUT).double().numpy().round(3).tolist()
+        return cycle.attention_to_fields(model, people, CAUSE_LAYOUT).double().numpy().round(5).tolist()
 
     def swapped() -> Any:
         return cycle.field_swaps(model, people, CAUSE_LAYOUT, donors).tolist()

@@ -32,13 +32,17 @@ def carried_along(model: Model, choose: Pairs, report: Pairs, layer: int, seed: 
     return locate.share(along - own, donor - own, report.clusters, seed)
 
 
-def pushes(model: Model, choose: Pairs, layer: int, seed: int = 0) -> dict[str, Float[Tensor, " d_model"]]:
-    """``difference``: the groups' mean difference at the carrier after a layer, donor to own; ``random``: a vector of
-    the same length, the control."""
+def pushes(
+    model: Model, choose: Pairs, layer: int, seed: int = 0, draws: int = 1
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """``difference``: the groups' mean difference at the carrier after a layer, donor to own; ``random`` (of several
+    draws ``random 0``, ``random 1``, ...): vectors of the same length, the control."""
     means = levels(model, choose, units.stream(model, [check_layer(model, layer)]), [(layer, 0)], ["carrier"])
     push = (means.own - means.donor)[0]
-    other = torch.randn(push.shape, generator=torch.Generator().manual_seed(seed))
-    return {"difference": push, "random": other / other.norm() * push.norm()}
+    noise = torch.randn(draws, len(push), generator=torch.Generator().manual_seed(seed))
+    noise = noise / noise.norm(dim=-1, keepdim=True) * push.norm()
+    names = ["random"] if draws == 1 else [f"random {i}" for i in range(draws)]
+    return {"difference": push, **dict(zip(names, noise, strict=True))}
 
 
 @torch.no_grad()

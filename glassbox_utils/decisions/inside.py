@@ -15,16 +15,15 @@ Neither was known to find anything; ``planted_study`` measures what they are wor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from glassbox_utils.core import prepared
 from glassbox_utils.core.arguments import whole
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, cluster_bootstrap
-from glassbox_utils.decisions import arms, mitigation, pairs, scoring, units
+from glassbox_utils.decisions import arms, mitigation, pairs, scoring
 from glassbox_utils.decisions.decision import Decision
-from glassbox_utils.decisions.directions import reactivated
+from glassbox_utils.decisions.directions import pushes, reactivated
 from glassbox_utils.decisions.fields import Category, DecisionError, Number, band_of
 from glassbox_utils.decisions.pairs import Contrast
 
@@ -110,11 +109,7 @@ def _one(model: Model, decision: Decision, differs: Contrast, name: str, n: int,
     line = (states[0][0] - states[0][1]).mean(0)
     right = ((states[1][0] - states[1][1]) @ line > 0).float()
     layer = (model.n_layers - 1) // 3
-    means = arms.levels(model, chosen, units.stream(model, [layer]), [(layer, 0)], ["carrier"])
-    push = (means.own - means.donor)[0]
-    noise = torch.randn(draws, len(push), generator=torch.Generator().manual_seed(seed))
-    noise = noise / noise.norm(dim=-1, keepdim=True) * push.norm()
-    vectors = {"difference": push, **{f"random {i}": row for i, row in enumerate(noise)}}
+    vectors = pushes(model, chosen, layer, seed, draws)
     logits = reactivated(model, held, [arms.nothing()], layer, vectors, (0.0, *TIMES))
     by = {
         key: [float((logits["as it is", key, times] - logits["as it is", key, 0.0]).mean()) for times in TIMES]

@@ -103,7 +103,7 @@ def _curve_title(points: Sequence[Point], template: str, bases: Sequence[str]) -
         how = "about " if k not in tried else "at most " if k == min(tried) > 1 else ""  # fewer were not tried
         said.append(f"{how}{k:.0f} {basis if k > 1.5 else basis.removesuffix('s')}")
     thin = "; thin: other templates" if len({p.template for p in points}) > 1 else ""
-    return f"{TARGET:.0%} of the gap: {', '.join(said)} (dashes: random units of like activity{thin})"
+    return f"{TARGET:.0%} of the gap: {', '.join(said)} (dashes: as many random units, the nearest in activity{thin})"
 
 
 def specificity_table(rows: Sequence[Row]) -> Any:

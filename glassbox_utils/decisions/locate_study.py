@@ -478,14 +478,9 @@ def study_locate() -> Path:
         if name == "deployed":
             also = [pairs.contrast(model, decision, *told) for key, told in OFFICERS.items() if key != name]
             fixed = repaired(decision, differs, officers() / name)
-            tables[name]["mended"] = mended(model, decision, differs, size, found, chosen_on, also, fixed, base)
-    return write_table(
-        NAME,
-        load_loan_model(),
-        time.time() - start,
-        size=list(size),
-        officers=rounded({name: outcomes.packed(one) for name, one in tables.items()}),
-    )
+            table = mended(model, decision, differs, size, found, chosen_on, also, fixed, base)
+            tables[name]["mended"] = table | outcomes.packed(table["measured"])
+    return write_table(NAME, load_loan_model(), time.time() - start, size=list(size), officers=rounded(tables))
 
 
 def rounded(x: Any, digits: int = 4) -> Any:

@@ -55,6 +55,9 @@ def counts_table(officers: Mapping[str, Row]) -> Any:
     rows = []
     for name, one in officers.items():
         located, first = one["located"], first_wording(one["located"])
+        if not first:
+            rows.append({"officer": name, "gap": located["contrast"], "logits": "none that could be located"})
+            continue
         points = [locate_figures.point_of(p) for p in located["points"]]
         gap, wordings = Interval(**_ends(located["gaps"][first])), list(dict.fromkeys(p.template for p in points))
         row = {
@@ -70,14 +73,14 @@ def counts_table(officers: Mapping[str, Row]) -> Any:
             row[f"{short(basis)} for {TARGET:.0%}"] = f"{k} [{fewest}, {most}]"
             row[f"{short(basis)}, all wordings"] = _span(points, basis, wordings)
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 def _span(points: Sequence[Point], basis: str, wordings: Sequence[str]) -> str:
     """Fewest and most units that carry TARGET in any wording."""
     every = [[p for p in points if (p.basis, p.template) == (basis, w)] for w in wordings]
-    found = sorted(((k_for(some, TARGET) or float("inf"), i) for i, some in enumerate(every)))
-    ends = [_number(None if k == float("inf") else k, every[i]) for k, i in (found[0], found[-1])]
+    ordered = sorted(every, key=lambda some: k_for(some, TARGET) or float("inf"))
+    ends = [_number(k_for(some, TARGET), some) for some in (ordered[0], ordered[-1])]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
@@ -128,7 +131,8 @@ def whose_table(officers: Mapping[str, Row]) -> Any:
             verdict = "not specific" if bad else "undecided" if said["undecided"] else "specific to what was tested"
             rows.append({
                 "officer": name, "units": f"{mine[0]['k']} {short(basis)}", "verdict": verdict,
-                "carry as much of": ", ".join(said["not specific"]), "undecided": ", ".join(said["undecided"]),
+                "not specific: move much of": ", ".join(said["not specific"]),
+                "undecided": ", ".join(said["undecided"]),
                 "carry little of": ", ".join(said["specific"]), "nothing to carry": ", ".join(said["not tested"]),
             })  # fmt: skip
     return pd.DataFrame(rows)

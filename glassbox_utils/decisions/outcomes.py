@@ -279,22 +279,16 @@ SHARED = ("deserved", "clusters", "others", "donor_deserved")
 """what is the same of a pair whatever is done to it, in whatever words"""
 
 
-def packed(officer: Mapping[str, Any]) -> dict[str, Any]:
-    """An officer's part of a stored table, with what all arms share written once (``pairs``) and units named where an
-    arm was chosen only."""
-    if "mended" not in officer:
-        return dict(officer)
-    found = dict(officer["mended"])
-    found["pairs"] = {row["contrast"]: {key: row[key] for key in SHARED} for row in found["measured"]}
-    found["measured"] = [{k: v for k, v in row.items() if k not in SHARED} for row in found["measured"]]
-    found["tried"] = {
-        name: [{**row, "about": {k: v for k, v in row["about"].items() if k != "units"}} for row in rows]
-        for name, rows in found["tried"].items()
+def packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of what was measured (``measured``), with what all arms share of a contrast's pairs written once
+    (``pairs``)."""
+    return {
+        "pairs": {row["contrast"]: {key: row[key] for key in SHARED} for row in rows},
+        "measured": [{k: v for k, v in row.items() if k not in SHARED} for row in rows],
     }
-    return {**officer, "mended": found}
 
 
-def unpacked(mended: Mapping[str, Any]) -> list[Measured]:
-    """What was measured of every arm, from a table that is ``packed`` or not."""
-    shared = mended.get("pairs", {})
-    return [measured({**row, **shared.get(row["contrast"], {})}) for row in mended["measured"]]
+def unpacked(table: Mapping[str, Any]) -> list[Measured]:
+    """What was measured of every arm, from a table whose rows are ``packed`` or whole."""
+    shared = table.get("pairs", {})
+    return [measured({**row, **shared.get(row["contrast"], {})}) for row in table["measured"]]

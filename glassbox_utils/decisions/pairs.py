@@ -245,18 +245,19 @@ def _names(model: Model, carrier: Carrier, differs: Contrast, part: Part, seed: 
     parted = all(splits & set(SPLITS[name]) for name in SPLITS)
     by_list = []
     for mine, other in both:
-        if parted and mine.split is not None and mine.split not in SPLITS[part]:
+        a, b = mine.values, other.values
+        if not parted or mine.split is None:
+            a, b = _half(a, part, seed), _half(b, part, seed)
+        elif mine.split not in SPLITS[part]:
             continue
-        whole_list = parted and mine.split is not None
-        a, b = (one.values if whole_list else _half(one.values, part, seed) for one in (mine, other))
         by_list.append([_Pair(*names, dict(mine.groups)) for names in _matched(model, a, b, alike)])
     return [pair for some in zip_longest(*by_list) for pair in some if pair]
 
 
-def _half(values: Sequence[str], part: Part, seed: int) -> list[str]:
+def _half(values: Sequence[str], part: Part, seed: int) -> tuple[str, ...]:
     """One part's half of a list: the same one whoever the names are matched with, so that none is in both parts."""
     order = np.random.default_rng(seed).permutation(len(values))
-    return [values[i] for i in sorted(order[::2] if part == "choose" else order[1::2])]
+    return tuple(values[i] for i in sorted(order[::2] if part == "choose" else order[1::2]))
 
 
 def _matched(model: Model, a: Sequence[str], b: Sequence[str], alike: bool) -> list[tuple[str, str]]:

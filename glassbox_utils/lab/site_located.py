@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glassbox_utils.core import figures
-from glassbox_utils.decisions import locate_figures, locate_tables, outcomes
+from glassbox_utils.decisions import locate_figures, locate_tables, outcomes, pairs
 from glassbox_utils.decisions.reading import load_decision
 from glassbox_utils.lab.site_pages import table_html
 
@@ -80,7 +80,9 @@ def _mended(name: str, mended: Mapping[str, Any], folder: Path) -> list[str]:
     over_all = locate_tables.together(mended)
     pooled = locate_tables.holding(over_all)
     n = len(next(m for m in some if m.contrast == mended["contrast"]).own)
-    old = [w for w, form in load_decision("loan-officer").templates.items() if form.split in ("train", "selection")]
+    decision, what = load_decision("loan-officer"), mended["contrast"].split(":")[0]
+    old = {w for w, form in decision.templates.items() if form.split == "train"}
+    old |= set(pairs.choosing_templates(decision, what))
     few = [arm for arm in found if arm in {*holding, *pooled, preferred, "as it is", "retrained"}]
     return [
         f"## What mends officer {name}",

@@ -122,7 +122,8 @@ def stored(tables):
     """The table of the study as it would be stored, of one officer that was mended and one that was not."""
     located, mended = tables
     made = {"command": "glassbox study locate", "seed": 0, "finished": "today"}
-    officers = {"first": outcomes.packed({"located": located, "mended": mended}), "second": {"located": located}}
+    packed = mended | outcomes.packed(mended["measured"])
+    officers = {"first": {"located": located, "mended": packed}, "second": {"located": located}}
     return {"provenance": made, "size": list(SIZE), "officers": json.loads(json.dumps(officers))}
 
 
@@ -137,7 +138,7 @@ def test_the_stored_study_as_tables(stored):
     assert set(told.apart(stored["officers"]["first"], again)) == {0.0}
     assert told.apart(stored["officers"]["first"], [replace(again[0], template="nowhere")]) == []
     whose = told.whose_table(stored["officers"])
-    assert set(whose["verdict"]) == {"specific to what was tested"} and not whose["carry as much of"].any()
+    assert set(whose["verdict"]) == {"specific to what was tested"} and not whose["not specific: move much of"].any()
     mended = stored["officers"]["first"]["mended"]
     wordings = told.wordings_table(mended, ["as it is", "carrier hidden"])
     assert set(wordings["wording"]) == {"front", "behind"} and wordings["carrier hidden"][0].startswith("0.0 [")
@@ -147,6 +148,15 @@ def test_the_stored_study_as_tables(stored):
     assert {x["where"] for x in pooled["as it is"]} == {"all"} and set(pooled) <= set(mended["arms"])
     one = outcomes.outcome([m for m in outcomes.unpacked(mended) if m.arm == "carrier hidden"])
     assert pooled["carrier hidden"][0]["worst"] == pytest.approx(abs(one.gap.value))
+
+
+def test_an_officer_without_a_gap_is_said_to_have_none(stored):
+    nothing = {"located": stored["officers"]["second"]["located"] | {"gaps": {"front": {"skipped": "no gap"}},
+                                                                    "points": [], "specificity": []}}  # fmt: skip
+    counts = told.counts_table({"none": nothing, "second": stored["officers"]["second"]}).set_index("officer")
+    assert counts.loc["none", "logits"] == "none that could be located" and not counts.loc["none", "heads for 80%"]
+    assert counts.loc["second", "heads for 80%"] and told.whose_table({"none": nothing}).empty
+    assert told.findings({"officers": {"none": nothing}}) == []
 
 
 def test_units_that_carry_another_gap_are_called_so(stored):

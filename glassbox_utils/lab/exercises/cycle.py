@@ -181,7 +181,7 @@ def check_interval(function: Answer) -> None:
              "as many pairs as there are, with replacement, 1,000 times; take 2.5 % off at both ends.")  # fmt: skip
 
 
-def solve_interval(values: Any, clusters: Sequence[str], rng: np.random.Generator) -> tuple[float, float]:
+def solve_interval(values: Any, clusters: Sequence[Any], rng: np.random.Generator) -> tuple[float, float]:
     names = list(dict.fromkeys(clusters))
     groups = [values[np.array(clusters) == name] for name in names]
     means = []
