@@ -49,7 +49,7 @@ $(ASK): requirements-web.lock $(DONE)
 	@touch $@
 
 run: assets $(MORE)  ## run the notebooks on the model and write the site of what they found to build/site
-	@$(BIN)/glassbox run $(NOTEBOOK) --model "$(MODEL)" --site $(RUNS); code=$$?; \
+	@$(BIN)/glassbox run $(NOTEBOOK) $(if $(MODEL),--model "$(MODEL)") --site $(RUNS); code=$$?; \
 	test ! -e $(RUNS)/runs.json || $(BIN)/glassbox site --runs $(RUNS) --out $(SITE) || exit; exit $$code
 
 site: assets $(MORE) $(if $(WEB),$(ASK))  ## the same site of the shipped outputs, with pages of features (WEB=1: and the model to ask)

@@ -1,5 +1,7 @@
 """How Sphinx builds the site. `glassbox site` (lab/site.py) copies this folder and adds all other pages."""
 
+from pathlib import Path
+
 project = "Glassbox"
 html_title = "Glassbox"
 author = copyright = "the Glassbox authors"
@@ -27,6 +29,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_copy_source = html_show_sourcelink = False
 html_show_search_summary = False  # it fetches pages, which a browser refuses from file://
+html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_sidebars = {"index": [], "ask": [], "results": [], "gallery": [], "glossary": []}
 html_theme_options = {
     "logo": {"text": "Glassbox"},

@@ -335,7 +335,7 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
             if what in ("mentions", "names it"):
                 control = _never(draws, what, _drawn_words(shown_method))
             nothing = 0.0 if rung == 4 else 1.0
-            claim = f"the clamp that is shown: {claim}"
+            claim = f"the clamp on the bridge: {claim}"
             claims.append(
                 Finding.measured(claim, rung, mine[what], "prompts", control, side=side, null=nothing, source=source)
             )
@@ -389,7 +389,7 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
     _, forbid = forbidden(report)
     if shown_method in forbid:
         control = Control.measured("other group", "the same prompts, nothing held", forbid["none"])
-        claim = "the clamp that is shown: share of answers with a late mention where the prompt forbids it"
+        claim = "the clamp on the bridge: share of answers with a late mention where the prompt forbids it"
         claims.append(
             Finding.measured(claim, 4, forbid[shown_method], "prompts", control, side="above", null=None, source=source)
         )
@@ -402,7 +402,7 @@ def side_effects(price: Mapping[str, Interval], lost: Mapping[str, Interval], sh
     push = next((m for m in price if controls(m, shown_method)), None)
     if push:
         control = Control.measured("random units", f"one draw of {_drawn_words(shown_method)}", price[push])
-        claim = "the clamp that is shown: rise of the loss on held-out text (nats per token)"
+        claim = "the clamp on the bridge: rise of the loss on held-out text (nats per token)"
         claims.append(Finding.measured(claim, 5, price[shown_method], "texts", control, source=source))
     if "the name's features" in lost and "features as active" in lost:
         control = Control.measured(

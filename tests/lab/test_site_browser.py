@@ -163,6 +163,19 @@ def test_search_finds_induction_by_keyboard_alone(browser, small):
     assert page.locator("main h1").count() == 1
 
 
+def test_search_puts_pages_that_explain_before_modules(browser, small):
+    """``tokenize`` is the name of a function, whose page would lead without docs/site/scorer.js."""
+    page = browser.new_context(viewport=DESKTOP, offline=True).new_page()
+    page.goto((small / "search.html").as_uri() + "?q=tokenize")
+    page.wait_for_selector("#search-results li a", timeout=180_000)
+    page.wait_for_timeout(2_000)  # it shows them one by one
+    links = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    modules = [link.startswith("api/") for link in links]
+    assert any(modules), links
+    assert modules == sorted(modules), links
+    assert not modules[0], links
+
+
 def test_the_first_tab_leads_past_the_navigation(browser, small):
     page = browser.new_context(viewport=DESKTOP, offline=True).new_page()
     page.goto((small / "results.html").as_uri())

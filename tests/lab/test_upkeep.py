@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,39 @@ def test_container_and_binder_use_what_exists():
     assert os.access(post, os.X_OK) and "python -m glassbox_utils assets --fetch" in post.read_text()
     words = (ROOT / "docs" / "elsewhere.md").read_text()
     assert all(re.search(rf"\| {place}.*\*\*not tested", words) for place in ("VS Code", "Binder", "Colab", "conda"))
+
+
+WAYS = [
+    "run", "run NOTEBOOK=01", "run MODEL=gpt2 NOTEBOOK=02", "site", "site WEB=1", "workshop", "workshop NOTEBOOK=03",
+    "reproduce", "reproduce QUICK=1", "kit", "kit CHECK=1", "compat", "saes", "assets",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="without make")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_commands_call_glassbox_with_arguments_that_it_takes(way, tmp_path):
+    """``make run`` once passed ``--model ""``, which is refused: the first command of the README did nothing."""
+    dry = ["make", "--dry-run", "--always-make", f"VENV={tmp_path}", *way.split()]
+    said = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    calls = re.findall(r"bin/glassbox ([^;&|>\n]*)", said)
+    assert calls, said
+    for call in calls:
+        assert cli.parser().parse_args(shlex.split(call.replace("$name", "topk-8192-l14"))), call
+
+
+def test_the_locks_install_on_the_oldest_python_that_is_promised():
+    """Debian 12 has 3.11.2: one locked package once wanted 3.11.5."""
+    Specifiers = pytest.importorskip("packaging.specifiers").SpecifierSet
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    wrong = []
+    for name in re.findall(r"^([\w.-]+)==", "\n".join(p.read_text() for p in ROOT.glob("requirements*.lock")), re.M):
+        try:
+            wants = metadata.metadata(name)["Requires-Python"]
+        except metadata.PackageNotFoundError:
+            continue  # of a lock that is not installed here
+        if wants and f"{oldest}.0" not in Specifiers(wants):
+            wrong.append(f"{name} wants {wants}")
+    assert wrong == []
 
 
 def test_every_link_to_a_file_leads_to_one():

@@ -56,7 +56,7 @@ def test_findings_hold_by_their_controls_and_fall_without_them(report, choice):
     verdicts = {claim.split(":")[-1].strip()[:24]: f.verdict for claim, f in claims.items()}
     assert verdicts["share among the 5 % that"] == "held"
     assert (
-        claims["the clamp that is shown: share of answers with a late mention where the prompt forbids it"].verdict
+        claims["the clamp on the bridge: share of answers with a late mention where the prompt forbids it"].verdict
         == "held"
     )
     same = copy.deepcopy(choice)
