@@ -1,6 +1,7 @@
 """The commands for readers: site, workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def _officer() -> Any:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
+    from glassbox_utils.core.errors import GlassboxError
     from glassbox_utils.core.files import check_output
     from glassbox_utils.lab import reproduce
 
@@ -129,8 +131,12 @@ def _reproduce(args: argparse.Namespace) -> int:
     for source in chosen:
         done = reproduce.kept(out / "rows.json", source) if args.go_on else None
         print(f"{source.name}: {len(source.numbers)} numbers{', kept from an earlier run' if done else ''}", flush=True)
-        done = done or reproduce.compute(source)
-        reproduce.keep(out / "rows.json", source, done)
+        try:
+            done = done or reproduce.compute(source)
+            reproduce.keep(out / "rows.json", source, done)
+        except GlassboxError as reason:  # its numbers count as outside; the other sources are computed all the same
+            print(f"glassbox: {source.name} can't be computed here: {reason}", file=sys.stderr, flush=True)
+            done = reproduce.missing(source)
         rows += done
         page, _ = reproduce.write(rows, out)
     print(reproduce.as_text(rows))

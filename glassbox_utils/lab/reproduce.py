@@ -217,6 +217,11 @@ def compute(source: Source) -> list[Row]:
     return [Row(number, now.get(number.what), seconds) for number in source.numbers]
 
 
+def missing(source: Source) -> list[Row]:
+    """The rows of a source that could not be computed."""
+    return [Row(number, None, 0.0) for number in source.numbers]
+
+
 def as_text(rows: Sequence[Row]) -> str:
     """The table in Markdown: what is outside first."""
     lines = ["| | where | what | stated | recomputed | tolerance | seconds |", "|---|---|---|---|---|---|---|"]

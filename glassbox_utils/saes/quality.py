@@ -256,22 +256,31 @@ def _reports(
     return reports, measure
 
 
+def training_rows(model: Model, config: TrainConfig, rows: int) -> Float[Tensor, "row pos d_model"]:
+    """Activations of the first rows of training text, of the kind that ``held_out`` measures on.
+
+    Of a blend that is its real part: a baseline that is fitted on what a model wrote and measured on other text would
+    be a weaker opponent, and nobody could fit it again without that text.
+    """
+    site, documents = site_of(config.hook), corpora.load_corpus(blends.real_part(config.corpus))
+    packed = itertools.islice(corpora.pack(model, documents, config.context), rows)
+    return torch.cat([a[site] for _, a in stream_activations(model, packed, [site])])
+
+
 def evaluate_again(name_or_path: str | Path, rows: int = 64) -> dict[str, dict[str, tuple[float, float]]]:
     """Metrics of a shipped SAE and of its baselines as (card, now): kind -> metric -> two numbers.
 
-    Needs neither the harvest nor the checkpoint: mean and baselines are fitted on the first ``rows`` rows of the
-    training text (the card used a whole shard, so a difference of some thousandths is no news).
+    Needs neither the harvest nor the checkpoint, nor text that a model wrote: mean and baselines are fitted on the
+    first ``rows`` rows of the training text (the card used a whole shard, so a difference of some thousandths is no
+    news).
     """
     whole("rows", rows, 1, SaeError)
     load_sae(name_or_path)  # a wrong name, or a damaged folder, fails here
     folder = folder_of(name_or_path)
     config = read_config(folder)
     card = schema.read_mapping(folder / "card.json", SaeError, "a folder that train-sae has written")
-    model, site = load_model(config.model), site_of(config.hook)
-    sae = load_sae(folder, model)
-    packed = corpora.pack(model, corpora.load_corpus(config.corpus), config.context)
-    x = torch.cat([a[site] for _, a in stream_activations(model, itertools.islice(packed, rows), [site])])
-    reports, _ = _reports(model, sae, config, x)
+    model = load_model(config.model)
+    reports, _ = _reports(model, load_sae(folder, model), config, training_rows(model, config, rows))
     known = card["metrics"]  # an older card lacks what came later
     return {
         kind: {k: (known[kind][k], v) for k, v in r.numbers.items() if k in known[kind]} for kind, r in reports.items()
@@ -283,7 +292,9 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
     saved, site = read_checkpoint(work), site_of(config.hook)
     if saved is None:
         raise SaeError(f"There is no checkpoint in {work}. Train first: `glassbox train-sae CONFIG`.")
-    state, sae, x = saved.state, load_sae(folder, model), first_shard(config, model)
+    state, sae = saved.state, load_sae(folder, model)
+    blend = blends.real_part(config.corpus) != config.corpus
+    x = training_rows(model, config, config.rows_per_shard) if blend else first_shard(config, model)
     reports, measure = _reports(model, sae, config, x)
     # What notebook 03 computes again, on text that needs only one small package.
     wiki = corpora.token_rows(model, corpora.load_corpus("wiki", "held"), 24, config.context).tokens

@@ -99,3 +99,16 @@ def test_the_command_ends_with_1_if_a_number_is_outside(tmp_path, monkeypatch, c
     assert "1 outside" in capsys.readouterr().out or code
     assert json.loads((tmp_path / "rows.json").read_text())["s0"][0]["recomputed"] == 1 + change
     assert "| w | x | 1 |" in (tmp_path / "reproduced.md").read_text()
+
+
+def test_a_source_that_cant_be_computed_here_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def refuse():
+        raise ReproduceError("There is no text. `glassbox write-text` writes it.")
+
+    first = Source("s0", (Number("w", "x", 1.0, 0.1),), refuse)
+    second = Source("s1", (Number("w", "y", 2.0, 0.1),), lambda: {"y": 2.0})
+    monkeypatch.setattr(reproduce, "sources", lambda officer: [first, second])
+    assert cli.main(["reproduce", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "s0 can't be computed here: There is no text." in said.err and "2 numbers, 1 outside" in said.out
+    assert list(json.loads((tmp_path / "rows.json").read_text())) == ["s1"]  # the other is tried again with --go-on
