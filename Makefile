@@ -29,7 +29,7 @@ help:  ## this list
 # The lock is the full resolved set; the package itself is installed without dependencies on top of it.
 $(DONE): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Glassbox needs Python 3.11 or newer; set PYTHON=")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python && test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV): about five minutes, once, without further words"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -49,10 +49,11 @@ $(ASK): requirements-web.lock $(DONE)
 	@touch $@
 
 run: assets $(MORE)  ## run the notebooks on the model and write the site of what they found to build/site
-	@$(BIN)/glassbox run $(NOTEBOOK) $(if $(MODEL),--model "$(MODEL)") --site $(RUNS); code=$$?; \
+	@$(BIN)/glassbox run $(NOTEBOOK) $(if $(MODEL),--model "$(MODEL)") --site $(RUNS); code=$$?; test $$code -ne 2 || exit 2; \
 	test ! -e $(RUNS)/runs.json || $(BIN)/glassbox site --runs $(RUNS) --out $(SITE) || exit; exit $$code
 
 site: assets $(MORE) $(if $(WEB),$(ASK))  ## the same site of the shipped outputs, with pages of features (WEB=1: and the model to ask)
+	@echo "Building the site: about four minutes, without further words"
 	$(BIN)/glassbox site --out $(SITE) --features 24 $(if $(WEB),--ask)
 
 lab: assets  ## JupyterLab on the notebooks

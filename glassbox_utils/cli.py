@@ -55,7 +55,11 @@ def _run(args: argparse.Namespace) -> int:
     notebooks.find(args.notebook)
     notebooks.runs_of(check_output(args.site, "--site", folder=True))
     parameters = {"MODEL": args.model} if args.model else None
-    notebooks.build_site(Path(args.site), args.notebook, parameters, args.cell_minutes)
+    try:
+        notebooks.build_site(Path(args.site), args.notebook, parameters, args.cell_minutes)
+    except notebooks.SomeStoppedError as error:  # not 2: there are pages, of which a site can be built
+        print(f"glassbox: {error}", file=sys.stderr)
+        return 1
     print(f"Open {Path(args.site) / 'index.html'}")
     return 0
 

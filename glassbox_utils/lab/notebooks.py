@@ -46,6 +46,10 @@ class NotebookError(GlassboxError):
     """A notebook that does not exist, a parameter that it does not have, or a cell that failed."""
 
 
+class SomeStoppedError(NotebookError):
+    """Notebooks of a run that stopped; the pages of all are written."""
+
+
 class StoppedError(NotebookError):
     """A notebook that stopped in one of its cells; it keeps what was computed until then."""
 
@@ -346,7 +350,7 @@ def build_site(
     """Execute notebooks into ``target`` as pages with an index; what has not changed is not run again.
 
     A notebook that stops leaves the page of what it computed, marked in the index, and runs again next time; after the
-    last notebook NotebookError names all that stopped. ``runs.json`` keeps findings, for ``glassbox compare``.
+    last notebook SomeStoppedError names all that stopped. ``runs.json`` keeps findings, for ``glassbox compare``.
     """
     chosen, runs, wanted = find(names), runs_of(target), placed(parameters)
     subject = subjects.subject_of(wanted.get("MODEL"))
@@ -366,6 +370,9 @@ def build_site(
             notebook, seconds, peak = error.notebook, error.seconds, error.peak
             stopped = {"stopped": error.where}
             failed.append(str(error))
+        except KeyboardInterrupt:
+            print(f"{path.stem}: interrupted, it begins again next time. Kept: {', '.join(sorted(runs)) or 'nothing'}")
+            raise
         with files.atomic_path(page) as partial:
             partial.write_text(to_html(notebook), encoding="utf-8")
         kept.parent.mkdir(exist_ok=True)
@@ -391,7 +398,7 @@ def build_site(
     with files.atomic_path(target / "index.html") as partial:
         partial.write_text(_index(runs), encoding="utf-8")
     if failed:
-        raise NotebookError(f"These notebooks stopped; {target / 'index.html'} shows them:\n" + "\n".join(failed))
+        raise SomeStoppedError(f"These notebooks stopped; {target / 'index.html'} shows them:\n" + "\n".join(failed))
     return [Run(name, run["seconds"], run["peak_gib"], f"{name}.html") for name, run in runs.items()]
 
 

@@ -150,6 +150,12 @@ def power(table: Mapping[str, Any], picture: Path) -> str:
         f"officers {alarm['value'] * alarm['n']:.0f} were accused "
         f"({alarm['value']:.2f} [{alarm['low']:.2f}, {alarm['high']:.2f}])."
     )
+    found = [rates["curve", "all", size, "found"] for size in sizes]
+    missed = [
+        f"<tr><td>{size:g}</td><td>{r['value'] * r['n']:.0f} of {r['n']}</td><td>{1 - r['value']:.0%}</td>"
+        f"<td>{1 - r['high']:.0%} to {1 - r['low']:.0%}</td></tr>"
+        for size, r in zip(sizes, found, strict=True)
+    ]
     columns = ("what", "of which", "size, points of the merit rule", "share", "95 % interval", "n")
     words = {"found": "found", "right": "found and named right", "alarm": "false alarm", "again": "said again"}
     rows = []
@@ -169,6 +175,13 @@ def power(table: Mapping[str, Any], picture: Path) -> str:
             "that rule.",
             "",
             said,
+            "",
+            "## How small a bias would have been missed?",
+            "",
+            table_html("Missed, by size", ("size of the bias, points", "found", "missed", "95 % interval"), missed),
+            "",
+            "Notebook 07 says the same of one audit of one model, in logits: the smallest effect that it would have "
+            "found with 90 % power.",
             "",
             "Intervals are Wilson's, over officers. *Named right*: the group that was planted is the one that is "
             "named.",

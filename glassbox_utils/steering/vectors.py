@@ -299,8 +299,8 @@ def load_vector(path: str | Path) -> Vector:
     if missing := [p for p in (card, tensors) if not os.path.isfile(p)]:
         shipped = sorted(p.stem for p in prepared.path("vectors").glob("*.json"))
         raise SteeringError(
-            f"There is no steering vector {str(path)[:200]!r}: a card (.json) and a tensor (.safetensors) are needed, "
-            f"{' and '.join(p.suffix for p in missing)} is missing. Vectors of {prepared.folder()}: "
+            f"There is no steering vector {str(path)[:200]!r}: it needs a card and a tensor, and there is no "
+            f"{' and no '.join(p.name for p in missing)}. Vectors of {prepared.folder()}: "
             f"{', '.join(shipped) or 'none'}."
         )
     values = schema.read_mapping(card, SteeringError, EXAMPLE)

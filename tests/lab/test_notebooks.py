@@ -11,6 +11,7 @@ import bs4
 import nbformat
 import pytest
 
+from glassbox_utils import cli
 from glassbox_utils.lab import notebooks
 from glassbox_utils.lab.notebooks import NotebookError
 
@@ -199,6 +200,31 @@ def test_a_notebook_that_stops_keeps_what_it_computed(tmp_path, monkeypatch, cap
     assert "stopped" not in (site / "index.html").read_text().lower()
     assert "stopped" not in notebooks.runs_of(site)["07_small"]
     capsys.readouterr()
+
+
+def test_the_command_says_by_its_status_whether_there_is_a_page(tmp_path, monkeypatch, capsys):
+    """1: notebooks stopped, a site can be made of their pages; 2: nothing was run, and `make run` stops there."""
+    made(tmp_path / "07_small.ipynb", ("code", "missing_name"))
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    assert cli.main(["run", "--site", str(tmp_path / "site")]) == 1
+    assert "These notebooks stopped" in capsys.readouterr().err
+    assert cli.main(["run", "9", "--site", str(tmp_path / "site")]) == 2
+
+
+def test_an_interrupted_run_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    for name in ("06_first", "07_second"):
+        made(tmp_path / f"{name}.ipynb", ("code", "1"))
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    whole = notebooks.execute
+
+    def interrupted(path, *rest):
+        if path.stem == "07_second":
+            raise KeyboardInterrupt
+        return whole(path, *rest)
+
+    monkeypatch.setattr(notebooks, "execute", interrupted)
+    assert cli.main(["run", "--site", str(tmp_path / "site")]) == 130
+    assert "07_second: interrupted, it begins again next time. Kept: 06_first" in capsys.readouterr().out
 
 
 def test_one_that_stopped_is_run_again_though_nothing_changed(tmp_path, monkeypatch):
