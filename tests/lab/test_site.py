@@ -109,9 +109,11 @@ def test_the_power_page_is_the_study(tmp_path):
     table = site_pages.load_table(assets.DATA / "studies" / "audit_power.json")
     page = site_pages.power(table, tmp_path / "power.png")
     assert (tmp_path / "power.png").stat().st_size > 1000
-    assert page.count("<tr>") == len(table["rates"]) + 1
+    assert page.count("<tr>") == len(table["rates"]) + 1 + len(table["settings"]["sizes"]) + 1
     changed = table | {"rates": [r | {"value": 0.123, "low": 0.1, "high": 0.2} for r in table["rates"]]}
-    assert "12% at 0.25" in site_pages.power(changed, tmp_path / "power.png")
+    other = site_pages.power(changed, tmp_path / "power.png")
+    assert "12% at 0.25" in other
+    assert "<td>0.25</td><td>10 of 79</td><td>88%</td><td>80% to 90%</td>" in other
 
 
 def test_the_page_of_where_the_gaps_are_is_the_study(tmp_path):
