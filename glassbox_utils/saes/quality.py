@@ -267,22 +267,19 @@ def training_rows(model: Model, config: TrainConfig, rows: int) -> Float[Tensor,
     return torch.cat([a[site] for _, a in stream_activations(model, packed, [site])])
 
 
-def evaluate_again(name_or_path: str | Path, rows: int | None = None) -> dict[str, dict[str, tuple[float, float]]]:
+def evaluate_again(name_or_path: str | Path) -> dict[str, dict[str, tuple[float, float]]]:
     """Metrics of a shipped SAE and of its baselines as (card, now): kind -> metric -> two numbers.
 
-    Needs neither the harvest nor the checkpoint, nor text that a model wrote: mean and baselines are fitted on the
-    first ``rows`` rows of the training text; without a number on as many as the card's, a shard.
+    Needs neither the harvest nor the checkpoint, nor text that a model wrote: mean and baselines are fitted on as
+    many rows of the training text as the card's, a shard.
     """
-    if rows is not None:
-        whole("rows", rows, 1, SaeError)
     load_sae(name_or_path)  # a wrong name, or a damaged folder, fails here
     folder = folder_of(name_or_path)
     config = read_config(folder)
     card = schema.read_mapping(folder / "card.json", SaeError, "a folder that train-sae has written")
     model = load_model(config.model)
-    reports, _ = _reports(
-        model, load_sae(folder, model), config, training_rows(model, config, rows or config.rows_per_shard)
-    )
+    x = training_rows(model, config, config.rows_per_shard)
+    reports, _ = _reports(model, load_sae(folder, model), config, x)
     known = card["metrics"]  # an older card lacks what came later
     return {
         kind: {k: (known[kind][k], v) for k, v in r.numbers.items() if k in known[kind]} for kind, r in reports.items()
