@@ -300,7 +300,7 @@ def load_vector(path: str | Path) -> Vector:
         shipped = sorted(p.stem for p in prepared.path("vectors").glob("*.json"))
         raise SteeringError(
             f"There is no steering vector {str(path)[:200]!r}: it needs a card and a tensor, and there is no "
-            f"{' and no '.join(p.name for p in missing)}. Vectors of {prepared.folder()}: "
+            f"{' and no '.join(p.name[:200] for p in missing)}. Vectors of {prepared.folder()}: "
             f"{', '.join(shipped) or 'none'}."
         )
     values = schema.read_mapping(card, SteeringError, EXAMPLE)
