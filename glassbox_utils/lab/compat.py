@@ -106,11 +106,12 @@ def _packages(binary: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
-def _suite(binary: Path, where: Sequence[str]) -> str:
+def _suite(binary: Path, where: Sequence[str], folder: Path) -> str:
     command = [str(binary), "-m", "pytest", *where, "-q", "-p", "no:cacheprovider", "-m", SUITE]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+    (folder / "suite.txt").write_text(done.stdout + done.stderr, encoding="utf-8")  # which tests failed, and why
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     return (
         re.sub(r" in [\d.:]+s.*| in \d+.*", "", lines[-1]).strip(" =")
@@ -144,7 +145,7 @@ def try_one(
         versions,
         installed,
         _packages(binary),
-        _suite(binary, where) if where else "not run",
+        _suite(binary, where, folder) if where else "not run",
         {number: _notebook(binary, number, folder) for number in numbers},
         _minutes(start),
         time.strftime("%Y-%m-%d"),
