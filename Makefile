@@ -18,7 +18,7 @@ FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py loss
 	$(addprefix saes/test_,features.py clamping.py reading.py) \
 	$(addprefix decisions/test_,cycle.py))
 
-.PHONY: help run site lab test lint bench assets saes clean workshop reproduce kit compat
+.PHONY: help run site lab test lint bench assets saes clean workshop reproduce kit compat seeds
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -83,6 +83,9 @@ kit: assets  ## one archive for machines without a network, in build/kit (CHECK=
 
 compat: assets  ## install and test on other Pythons (PYTHONS="python3.11 python3.13"), lock and newest; hours
 	$(BIN)/glassbox compat --python $(or $(PYTHONS),$(PYTHON))
+
+seeds: assets  ## the notebooks with SEED 1 to 4, and which findings keep their verdict; two hours, resumable
+	$(BIN)/glassbox seeds $(NOTEBOOK)
 
 # Each line goes on where it was stopped; the second width shares the harvest of the first. docs/saes.md says how long.
 saes: assets  ## the model writes text, and the large SAEs are trained on it and evaluated (a night on two cores)

@@ -1,4 +1,4 @@
-"""The commands for readers: site, workshop, reproduce, kit, compat. As in ``cli``, each is a short function."""
+"""The commands for readers: site, workshop, reproduce, kit, compat, seeds. As in ``cli``, each is a short function."""
 
 import argparse
 import sys
@@ -187,6 +187,22 @@ def _compat(args: argparse.Namespace) -> int:
     return int(bad > 0)
 
 
+def _seeds(args: argparse.Namespace) -> int:
+    from glassbox_utils.lab import notebooks, seeds
+
+    paths = notebooks.find(args.notebook)
+    for path in paths:
+        rows = seeds.merged(seeds.read(), seeds.committed(path))
+        for other in seeds.missing(rows, path, args.seeds):
+            row = seeds.try_one(path, other)
+            rows = seeds.merged(seeds.merged(seeds.read(), seeds.committed(path)), row)
+            seeds.write(rows)  # after each: a stopped call goes on where it was
+            print(f"{path.stem}, SEED {other}: {row.stopped or f'{len(row.findings)} findings'}", flush=True)
+        seeds.write(rows)
+    print(f"Table: {seeds.PAGE}")
+    return int(any(row.stopped for row in seeds.read()))
+
+
 def add_to(commands: Any) -> None:
     """Register the sub-commands of this file."""
     p = commands.add_parser("site", help="the executed notebooks as one static site with search")
@@ -233,3 +249,8 @@ def add_to(commands: Any) -> None:
     p.add_argument("--tests", type=text, nargs="+", default=["tests"], help="paths of the unit suite")
     p.add_argument("--no-suite", action="store_true", help="notebooks only")
     p.set_defaults(function=_compat)
+
+    p = commands.add_parser("seeds", help="run notebooks with other seeds; writes which findings keep their verdict")
+    p.add_argument("notebook", type=text, nargs="*", help="numbers or beginnings of names; without: all")
+    p.add_argument("--seeds", type=seed, nargs="+", default=[1, 2, 3, 4], help="values of SEED (default: 1 2 3 4)")
+    p.set_defaults(function=_seeds)

@@ -84,14 +84,22 @@ def found_head(part: Table, head: Sequence[int], claim: str, unit: str, side: An
     )
 
 
-def extra_loss(curve: Table, seed: int = 0) -> tuple[Any, Finding]:
-    """What ablation costs: the induction heads, both kinds of random sets, and heads that look one back, one by one."""
+def extra_loss(curve: Table, found: Sequence[Head], seed: int = 0) -> tuple[Any, Finding]:
+    """What ablation costs: the induction heads ``found``, both kinds of random sets, and single heads, one by one."""
     clean = np.array(curve["clean"])
     lost = bootstrap_ci(np.array(curve["top"]) - clean, seed=seed)
     drawn = {kind: (np.array(curve[kind]) - clean).mean(-1) for kind in ("random", "matched")}
     rows = [{"ablated": f"the {curve['k']} induction heads", "extra loss (nats)": shown(lost, "+.2f")}]
     for kind, what in (("random", "of the same layers"), ("matched", "of equal norm")):
         rows.append({"ablated": f"random heads {what}", "extra loss (nats)": spread(drawn[kind])})
+    few = curve["curve"]
+    if 1 in few["ks"]:
+        first = few["ks"].index(1)
+        one = bootstrap_ci(np.array(few["top"][first]) - clean, seed=seed)
+        name = f"{named(found[:1])} alone, the strongest of them"
+        rows.append({"ablated": name, "extra loss (nats)": shown(one, "+.2f")})
+        single = (np.array(few["random"][first]) - clean).mean(-1)
+        rows.append({"ablated": "one random head of the same layers", "extra loss (nats)": spread(single)})
     for head, cost in zip(curve["alone"]["heads"], curve["alone"]["cost"], strict=True):
         name = f"{named([head])} alone, which looks one token back"
         rows.append({"ablated": name, "extra loss (nats)": shown(bootstrap_ci(cost, seed=seed), "+.2f")})

@@ -46,7 +46,7 @@ def test_container_and_binder_use_what_exists():
 
 WAYS = [
     "run", "run NOTEBOOK=01", "run MODEL=gpt2 NOTEBOOK=02", "site", "site WEB=1", "workshop", "workshop NOTEBOOK=03",
-    "reproduce", "reproduce QUICK=1", "kit", "kit CHECK=1", "compat", "saes", "assets",
+    "reproduce", "reproduce QUICK=1", "kit", "kit CHECK=1", "compat", "saes", "assets", "seeds", "seeds NOTEBOOK=06",
 ]  # fmt: skip
 
 
