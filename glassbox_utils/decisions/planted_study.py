@@ -8,10 +8,14 @@ with a seed of its own, so that no two share people and wordings. Some seven hou
 measured; resumable officer by officer.
 """
 
+import functools
+import hashlib
+import json
 import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +25,7 @@ import numpy as np
 from glassbox_utils.core import prepared
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval, cluster_bootstrap, exact_ci
-from glassbox_utils.core.studies import SEED, resumed, write_table
+from glassbox_utils.core.studies import SEED, StudyError, read_table, resumed, write_table
 from glassbox_utils.decisions import inside, judging, loans, planted, search, training
 from glassbox_utils.decisions import lessons as teaching
 from glassbox_utils.decisions import probes as asking
@@ -65,21 +69,50 @@ def sized() -> Size:
 
 
 def study_planted() -> Path:
-    """Every lesson and every shipped officer; a killed run goes on where it was."""
+    """Every lesson and every shipped officer. The table is written after each, and says who waits: a killed run goes on
+    where it was, also on another machine, from the table alone."""
     begun, size, decision = time.monotonic(), sized(), load_decision(DECISION)
-    rows = [shipped(decision, name, size) for name in loans.loan_models() if name in training.recipes()]
-    rows += [taught(decision, lesson, size) for lesson in teaching.lessons(decision).values()]
+    jobs = [shipped(decision, name, size) for name in loans.loan_models() if name in training.recipes()]
+    jobs += [taught(decision, lesson, size) for lesson in teaching.lessons(decision).values()]
     about = {"steps": size.steps, "n": size.n, "start": START, "bar": judging.BAR, "size": size._asdict()}
-    return write_table(
-        NAME, prepared.load_subject(), time.monotonic() - begun, settings=about, scores=scores(rows), officers=rows
-    )
+    rows = _earlier([job.key for job in jobs])
+    for job in jobs:
+        if job.key not in rows:
+            rows[job.key] = resumed(NAME, job.key, job.work) | {"key": job.key}
+        done = [rows[one.key] for one in jobs if one.key in rows]
+        path = write_table(
+            NAME, prepared.load_subject(), time.monotonic() - begun, settings=about,
+            waiting=[one.officer for one in jobs if one.key not in rows], scores=scores(done), officers=done,
+        )  # fmt: skip
+    return path
 
 
-def taught(decision: Decision, lesson: Lesson, size: Size) -> dict[str, Any]:
+class Job(NamedTuple):
+    """One officer: what it depends on, and the work."""
+
+    officer: str
+    key: str
+    work: Callable[[], dict[str, Any]]
+
+
+def _earlier(keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of a table that an earlier run wrote, of those that still are what the study asks for."""
+    with suppress(StudyError):
+        return {row["key"]: row for row in read_table(NAME)["officers"] if row.get("key") in keys}
+    return {}
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
+
+
+def taught(decision: Decision, lesson: Lesson, size: Size) -> Job:
     """One lesson: taught, or found in the cache, and looked at."""
     start = loans.officers() / START if START in loans.loan_models() else None
-    key = [prepared.card().model_hash, planted.digest(decision, lesson), list(size), start is None, SEED]
-    return resumed(NAME, ["taught", lesson.name, *key], _taught, decision, lesson, size, start)
+    about = [prepared.card().model_hash, planted.digest(decision, lesson), list(size), start is None, SEED]
+    return Job(
+        lesson.name, _key("taught", lesson.name, *about), functools.partial(_taught, decision, lesson, size, start)
+    )
 
 
 def _taught(decision: Decision, lesson: Lesson, size: Size, start: Path | None) -> dict[str, Any]:
@@ -90,11 +123,11 @@ def _taught(decision: Decision, lesson: Lesson, size: Size, start: Path | None) 
     return {"trained seconds": round(spent)} | looked_at(model, decision, lesson, size)
 
 
-def shipped(decision: Decision, name: str, size: Size) -> dict[str, Any]:
+def shipped(decision: Decision, name: str, size: Size) -> Job:
     """A shipped officer, as one more lesson; opens the sealed key."""
     lesson = Lesson(name, "shipped", HISTORIES[training.recipes()[name]["bias"]])
-    model = loans.load_loan_model(name)
-    return resumed(NAME, ["shipped", name, model.hash, list(size), SEED], looked_at, model, decision, lesson, size)
+    key = _key("shipped", name, loans.load_loan_model(name).hash, list(size), SEED)
+    return Job(name, key, lambda: looked_at(loans.load_loan_model(name), decision, lesson, size))
 
 
 def looked_at(model: Model, decision: Decision, lesson: Lesson, size: Size) -> dict[str, Any]:

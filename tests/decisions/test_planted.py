@@ -252,8 +252,32 @@ def test_the_command_trains_audits_looks_inside_and_goes_on(short, capsys):
     woken = next(r for r in table["scores"]["white box"] if (r["measure"], r["of"]) == ("woken", "all"))
     assert woken["auc"]["value"] == 1 and woken["guessing"] == 1  # one attribute: naming it first is no feat
     assert cli.main(["study", "planted-officers"]) == 0 and short == ["clan", "fair"]
+    assert table["waiting"] == []
     with pytest.raises(KeyError):
         planted_study.rate(table, "biased", "nosuch")
+
+
+def test_a_killed_run_leaves_a_table_and_goes_on_from_it_alone(short, monkeypatch, tmp_path):
+    work = planted_study._taught
+
+    def killed(decision, lesson, *rest):
+        if lesson.name == "fair":
+            raise KeyboardInterrupt
+        return work(decision, lesson, *rest)
+
+    monkeypatch.setattr(planted_study, "_taught", killed)
+    with pytest.raises(KeyboardInterrupt):
+        planted_study.study_planted()
+    table = studies.read_table("planted_officers")
+    assert table["waiting"] == ["fair"] and [row["officer"] for row in table["officers"]] == ["clan"]
+    monkeypatch.setattr(planted_study, "_taught", work)
+    monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "another machine")
+    planted_study.study_planted()
+    table = studies.read_table("planted_officers")
+    assert short == ["clan", "fair"] and table["waiting"] == [] and len(table["officers"]) == 2
+    monkeypatch.setattr(planted_study, "sized", lambda: Size(3, 24, 12, 8, 2))
+    planted_study.study_planted()  # asks for something else: nothing of the table is kept
+    assert short == ["clan", "fair"] * 2
 
 
 def test_guessing_is_what_as_many_random_accusations_reach():
