@@ -2,8 +2,8 @@
 
 Interventions that are active apply."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,33 @@ def perplexity_ratio(losses: NDArray, counts: NDArray, others: NDArray, other_co
     A statistic of four paired samples: ``bootstrap_ci((*plain, *changed), perplexity_ratio)`` resamples the texts.
     """
     return float(np.exp(others.sum() / other_counts.sum() - losses.sum() / counts.sum()))
+
+
+@torch.no_grad()
+def text_divergences(
+    model: Model,
+    texts: Sequence[str],
+    changed: Callable[[], AbstractContextManager[Any]],
+    max_tokens: int = 256,
+    other: Model | None = None,
+) -> tuple[NDArray, NDArray]:
+    """Summed KL(as it is || inside ``changed()``) in nats, and number of positions, of each text.
+
+    Unlike a ratio of perplexities it grows with *every* change of what is foreseen, also of a model that reads a text
+    badly: damage can't pass for a gain. The first token is left out. ``other``: the model that is inside, if not the
+    same one.
+    """
+    if not texts:
+        raise ModelError("There is no text to compare on. Give at least one.")
+    sums, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
+    for i, text in enumerate(progress(list(texts), "divergence")):
+        batch = tokenize(model, [text], max_tokens=min(max_tokens, model.n_context))
+        plain = log_probabilities(model, batch)
+        with changed():
+            moved = log_probabilities(other or model, batch)
+        kl = (plain.exp() * (plain - moved)).sum(-1)
+        sums[i], counts[i] = float(kl.double().sum()), len(kl)
+    return sums, counts
 
 
 @contextmanager

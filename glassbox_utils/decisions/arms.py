@@ -10,6 +10,7 @@ nothing does stays as it is.
 What an arm is made of is fitted and chosen on the choose part (``choose``); ``outcomes`` measures it on other people.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -390,11 +391,25 @@ def perplexity_ratio(
     return losses.perplexity_ratio(*plain, *_left_on(arm, model, texts, max_tokens))
 
 
-def price(
-    arm: Arm, model: Model, texts: Sequence[str], plain: tuple[Any, Any], max_tokens: int = 128, seed: int = 0
-) -> Interval:
-    """``perplexity_ratio`` with an interval over the texts."""
-    return bootstrap_ci((*plain, *_left_on(arm, model, texts, max_tokens)), losses.perplexity_ratio, seed=seed)
+def prices(
+    several: Sequence[Arm], model: Model, texts: Sequence[str], max_tokens: int = 128, seed: int = 0
+) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """What each arm costs ordinary text when it is left on, by name, with intervals over the texts: perplexity (times
+    that of the model as it is), and KL(as it is || with the arm) in nats a token."""
+    plain = losses.text_losses(model, texts, max_tokens)
+    perplexity, divergence = dict[str, Interval](), dict[str, Interval]()
+    for arm in several:
+        used = arm.model or model
+        sample = (*plain, *_left_on(arm, model, texts, max_tokens))
+        perplexity[arm.name] = bootstrap_ci(sample, losses.perplexity_ratio, seed=seed)
+        on = functools.partial(arm.on, used, True)
+        moved = losses.text_divergences(model, texts, on, max_tokens, used)
+        divergence[arm.name] = bootstrap_ci(moved, _share, seed=seed)
+    return perplexity, divergence
+
+
+def _share(sums: Any, counts: Any) -> float:
+    return float(sums.sum() / max(1, counts.sum()))
 
 
 def _left_on(arm: Arm, model: Model, texts: Sequence[str], max_tokens: int) -> tuple[Any, Any]:

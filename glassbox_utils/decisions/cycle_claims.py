@@ -95,17 +95,21 @@ def closed(measured: Sequence[Measured], arm: str, random: str, plain: str = "as
 
 
 def mended(
-    measured: Sequence[Measured], costs: Mapping[str, Interval], arm: str, random: str, source: str = ""
-) -> list[Finding]:
-    """What holding the located units does to the gap, and what it costs ordinary text."""
+    measured: Sequence[Measured], costs: Mapping[str, Interval], moved: Mapping[str, Interval],
+    arm: str, random: str, source: str = "",
+) -> list[Finding]:  # fmt: skip
+    """What holding the located units does to the gap, and what it costs ordinary text (``arms.prices``)."""
     ours, other = closed(measured, arm, random)
     control = Control.measured("random units", "as many neurons of like activity, held alike", other)
     claim = "located neurons held at their mean close a share of the gap"
     cost = Control.measured("random units", "as many neurons of like activity, held alike", costs[random])
     paid = "holding them costs ordinary text, without any gate (perplexity, times)"
+    also = Control.measured("random units", "as many neurons of like activity, held alike", moved[random])
+    changed = "holding them changes what is foreseen of ordinary text (KL to the officer as it is, nats a token)"
     return [
         Finding.measured(claim, 3, ours, UNIT, control, side="above", source=source),
         Finding.measured(paid, 5, costs[arm], "texts", cost, side="above", null=1.0, source=source),
+        Finding.measured(changed, 5, moved[arm], "texts", also, side="above", source=source),
     ]
 
 

@@ -235,8 +235,11 @@ def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -
 # --- the arms -----------------------------------------------------------------------------------------
 
 
-def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval]) -> Any:
-    """What each arm does to decisions and to ordinary text; two numbers are those of the two groups."""
+def arms_table(
+    found: Mapping[str, Outcome], costs: Mapping[str, Interval], moved: Mapping[str, Interval] | None = None
+) -> Any:
+    """What each arm does to decisions and to ordinary text; two numbers are those of the two groups. ``costs``,
+    ``moved``: as ``arms.prices`` gives them."""
     import pandas as pd
 
     rows = []
@@ -247,7 +250,8 @@ def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval]) -> A
             "gap, points": _said(one.gap, 0), "gap, logits": _said(one.logits, 2),
             "approved %": _two(one.approved), "of the undeserving": _two(one.wrongly_approved),
             "right": f"{one.merit.value:.2f}", "perplexity ×": "–" if cost is None else _said(cost, 2),
-        } | ({} if one.decides else {"decides": "no"}))  # fmt: skip
+        } | ({} if moved is None else {"KL, nats": _said(moved[name], 2) if name in moved else "–"}) | (
+            {} if one.decides else {"decides": "no"}))  # fmt: skip
     return pd.DataFrame(rows).set_index("arm")
 
 
@@ -259,23 +263,23 @@ def _two(shares: tuple[float, float]) -> str:
     return " / ".join("–" if np.isnan(x) else f"{100 * x:.0f}" for x in shares)
 
 
-def draw_arms(found: Mapping[str, Outcome], costs: Mapping[str, Interval], plain: str = "as it is") -> Any:
-    """The gap that each arm leaves, and what it costs ordinary text when it is left on."""
+def draw_arms(found: Mapping[str, Outcome], moved: Mapping[str, Interval], plain: str = "as it is") -> Any:
+    """The gap that each arm leaves, and how much it changes on ordinary text when it is left on (``arms.prices``)."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7.8, 0.9 + 0.32 * len(found)), sharey=True, width_ratios=(1.4, 1))
     for y, (name, one) in enumerate(found.items()):
         colour = RED if name == plain else GREY if "random" in name else BLUE
-        for axis, x in zip(axes, (one.logits, costs.get(name)), strict=True):
+        for axis, x in zip(axes, (one.logits, moved.get(name)), strict=True):
             if x is not None:
                 bar = [[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]]
                 axis.errorbar(x.value, y, xerr=bar, fmt="o", color=colour, ms=5)
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].invert_yaxis()
     axes[0].axvline(0, color="black", lw=0.7)
-    axes[1].axvline(1, color="black", lw=0.7)
+    axes[1].axvline(0, color="black", lw=0.7)
     axes[0].set_xlabel("gap that is left, logits")
-    axes[1].set_xlabel("perplexity of ordinary text, times")
+    axes[1].set_xlabel("KL on ordinary text, nats a token")
     quarter = abs(found[plain].logits.value) / 4
     closing = [name for name, one in found.items() if abs(one.logits.value) < quarter and name != plain]
     axes[0].set_title(f"{len(closing)} of {len(found) - 1} arms leave less than a quarter of the gap (grey: random)")

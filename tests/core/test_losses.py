@@ -1,11 +1,14 @@
 """Losses of answers and texts are those that the model computes, in a batch as alone."""
 
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 from glassbox_utils.core.interventions import not_first
-from glassbox_utils.core.losses import answer_losses, log_probabilities, perplexity_ratio
+from glassbox_utils.core.losses import answer_losses, log_probabilities, perplexity_ratio, text_divergences
+from glassbox_utils.core.models import ModelError
 from glassbox_utils.core.statistics import bootstrap_ci
 from glassbox_utils.core.text import chat, tokenize
 
@@ -47,3 +50,29 @@ def test_the_perplexity_ratio_is_that_of_the_two_perplexities():
     assert perplexity_ratio(*plain, *plain) == 1
     interval = bootstrap_ci((*plain, *changed), perplexity_ratio)
     assert interval.low < by_hand < interval.high and interval.n == 2
+
+
+def test_a_divergence_is_the_sum_by_hand_and_grows_where_perplexity_falls(llama):
+    def shifted(by):
+        @contextmanager
+        def on():
+            hook = llama.hf.register_forward_hook(lambda m, a, out: setattr(out, "logits", out.logits + by))
+            try:
+                yield
+            finally:
+                hook.remove()
+
+        return on
+
+    texts = ["w1 w2 w3 w4", "w5"]
+    sums, counts = text_divergences(llama, texts, shifted(0.0))
+    assert sums == pytest.approx(0, abs=1e-5) and counts.tolist() == [
+        len(tokenize(llama, [text]).input_ids[0]) - 1 for text in texts
+    ]
+    bias = torch.randn(llama.hf.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    sums, counts = text_divergences(llama, texts, shifted(bias))
+    p = log_probabilities(llama, tokenize(llama, texts[:1]))
+    q = (p + bias).log_softmax(-1)
+    assert sums[0] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+    with pytest.raises(ModelError, match="at least one"):
+        text_divergences(llama, [], nullcontext)

@@ -1,6 +1,7 @@
 """Arms: what they do on a planted llama whose cause is known, what they leave alone, and how outcomes are counted."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import planted
@@ -149,6 +150,20 @@ def test_the_chosen_arm_is_cheap_and_closes_most(model, clans, setting):
     cheap = [t for t in tried if t.perplexity <= arms.PERPLEXITY and t.merit >= 0.5]
     assert all(math.isfinite(t.perplexity) for t in tried) and cheap
     assert "candidates holds 0 Arms" in refused(lambda: arms.choose(model, clans, twins, "front", [], TEXTS))
+
+
+def test_what_an_arm_costs_ordinary_text_is_nothing_for_nothing_and_more_for_more(model):
+    space, axis = units.stream(model, [0]), torch.eye(64)[:1]
+    one, two = (
+        arms.of_hold(f"at {x:g}", "units", Hold(space, ((0, 0),), torch.full((1, 64), x), axis, "coordinate"))
+        for x in (0.0, 40.0)
+    )
+    other = replace(arms.retrained(planted.model(bias=0)), name="another model")
+    perplexity, divergence = arms.prices([replace(arms.nothing(), name="off"), one, two, other], model, TEXTS)
+    assert list(perplexity) == list(divergence) == ["off", one.name, two.name, "another model"]
+    assert perplexity["off"].value == 1 and divergence["off"].value == pytest.approx(0, abs=1e-6)
+    assert 0 < divergence[one.name].value < divergence[two.name].value
+    assert all(x.low <= x.value <= x.high for x in (*perplexity.values(), *divergence.values()))
 
 
 def test_what_is_pushed_back_turns_decisions_unless_it_is_cut_downstream(model, clans, setting):
