@@ -73,7 +73,8 @@ def study_planted() -> Path:
     where it was, also on another machine, from the table alone."""
     begun, size, decision = time.monotonic(), sized(), load_decision(DECISION)
     jobs = [shipped(decision, name, size) for name in loans.loan_models() if name in training.recipes()]
-    jobs += [taught(decision, lesson, size) for lesson in teaching.lessons(decision).values()]
+    some = sorted(teaching.lessons(decision).values(), key=lambda one: kind_of(decision, one) != "evader")
+    jobs += [taught(decision, lesson, size) for lesson in some]  # evaders first: a table of a killed run has them
     about = {"steps": size.steps, "n": size.n, "start": START, "bar": judging.BAR, "size": size._asdict()}
     rows = _earlier([job.key for job in jobs])
     for job in jobs:
