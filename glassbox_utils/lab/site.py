@@ -21,7 +21,7 @@ import nbformat
 from glassbox_utils.core import figures, files, prepared
 from glassbox_utils.core.assets import DATA, ROOT
 from glassbox_utils.core.errors import GlassboxError
-from glassbox_utils.lab import notebooks, site_located, site_notebooks, site_pages
+from glassbox_utils.lab import notebooks, site_located, site_notebooks, site_pages, site_planted
 from glassbox_utils.lab.site_notebooks import Lesson
 
 SOURCE, DOCS = ROOT / "docs" / "site", ROOT / "docs"
@@ -139,6 +139,13 @@ def build(
     return out / "index.html", warnings
 
 
+def _power(source: Path) -> str:
+    """The audit's power on penalties that are read from the text, and on trained officers as far as there are any."""
+    studies, planted = DATA / "studies", DATA / "studies" / "planted_officers.json"
+    page = site_pages.power(site_pages.load_table(studies / "audit_power.json"), source / "power.png")
+    return page + ("\n" + site_planted.trained(site_pages.load_table(planted)) if planted.exists() else "")
+
+
 def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], features: Mapping[str, str]) -> None:
     """All pages as Sphinx reads them: what is written by hand, the notebooks, and what is made of data."""
     shutil.copytree(SOURCE, source)
@@ -155,9 +162,7 @@ def write_sources(source: Path, lessons: Sequence[Lesson], only: Sequence[str], 
     texts: dict[str, str] = {
         "results.md": site_pages.results(lessons),
         "gallery.md": site_pages.gallery(lessons, static / "gallery"),
-        "power.md": site_pages.power(
-            site_pages.load_table(DATA / "studies" / "audit_power.json"), source / "power.png"
-        ),
+        "power.md": _power(source),
         "located.md": site_located.located(site_pages.load_table(DATA / "studies" / "locate.json"), source),
         "notebooks/index.md": _listed("Notebooks", [lesson.name for lesson in lessons], _about(lessons)),
         **features,

@@ -21,6 +21,7 @@ from glassbox_utils.decisions.lessons import Lesson, Loss, Where
 from glassbox_utils.decisions.planted_study import Size
 from glassbox_utils.decisions.reading import load_decision
 from glassbox_utils.decisions.verdicts import Effect
+from glassbox_utils.lab import site_planted
 
 LOAN, HIRING = load_decision("loan-officer"), load_decision("hiring")
 LESSONS = teaching.lessons(LOAN)
@@ -253,6 +254,11 @@ def test_the_command_trains_audits_looks_inside_and_goes_on(short, capsys):
     assert woken["auc"]["value"] == 1 and woken["guessing"] == 1  # one attribute: naming it first is no feat
     assert cli.main(["study", "planted-officers"]) == 0 and short == ["clan", "fair"]
     assert table["waiting"] == []
+    page = site_planted.trained(table)
+    assert "<td>clan</td><td>biased</td>" in page and "Not finished" not in page
+    assert "**Not finished:** fair wait." in site_planted.trained(table | {"waiting": ["fair"]})
+    guilty["learnt"][0]["logits"] |= {"low": -0.1, "high": 0.1}
+    assert "(not learnt)" in site_planted.trained(table) and "(not learnt)" not in page
     with pytest.raises(KeyError):
         planted_study.rate(table, "biased", "nosuch")
 
