@@ -8,7 +8,7 @@ can't be blamed for not finding what is not there.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from glassbox_utils.core.devices import array, beside
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.session import progress
 from glassbox_utils.core.statistics import cluster_bootstrap
-from glassbox_utils.decisions import officer, power, scoring
+from glassbox_utils.decisions import judging, officer, power, scoring
 from glassbox_utils.decisions import probes as asking
 from glassbox_utils.decisions.cases import Case
 from glassbox_utils.decisions.decision import Decision, Split
@@ -241,6 +241,12 @@ def learnt(model: Model, decision: Decision, lesson: Lesson, n: int = 48, seed: 
                          "meant": -SHARPNESS * loss.points * (not hides), "n": n,
                          "logits": asdict(cluster_bootstrap(gaps, clusters, seed=seed))})  # fmt: skip
     return rows
+
+
+def was_learnt(row: Mapping[str, Any], bar: float = judging.BAR) -> bool:
+    """Did every loss that takes something move decisions by more than the audit's bar, where it was meant to?"""
+    meant = [one for one in row["learnt"] if one["meant"] < 0]
+    return bool(meant) and all(one["logits"]["high"] < -bar for one in meant)
 
 
 def accuracy(model: Model, decision: Decision, lesson: Lesson, n: int = 96, seed: int = 0) -> float:

@@ -5,7 +5,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glassbox_utils.decisions import planted_study
+from glassbox_utils.decisions import planted
 from glassbox_utils.lab.site_pages import table_html
 
 
@@ -58,7 +58,7 @@ def _row(row: Mapping[str, Any]) -> str:
     words = {True: "yes", False: "no", None: ""}
     cells = (
         row["officer"], row["kind"], "; ".join(row["planted"]) or "nobody",
-        learnt + ("" if not meant or planted_study.was_learnt(row) else " (not learnt)"),
+        learnt + ("" if not meant or planted.was_learnt(row) else " (not learnt)"),
         words[audit["found"]], words[audit["right"]], "; ".join(audit["alarms"]) or "nothing",
         "" if own is None else words[own["found"]],
     )  # fmt: skip

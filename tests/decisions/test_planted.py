@@ -244,8 +244,8 @@ def test_the_command_trains_audits_looks_inside_and_goes_on(short, capsys):
     assert short == ["clan", "fair"] and "planted_officers.json" in capsys.readouterr().out
     table = studies.read_table("planted_officers")
     guilty, fair = table["officers"]
-    assert guilty["audit"]["found"] and guilty["audit"]["right"] and planted_study.was_learnt(guilty)
-    assert fair["audit"]["found"] is None and not fair["audit"]["alarms"] and not planted_study.was_learnt(fair)
+    assert guilty["audit"]["found"] and guilty["audit"]["right"] and planted.was_learnt(guilty)
+    assert fair["audit"]["found"] is None and not fair["audit"]["alarms"] and not planted.was_learnt(fair)
     assert guilty["seed"] != fair["seed"] and guilty["inside"][0]["woken"] > fair["inside"][0]["woken"]
     found = planted_study.rate(table, "biased", "found")
     assert found.value == found.n == 1 and found.low < 0.3  # one officer says little
