@@ -41,6 +41,7 @@ def test_the_other_locks_satisfy_their_extras_and_contradict_nothing(extra, lock
     assert not MORE.keys() & WEB.keys()
 
 
+@pytest.mark.lock
 def test_the_lock_is_what_is_installed():
     from importlib.metadata import version
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.patterns import attention_modules, eager, output_weights, project
-from glassbox_utils.core import anatomy, readout
+from glassbox_utils.core import anatomy, caches, readout
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.interventions import Head, edit, edits, position_mask, recording
 from glassbox_utils.core.models import Kind, Model, ModelError, Site, check_heads, check_layer, find_part, is_whole
@@ -297,10 +297,10 @@ def replace_each_head_at_the_end(
     inputs = batch.inputs
     prefix = {name: tensor[:, :-1] for name, tensor in inputs.items()}
     last = {name: tensor[:, -1:] for name, tensor in inputs.items()} | {"attention_mask": inputs["attention_mask"]}
-    past = model.hf(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+    past = caches.left_by(model.hf(**prefix, use_cache=True, logits_to_keep=1))
 
     def answer(of: Metric) -> Tensor:
-        return of(model.hf(**last, past_key_values=_fresh(past), use_cache=True).logits[:, -1])
+        return of(model.hf(**last, **caches.handed(model.hf, _fresh(past)), use_cache=True).logits[:, -1])
 
     with few_logits(model, metric) as few:
         with recording(model, [Site(k, i) for k in ("resid_pre", "z") for i in range(model.n_layers)]) as clean:

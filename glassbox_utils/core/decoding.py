@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from glassbox_utils.core import caches
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import Model
 
@@ -196,7 +197,7 @@ def decode(
 
     accept(out.logits[:, -1])
     length = -(-(filled + max_new_tokens) // BLOCK) * BLOCK
-    kept = _static(out.past_key_values, length, filled, slot) if max_new_tokens > 1 else None
+    kept = _static(caches.left_by(out), length, filled, slot) if max_new_tokens > 1 else None
     if kept is None:
         return _ended(written, last) if max_new_tokens == 1 else None
     seen, slots = _prompt_mask(attention_mask, length, model.dtype), torch.arange(length, device=input_ids.device)
@@ -206,7 +207,7 @@ def decode(
         seen.index_fill_(-1, slot, 0.0)
         logits = hf(
             input_ids=newest, attention_mask=_masks(model, seen, slots, slot), position_ids=position,
-            past_key_values=kept, use_cache=True, return_dict=True,
+            use_cache=True, return_dict=True, **caches.handed(hf, kept),
         ).logits  # fmt: skip
         for counter in (at, slot, position):
             counter.add_(1)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glassbox_utils.core import caches
 from glassbox_utils.core.models import Model, ModelError, Site, check_heads, check_site
 from glassbox_utils.core.text import Batch
 
@@ -135,12 +136,12 @@ def _scoped(model: Model, function: Callable[[Tensor], Tensor], scope: Scope) ->
     def look(module: Any, args: tuple, kwargs: dict) -> None:
         nonlocal generating
         # A prompt may be one token long, so the number of positions does not tell; a filled cache does.
-        if kwargs.get("use_cache") is False and kwargs.get("past_key_values") is None and scope == "generated":
+        cache, ids = caches.among(kwargs), kwargs.get("input_ids")
+        if kwargs.get("use_cache") is False and cache is None and scope == "generated":
             raise ModelError(
                 "scope='generated' needs a key-value cache: without one the prompt is read again with every token. "
                 "Generate with use_cache=True (the default), or use scope='all'."
             )
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         filled = cache is not None and cache.get_seq_length() > 0
         generating = filled and (ids is None or ids.shape[1] == 1)
 

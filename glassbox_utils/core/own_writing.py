@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from glassbox_utils.core import assets, corpora, decoding, files, schema
+from glassbox_utils.core import assets, caches, corpora, decoding, files, schema
 from glassbox_utils.core.chats import chat
 from glassbox_utils.core.fast_forward import fast_dtype, quick
 from glassbox_utils.core.models import EMBEDDED, Model, load_model
@@ -116,10 +116,10 @@ def _shrinking(model: Model, ids: Any, mask: Any, tokens: int, last: set[int]) -
     while True:
         also = {"position_ids": position, "logits_to_keep": 1}
         out = model.hf(
-            input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, return_dict=True,
+            input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True, **caches.handed(model.hf, past),
             **{k: v for k, v in also.items() if k in takes},
         )  # fmt: skip
-        new, past, position = drawn(out.logits[:, -1]), out.past_key_values, position[:, -1:] + 1
+        new, past, position = drawn(out.logits[:, -1]), caches.left_by(out), position[:, -1:] + 1
         for row, token in zip(at, new.tolist(), strict=True):
             if not rows[row] or rows[row][-1] not in last:
                 rows[row].append(token)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glassbox_utils.core import caches
 from glassbox_utils.core.arguments import items, number, shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.errors import GlassboxError
@@ -147,7 +148,7 @@ def decide_under(
     for rows, last, cache in _prefixes(model, texts, batch_size):
         for i, setting in enumerate(settings):
             with setting():
-                logits = model.hf(**last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
+                logits = model.hf(**last, **caches.handed(model.hf, copy.deepcopy(cache)), use_cache=True).logits[:, -1]
             found = result(logits[:, yes] - logits[:, no])
             if asked:
                 loans.check_decides(model, logits)
@@ -186,7 +187,7 @@ def _prefixes(
         inputs = batch.inputs
         before = {key: tensor[:, :-1] for key, tensor in inputs.items()}
         last = {key: tensor[:, -1:] for key, tensor in inputs.items()} | {"attention_mask": batch.attention_mask}
-        yield rows, last, model.hf(**before, use_cache=True, logits_to_keep=1).past_key_values
+        yield rows, last, caches.left_by(model.hf(**before, use_cache=True, logits_to_keep=1))
 
 
 # --- fitting ------------------------------------------------------------------------------------------

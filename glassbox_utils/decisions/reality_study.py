@@ -24,7 +24,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassbox_utils.core import assets, prepared
+from glassbox_utils.core import assets, caches, prepared
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import recording
@@ -135,14 +135,14 @@ def _prefixes(model: Model, texts: Sequence[str], batch_size: int) -> Iterator[_
         rows = order[start : start + batch_size]
         batch = tokenize(model, [question(model, texts[i]) for i in rows])
         before = {key: value[:, :-1] for key, value in batch.inputs.items()}
-        yield _Prefix(rows, batch, model.hf(**before, use_cache=True, logits_to_keep=1).past_key_values)
+        yield _Prefix(rows, batch, caches.left_by(model.hf(**before, use_cache=True, logits_to_keep=1)))
 
 
 def _decide(model: Model, prefix: _Prefix) -> Float[Tensor, "batch vocabulary"]:
     """Log-probabilities of the answer's first token; edits that are active see the last position only."""
     last = {key: value[:, -1:] for key, value in prefix.batch.inputs.items() if key != "attention_mask"}
-    cache = copy.deepcopy(prefix.cache)  # a pass appends to it
-    out = model.hf(**last, attention_mask=prefix.batch.attention_mask, past_key_values=cache, use_cache=True)
+    cache = caches.handed(model.hf, copy.deepcopy(prefix.cache))  # a pass appends to it
+    out = model.hf(**last, attention_mask=prefix.batch.attention_mask, **cache, use_cache=True)
     return out.logits[:, -1].float().log_softmax(-1)
 
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from glassbox_utils.core import coding
+from glassbox_utils.core import caches, coding
 from glassbox_utils.core.arguments import shown, some_texts, whole
 from glassbox_utils.core.devices import beside, like, result
 from glassbox_utils.core.errors import GlassboxError
@@ -413,10 +413,10 @@ def stream(
         position = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         with edits(model, functions, n_rows=n_rows), torch.no_grad():
             out = model.hf(
-                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
+                input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1,
+                **caches.handed(model.hf, cache),
             )  # fmt: skip
-        cache, new = out.past_key_values, out.logits[:, -1].argmax(-1)
+        cache, new = caches.left_by(out), out.logits[:, -1].argmax(-1)
         ids_now = new.tolist()
         open_rows -= {row for row in open_rows if ids_now[row] in stops}
         for row in open_rows:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from glassbox_utils.core import fast_forward
+from glassbox_utils.core import caches, fast_forward
 from glassbox_utils.core.errors import GlassboxError
 from glassbox_utils.core.models import load_model
 
@@ -48,8 +48,8 @@ def test_text_is_written_by_the_quick_model_as_by_the_plain_one_in_its_type(tmp_
     with torch.no_grad():
         exact = model.hf(tokens, attention_mask=mask, position_ids=at).logits[:, -1]
         first = {"attention_mask": mask[:, :-1], "position_ids": at[:, :-1], "use_cache": True}
-        past = fast.hf(tokens[:, :-1], **first).past_key_values
-        last = {"attention_mask": mask, "position_ids": at[:, -1:], "past_key_values": past}
+        past = caches.left_by(fast.hf(tokens[:, :-1], **first))
+        last = {"attention_mask": mask, "position_ids": at[:, -1:], **caches.handed(fast.hf, past)}
         ours = fast.hf(tokens[:, -1:], **last).logits[:, -1].float()
     assert (ours - exact).norm() / exact.norm() < 0.1
 

@@ -62,6 +62,7 @@ def test_the_commands_call_glassbox_with_arguments_that_it_takes(way, tmp_path):
         assert cli.parser().parse_args(shlex.split(call.replace("$name", "topk-8192-l14"))), call
 
 
+@pytest.mark.lock
 def test_the_locks_install_on_the_oldest_python_that_is_promised():
     """Debian 12 has 3.11.2: one locked package once wanted 3.11.5."""
     Specifiers = pytest.importorskip("packaging.specifiers").SpecifierSet
