@@ -163,13 +163,14 @@ def looking_and_doing(
         name_points(axis, [(float(x[h]), float(y[h])) for h in named], [head_name(h) for h in named], 2)
     axes[0, 0].set_ylabel("effect: fall of logit(right) − logit(wrong)\nwhen the head is ablated")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    listed, helping = sum(len(c.heads) for c in chosen.values()), [h for s in sides.values() for h in s.helping]
+    listed, first = sum(len(c.heads) for c in chosen.values()), [x for s in sides.values() for x in s.lookers[:3]]
+    helping, against = sum(x.low > 0 for x in first), sum(x.high < 0 for x in first)
     idle, blind = sum(len(s.idle) for s in sides.values()), sum(len(s.blind) for s in sides.values())
     return titled(
         figure,
-        f"Of the two heads that look most in each family, {sum(helping)} of {len(helping)} help the right answer; yet "
-        f"{idle} of the {listed} that look most act less than the typical head, and {blind} of the {listed} that act "
-        "most look less than it",
+        f"Of the three heads that look most in each family, {helping} of {len(first)} help the right answer beyond "
+        f"doubt and {against} work against it; {idle} of the {listed} that look most act less than the typical head, "
+        f"and {blind} of the {listed} that act most look less than it",
     )
 
 

@@ -24,7 +24,7 @@ from glassbox_utils.attention.prompts import Decisive, DecisiveBatch, another_po
 from glassbox_utils.core.devices import array, beside, result
 from glassbox_utils.core.interventions import Head, recording
 from glassbox_utils.core.models import Model, ModelError, Site
-from glassbox_utils.core.statistics import Interval, reliability
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, reliability
 from glassbox_utils.core.text import Batch
 
 PREDICTORS = {
@@ -165,7 +165,8 @@ def comparison(
 ) -> dict[str, dict[str, dict[str, Interval]]]:
     """Family (and ``mean`` of all) -> row -> kind of ``KINDS`` -> correlation over heads with the effect.
 
-    Rows: every predictor; ``decisive - another`` and so on, the lead of the claim over each opponent; and for ranks
+    Rows: every predictor; ``decisive - another`` and so on, the lead of the claim over each opponent (of the weighted
+    claim over the length that it is weighted with); and for ranks
     ``half`` (random halves of the words against each other) and ``ceiling`` (what a predictor without error could
     reach). ``n`` is the number of decisive words.
     """
@@ -176,7 +177,8 @@ def comparison(
     words["mean"] = sum(words.values())
     table = {}
     for name, rows in draws.items():
-        gaps = {f"decisive - {p}": {k: rows["decisive"][k] - rows[p][k] for k in KINDS} for p in OPPONENTS}
+        pairs = [*(("decisive", p) for p in OPPONENTS), ("weighted", "length")]
+        gaps = {f"{a} - {b}": {k: rows[a][k] - rows[b][k] for k in KINDS} for a, b in pairs}
         table[name] = {
             row: {k: interval(values[k], words[name]) for k in KINDS} for row, values in {**rows, **gaps}.items()
         }
@@ -252,8 +254,8 @@ class BothSides:
 
     place: int
     """of the first looker among all heads by their effect: 1 helps the right answer most"""
-    helping: list[bool]
-    """do the two strongest lookers help?"""
+    lookers: list[Interval]
+    """what each of them takes away from the right answer, the one that looks most first; words are drawn"""
     base_rate: float
     """share of all heads that help"""
     actors: list[Head]
@@ -266,13 +268,13 @@ class BothSides:
     """actors that look less than the typical head"""
 
 
-def both_sides(found: Looking, heads: Sequence[Head]) -> BothSides:
+def both_sides(found: Looking, heads: Sequence[Head], seed: int = 0) -> BothSides:
     """Count for and against, on report prompts, for heads that were chosen on others, strongest first."""
     look, effect, by = found.mean("decisive"), found.mean("effect"), by_word(found.effect, found.words)
     size, actors = effect.abs(), top_heads(by[::2].mean(0).abs(), len(heads))
     return BothSides(
         1 + int((effect > effect[heads[0]]).sum()),
-        [bool(effect[h] > 0) for h in heads[:2]],
+        [bootstrap_ci(by[:, layer, head], seed=seed) for layer, head in heads],
         float((effect > 0).float().mean()),
         actors,
         by[1::2].mean(0),

@@ -17,6 +17,9 @@ from glassbox_utils.core.tables import frame, shown
 Correlations = Mapping[str, Mapping[str, Interval]]
 """row (a predictor, ``decisive - another``, ...) -> kind of correlation -> its interval: one family of a comparison"""
 NOBODY = "no family of prompts can be asked with this tokenizer"
+FIRST = (1, 2, 3, 10)
+"""of the heads that look most: where to cut is a choice, so several cuts are shown"""
+OF = {"another": "attention to another word", "awake": "being awake", "length": "the length of what a head writes"}
 
 
 def kinds(rows: Mapping[str, tuple[Interval, Interval, float]]) -> Any:
@@ -93,15 +96,19 @@ def both_sides(
 
 
 def helping(sides: Mapping[str, BothSides]) -> str:
-    """How many of the two strongest lookers of each family help, beside the share of all heads that do."""
+    """How many of the first k lookers of each family help, for several k, beside the share of all heads that do."""
     if not sides:
         return NOBODY
-    found = [h for side in sides.values() for h in side.helping]
     base_rate = sum(side.base_rate for side in sides.values()) / len(sides)
-    return (
-        f"of the two that look most in each family {sum(found)} of {len(found)} help: "
-        f"{shown(exact_ci(sum(found), len(found)))}; of all heads {base_rate:.2f}"
-    )
+    lines = [f"of all heads {base_rate:.2f} help (without one the right answer's lead falls); of those that look most:"]
+    for k in sorted({min(k, max(len(side.lookers) for side in sides.values())) for k in FIRST}):
+        x = [one for side in sides.values() for one in side.lookers[:k]]
+        n = sum(one.value > 0 for one in x)
+        lines.append(
+            f"the first {k} in each family: {n} of {len(x)} help ({shown(exact_ci(n, len(x)))}); with the whole "
+            f"interval {sum(one.low > 0 for one in x)} help and {sum(one.high < 0 for one in x)} work against it"
+        )
+    return "\n".join(lines)
 
 
 def leads(table: Mapping[str, Correlations], kinds_shown: Sequence[str] = KINDS) -> Any:
@@ -212,6 +219,16 @@ def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[flo
             side="above",
         )
 
+    def helps(opponent: str) -> Finding:
+        return Finding.measured(
+            f"attention to the decisive word goes with helping the right answer better than {OF[opponent]} (Pearson)",
+            3,
+            mean["decisive"]["sign, values"],
+            "decisive words",
+            Control.measured("other group", PREDICTORS[opponent], mean[opponent]["sign, values"]),
+            side="above",
+        )
+
     return [
         Finding.measured(
             "heads that look most at the decisive word help the right answer more than equally busy ones (fall of the "
@@ -226,12 +243,15 @@ def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[flo
         beats("awake", "size, ranks", "Spearman", "being awake"),
         beats("another", "size, values", "Pearson", "attention to another word"),
         beats("length", "size, values", "Pearson", "the length of what it writes"),
+        helps("another"),
+        helps("length"),
         Finding.measured(
-            "attention to the decisive word goes with helping the right answer (Pearson)",
+            "attention to the decisive word, times the length it moves, goes with the size of a head's effect better "
+            "than the length of what it writes does (Pearson)",
             3,
-            mean["decisive"]["sign, values"],
+            mean["weighted"]["size, values"],
             "decisive words",
-            Control.measured("other group", PREDICTORS["another"], mean["another"]["sign, values"]),
+            Control.measured("other group", PREDICTORS["length"], mean["length"]["size, values"]),
             side="above",
         ),
     ]

@@ -376,7 +376,8 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
             each = [float(np.mean(hits[m]) - np.mean([hits[o] for o in twins if o != m])) for m in twins]
             control = Control.drawn("random units", "random dictionaries, each against the others", each)
             claim = (
-                f"values fitted on the SAE's rows {said} it more often than the same fit on random rows (difference)"
+                f"values fitted once on the SAE's rows {said} it more often than those fitted on random rows "
+                "(difference)"
             )
             claims.append(Finding.measured(claim, 4, gap, "prompts", control, side="above", source=source))
         for what, side in (("perplexity ×", "below"), ("relevance ×", "above")):

@@ -209,7 +209,8 @@ def setup(study: Table) -> str:
     return (
         f"seeds {study['seeds']}; the SAE {study['sae']} explains {mean['main']:.2f} of the variance\n"
         f"small SAEs ({small['d_sae']} wide, {small['samples']:,} samples of {small['tokens']:,} tokens): trained "
-        f"{mean['trained']:.2f}, frozen twins {mean['frozen']:.2f}, never trained {mean['random_sae']:.2f}"
+        f"{mean['trained']:.2f}, frozen twins {mean['frozen']:.2f}; never trained, as wide as the SAE above: "
+        f"{mean['random_sae']:.2f}"
     )
 
 
@@ -221,15 +222,16 @@ def near_study(here: Mapping[str, Units], study: Table) -> tuple[int, int]:
 
 
 def one_meaning(study: Table, seed: int = 0) -> list[Finding]:
-    """Three scores of features against three opponents."""
+    """Every score of features against every opponent of the study's picture but single coordinates."""
     against: tuple[tuple[str, str, Kind], ...] = (
         ("main", "random", "random units"),
         ("main", "pca", "trained opponent"),
+        ("main", "random_sae", "random units"),
         ("trained", "frozen", "trained opponent"),
     )
     findings = []
     for a, b, typed in against:
-        for s in ("words", "words_top", "intruder"):
+        for s in SCORES:
             mine, other = (bootstrap_ci(pooled(study, kind, s), seed=seed) for kind in (a, b))
             claim = f"{KINDS[a]} have one meaning more than {KINDS[b]} have ({SCORES[s][0]})"
             control = Control.measured(typed, KINDS[b], other)

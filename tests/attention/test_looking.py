@@ -172,7 +172,8 @@ def test_both_sides_are_counted_and_who_acts_is_told_on_other_words():
     look = found.mean("decisive")
     heads_ = lookers(found.predictors, 4).heads
     side = both_sides(found, heads_)
-    assert side.place == 30 and side.helping == [False, False] and side.base_rate < 0.2
+    assert side.place == 30 and [x.value < 0 for x in side.lookers] == [True] * 4 and side.base_rate < 0.2
+    assert "the first 2 in each family: 0 of 2 help" in looking_tables.helping({"one": side})
     assert set(side.actors) == set(heads_) and not side.idle and not side.blind
     assert torch.allclose(side.effect, by_word(found.effect, found.words)[1::2].mean(0))
     turned = Looking(found.words, found.base, -found.effect * 0 + (1 - look) + 0.01 * found.effect, found.predictors)
@@ -181,7 +182,7 @@ def test_both_sides_are_counted_and_who_acts_is_told_on_other_words():
     table = comparison({"one": planted(), "two": found}, 50)
     assert ahead(table, "another", "size, ranks") == 2 and ahead(table, "another", "sign, values") == 1
     shown = lines(table["mean"])
-    assert len(shown) == 1 + len(PREDICTORS) + len(OPPONENTS) + 2 and len(set(map(len, shown[:6]))) == 1
+    assert len(shown) == 1 + len(PREDICTORS) + len(OPPONENTS) + 1 + 2 and len(set(map(len, shown[:6]))) == 1
 
 
 # --- pronouns and meaning -----------------------------------------------------------------------------
@@ -266,13 +267,18 @@ def test_the_live_measure_and_its_pictures(words):
         figures.both_orders(torch.tensor([[0.1, 0.2], [0.1, 0.2]]), ("doctor", "nurse"), "him", contrasts),
     ]
     said = [alt_text(figure) for figure in drawn]
-    assert "of 2 help the right answer" in said[0] and "\n" not in said[0] and "\n" in drawn[0].get_suptitle()
+    assert (
+        "of 3 help the right answer beyond doubt" in said[0] and "\n" not in said[0] and "\n" in drawn[0].get_suptitle()
+    )
     assert "of 1 families by ranks" in said[1] and "of 1 families the heads" in said[2]
     assert "In 9 sentences the first token gets 50% of all attention and gives 30%" in said[3]
     assert "Head 9.2 prefers doctor more from patient than from parcel, against 2 of 2 other people" in said[4]
     assert "1 of 2 heads keep" in said[5] and "in 1 of 2 orders" in said[6] and "+1.5 hundredths" in said[6]
     assert looking_tables.both_sides(here, chosen, sides).index.tolist() == ["agreement"]
-    assert "of 2 help" in looking_tables.helping(sides) and looking_tables.leads(table).shape == (4, 3)
+    assert "the first 1 in each family: " in looking_tables.helping(sides) and looking_tables.leads(table).shape == (
+        4,
+        3,
+    )
     matplotlib.pyplot.close("all")
 
 
@@ -308,7 +314,7 @@ def test_claims_are_judged_by_their_numbers():
         low, high, (low, low, 0.5), {"recency": low, "identity": high}, (low, high)
     )
     assert {f.verdict for f in turned[1:]} == {"refuted"}
-    table = {name: {kind: high if name == "decisive" else low for kind in KINDS} for name in PREDICTORS}
+    table = {name: {kind: high if name in ("decisive", "weighted") else low for kind in KINDS} for name in PREDICTORS}
     assert {f.verdict for f in looking_tables.findings_of_acting(table, high, [0.1, 0.2])} == {"held"}
     tie = {name: {kind: high for kind in KINDS} for name in PREDICTORS}
     assert {f.verdict for f in looking_tables.findings_of_acting(tie, low, [0.1, 0.3])} == {"null"}

@@ -76,7 +76,7 @@ def test_what_a_reconstruction_costs():
 
 def test_who_is_ahead_of_whom():
     study = made_study()
-    assert [f.verdict for f in tables.one_meaning(study)] == ["held"] * 9
+    assert [f.verdict for f in tables.one_meaning(study)] == ["held"] * 16
     assert all(gap.low > 0 for scores in tables.differences(study).values() for gap in scores.values())
     assert {f.verdict for f in tables.one_meaning(made_study(-0.2))} == {"refuted"}
     here = {"main": study["units"]["main"][0], "pca": [], "random": [dict.fromkeys(tables.SCORES, 0.9)]}
