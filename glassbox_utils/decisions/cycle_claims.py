@@ -1,6 +1,7 @@
 """What the full cycle claims of one model and one gap, as findings: each with its unit and what could have sunk it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from glassbox_utils.decisions.outcomes import Measured
 UNIT = "pairs of names"
 KS = (1, 10)
 """numbers of units for which a claim is made"""
+WEAK = 0.7
+"""random units that change less than this many times as much could hardly have carried as much"""
+FEW = 5
+"""an interval over fewer clusters is hardly more than the range of what was seen: no verdict rests on it"""
 
 
 def behaviour(total: Interval, same: Interval, source: str = "") -> Finding:
@@ -29,7 +34,8 @@ def carried(points: Sequence[Point], source: str = "") -> list[Finding]:
     """The first units of each basis against random ones of like activity."""
     found = []
     for p in (p for p in points if p.k in KS and len(p.random_carried) > 1):
-        like = f"sets of {p.k} {p.basis}, the nearest in activity ({p.likeness:.1f} times)"
+        weak = ": a weak control" if p.likeness < WEAK else ""
+        like = f"sets of {p.k} {p.basis}, the nearest in activity ({p.likeness:.1f} times{weak})"
         control = Control.drawn("random units", like, p.random_carried)
         which = f"a single located {p.basis.removesuffix('s')}" if p.k == 1 else f"{p.k} located {p.basis}"
         claim = f"{which} alone carry a share of the gap".replace("carry", "carries" if p.k == 1 else "carry")
@@ -51,9 +57,20 @@ def specific(
             continue
         half = Control("other group", "half of the share that they carry of their own gap", bar.value / 2,
                        (bar.low / 2, bar.high / 2))  # fmt: skip
-        claim = f"{r.k} located {r.basis} carry little of the gap in {attribute}: they are specific (share)"
-        found.append(Finding.measured(claim, 3, r.carried, unit, half, side="below", null=None, source=source))
+        claim = f"{r.k} located {r.basis} carry little of the gap in {attribute}: they are specific (share, either way)"
+        claim += f"; {r.carried.n} {unit} are too few to tell" if r.carried.n < FEW else ""
+        told = "null" if r.carried.n < FEW else None
+        share = either_way(r.carried)
+        found.append(
+            Finding.measured(claim, 3, share, unit, half, side="below", null=None, source=source, declared=told)
+        )
     return found
+
+
+def either_way(x: Interval) -> Interval:
+    """The size of a share: units that work as far *against* an effect are no more specific than those that carry it."""
+    ends = sorted((abs(x.low), abs(x.high)))
+    return replace(x, value=abs(x.value), low=0.0 if x.low < 0 < x.high else ends[0], high=ends[1])
 
 
 def looked_at(moved: Tensor, most: int, people: str = "applicants", source: str = "") -> Finding:
@@ -114,15 +131,20 @@ def mended(
 
 
 def pushed_back(
-    moves: Mapping[tuple[str, str, float], Tensor], arm: str, clusters: Sequence[Any], source: str = "",
+    moves: Mapping[tuple[str, str, float], Tensor], arm: str, random: str, clusters: Sequence[Any], source: str = "",
     plain: str = "as it is",
 ) -> Finding:  # fmt: skip
-    """How much less a push moves decisions after the mend; ``moves``: (arm, vector, strength) -> logits of each."""
-    less = cluster_bootstrap(moves[plain, "difference", 1.0].abs() - moves[arm, "difference", 1.0].abs(), clusters)
-    random = cluster_bootstrap(moves[plain, "random", 1.0].abs() - moves[arm, "random", 1.0].abs(), clusters)
-    control = Control.measured("random units", "a random vector of the same length", random)
+    """How much less the same push moves decisions after the mend, and after ``random`` units were held alike. (A random
+    *vector* would be no control: it moves nothing before the mend either.) ``moves``: (arm, vector, strength) -> logits
+    of each."""
+
+    def less(name: str) -> Interval:
+        before, after = (moves[one, "difference", 1.0].abs() for one in (plain, name))
+        return cluster_bootstrap(before - after, clusters)
+
+    control = Control.measured("random units", "the same push while as many random neurons are held", less(random))
     claim = "pushed back in after the mend, the groups' difference moves decisions less than before it (logits)"
-    return Finding.measured(claim, 3, less, UNIT, control, side="above", source=source)
+    return Finding.measured(claim, 3, less(arm), UNIT, control, side="above", source=source)
 
 
 def reasons_turn(summary: Mapping[str, Any], source: str = "study explain-fidelity") -> Finding:
@@ -130,6 +152,6 @@ def reasons_turn(summary: Mapping[str, Any], source: str = "study explain-fideli
     flips = {m["name"]: Interval(**m["flips"]) for m in summary["methods"]}
     rival = max((name for name in flips if name != "cause"), key=lambda name: flips[name].value)
     control = Control.measured("base rate", f"as many fields, {rival}: the strongest of the rivals", flips[rival])
-    claim = "mending the two named reasons turns the decision (share)"
-    return Finding.measured(claim, 4, flips["cause"], summary.get("unit", "cases"), control, side="above",
-                            source=source)  # fmt: skip
+    claim, unit = "mending the two named reasons turns the decision (share)", summary.get("unit", "cases")
+    unit = f"groups of {unit}" if " " in unit else unit
+    return Finding.measured(claim, 4, flips["cause"], unit, control, side="above", source=source)

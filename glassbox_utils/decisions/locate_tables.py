@@ -19,6 +19,8 @@ from glassbox_utils.decisions.outcomes import Measured
 
 Row = Mapping[str, Any]
 SOURCE = "study locate"
+UNIT = "pairs of names or places"
+"""what is drawn with all its cases; which of them, says the officer"""
 SIZE_NAMES = locate_study.Size._fields
 
 
@@ -255,11 +257,12 @@ def findings(table: Row, k: int = 10, but: Sequence[str] = ()) -> list[Finding]:
         first = first_wording(one["located"])
         points = [locate_figures.point_of(p) for p in one["located"]["points"]]
         for p in (p for p in points if p.template == first and p.k == k and p.random_carried and name not in but):
-            like = f"sets of {k} {short(p.basis)}, the nearest in activity ({p.likeness:.1f} times)"
+            weak = ": a weak control" if p.likeness < cycle_claims.WEAK else ""
+            like = f"sets of {k} {short(p.basis)}, the nearest in activity ({p.likeness:.1f} times{weak})"
             control = Control.drawn("random units", like, p.random_carried)
             what = one["located"]["contrast"].split(":")[0]
             claim = f"officer {name}: {k} located {short(p.basis)} alone carry a share of the gap in {what}"
-            found.append(Finding.measured(claim, 3, p.carried, cycle_claims.UNIT, control, side="above", source=SOURCE))
+            found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=SOURCE))
         if "mended" in one:
             found += _mended(name, one["mended"])
     return found
@@ -275,4 +278,4 @@ def _mended(name: str, mended: Row) -> list[Finding]:
     ours, other = cycle_claims.closed(some, arm, beside, nothing().name)
     control = Control.measured("random units", beside, other)
     claim = f"officer {name}, {len({m.template for m in some})} wordings: {arm}, closes a share of the gap"
-    return [Finding.measured(claim, 3, ours, cycle_claims.UNIT, control, side="above", source=SOURCE)]
+    return [Finding.measured(claim, 3, ours, UNIT, control, side="above", source=SOURCE)]

@@ -125,6 +125,34 @@ def test_what_goes_through_the_located_heads_stands_beside_random_ones():
     assert cycle_claims.path([free, same, other])[0].verdict == "null" and cycle_claims.path([free, ours]) == []
 
 
+def test_units_are_specific_if_they_carry_little_either_way_and_if_there_are_clusters_enough():
+    def said(carried):
+        own = Specificity(
+            "gender", "heads", 10, about(2, 1, 3, 9), about(2, 1, 3), about(0.8, 0.7, 0.9), "specific", 9, 0
+        )
+        other = replace(own, what="origin: a / b", carried=carried)
+        (found,) = cycle_claims.specific([own], [other], "origin")
+        return found
+
+    assert said(about(0.1, -0.05, 0.2, 9)).verdict == "held" and said(about(0.9, 0.8, 1.0, 9)).verdict == "refuted"
+    assert said(about(-2.0, -2.2, -1.8, 9)).verdict == "refuted"  # as far against it: not specific
+    few = said(about(0.1, 0.05, 0.2, 3))
+    assert few.verdict == "null" and "too few to tell" in few.claim
+
+
+def test_a_push_after_the_mend_stands_beside_the_same_push_with_random_units_held():
+    draw = torch.Generator().manual_seed(0)
+
+    def moved(at):
+        return torch.full((8,), -at) + 0.02 * torch.randn(8, generator=draw)
+
+    moves = {("as it is", "difference", 1.0): moved(1.0), ("mend", "difference", 1.0): moved(0.2)}
+    held = cycle_claims.pushed_back({**moves, ("random", "difference", 1.0): moved(0.95)}, "mend", "random", range(8))
+    assert held.verdict == "held" and held.effect == pytest.approx(0.8, abs=0.01)
+    same = cycle_claims.pushed_back({**moves, ("random", "difference", 1.0): moved(0.2)}, "mend", "random", range(8))
+    assert same.verdict == "null"  # any units that are held would do
+
+
 def test_the_field_that_is_looked_at_is_judged_by_the_others():
     rng = np.random.default_rng(0)
     moved = torch.tensor(np.abs(rng.normal(size=(12, 4))) + np.array([0.0, 5.0, 0.0, 0.0]))
