@@ -113,12 +113,18 @@ def _suite(binary: Path, where: Sequence[str], versions: str, folder: Path) -> s
         command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     (folder / "suite.txt").write_text(done.stdout + done.stderr, encoding="utf-8")  # which tests failed, and why
-    lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    return (
-        re.sub(r" in [\d.:]+s.*| in \d+.*", "", lines[-1]).strip(" =")
-        if lines
-        else f"pytest ended with {done.returncode}"
-    )
+    return summary(done.stdout) or f"pytest ended with {done.returncode}"
+
+
+def summary(output: str) -> str:
+    """Pytest's last line without its time, and the names of the first tests that failed; "" if there is no such line."""
+    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    if not lines:
+        return ""
+    said = re.sub(r" in [\d.:]+s.*| in \d+.*", "", lines[-1]).strip(" =")
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", output, re.M)
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    return said + (f" ({', '.join(failed[:3])}{more})" if failed else "")
 
 
 def _notebook(binary: Path, number: str, folder: Path) -> str:

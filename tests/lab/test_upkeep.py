@@ -114,6 +114,15 @@ def test_the_table_of_versions_is_what_was_tried(tmp_path):
     assert "| 3.13.0 | newest | ERROR: no wheel |" in page and "it / stopped" in page
 
 
+def test_a_suite_is_told_by_its_last_line_and_by_what_failed():
+    said = "== 2 failed, 5 passed, 1 warning in 3.21s (0:00:03) =="
+    failed = "FAILED tests/a.py::test_one[x] - assert 1\nFAILED tests/a.py::test_two - boom\n"
+    assert compat.summary(failed + said) == "2 failed, 5 passed, 1 warning (test_one[x], test_two)"
+    assert compat.summary("7 passed, 2 skipped in 1.00s") == "7 passed, 2 skipped" and compat.summary("killed") == ""
+    many = "".join(f"ERROR tests/a.py::test_{i} - x\n" for i in range(5)) + "5 errors in 1s"
+    assert compat.summary(many) == "5 errors (test_0, test_1, test_2 and 2 more)"
+
+
 def test_the_published_table_is_the_one_of_its_numbers():
     if compat.TABLE.exists():
         assert compat.PAGE.read_text() == compat.as_text(compat.read())
