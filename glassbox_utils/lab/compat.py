@@ -117,7 +117,7 @@ def _suite(binary: Path, where: Sequence[str], versions: str, folder: Path) -> s
 
 
 def summary(output: str) -> str:
-    """Pytest's last line without its time, and the names of the first tests that failed; "" if there is no such line."""
+    """Pytest's last line without its time, and the first tests that failed by name; "" if there is no such line."""
     lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     if not lines:
         return ""
