@@ -19,7 +19,7 @@ KS = (1, 10)
 WEAK = 0.7
 """random units that change less than this many times as much could hardly have carried as much"""
 FEW = 5
-"""an interval over fewer clusters is hardly more than the range of what was seen: no verdict rests on it"""
+"""an interval over fewer clusters is hardly more than the range of what was seen: nothing is specific by it alone"""
 
 
 def behaviour(total: Interval, same: Interval, source: str = "") -> Finding:
@@ -58,12 +58,10 @@ def specific(
         half = Control("other group", "half of the share that they carry of their own gap", bar.value / 2,
                        (bar.low / 2, bar.high / 2))  # fmt: skip
         claim = f"{r.k} located {r.basis} carry little of the gap in {attribute}: they are specific (share, either way)"
-        claim += f"; {r.carried.n} {unit} are too few to tell" if r.carried.n < FEW else ""
-        told = "null" if r.carried.n < FEW else None
-        share = either_way(r.carried)
-        found.append(
-            Finding.measured(claim, 3, share, unit, half, side="below", null=None, source=source, declared=told)
-        )
+        one = Finding.measured(claim, 3, either_way(r.carried), unit, half, side="below", null=None, source=source)
+        if one.verdict == "held" and r.carried.n < FEW:
+            one = replace(one, claim=f"{claim}; {r.carried.n} {unit} are too few to tell", declared="null")
+        found.append(one)
     return found
 
 

@@ -138,6 +138,7 @@ def test_units_are_specific_if_they_carry_little_either_way_and_if_there_are_clu
     assert said(about(-2.0, -2.2, -1.8, 9)).verdict == "refuted"  # as far against it: not specific
     few = said(about(0.1, 0.05, 0.2, 3))
     assert few.verdict == "null" and "too few to tell" in few.claim
+    assert said(about(0.9, 0.8, 1.0, 3)).verdict == "refuted"  # that they carry it was seen
 
 
 def test_a_push_after_the_mend_stands_beside_the_same_push_with_random_units_held():
