@@ -41,8 +41,8 @@ def results(lessons: Sequence[Lesson]) -> str:
         "beside it, and from .05 on the row is null. Evidence, never proof.",
         "",
         "How often the audit finds a planted bias, and how often it accuses the honest, is a "
-        "[page of its own](power.md); where three officers' gaps are, and what mends one, is [another](located.md); which findings "
-        "keep their verdict with other seeds is [a third](seeds.md).",
+        "[page of its own](power.md); where three officers' gaps are, and what mends one, is [another](located.md); "
+        "which findings keep their verdict with other seeds is [a third](seeds.md).",
         "",
     ]
     lines += ['<p><a href="_static/findings.json">The same as JSON</a>, to count for yourself.</p>', ""]
