@@ -168,9 +168,9 @@ def looking_and_doing(
     idle, blind = sum(len(s.idle) for s in sides.values()), sum(len(s.blind) for s in sides.values())
     return titled(
         figure,
-        f"Of the three heads that look most in each family, {helping} of {len(first)} help the right answer beyond "
-        f"doubt and {against} work against it; {idle} of the {listed} that look most act less than the typical head, "
-        f"and {blind} of the {listed} that act most look less than it",
+        f"Of the three heads that look most in each family, {helping} of {len(first)} help the right answer with the "
+        f"whole interval and {against} work against it; {idle} of the {listed} that look most act less than the "
+        f"typical head, and {blind} of the {listed} that act most look less than it",
     )
 
 

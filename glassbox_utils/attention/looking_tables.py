@@ -19,6 +19,11 @@ Correlations = Mapping[str, Mapping[str, Interval]]
 NOBODY = "no family of prompts can be asked with this tokenizer"
 FIRST = (1, 2, 3, 10)
 """of the heads that look most: where to cut is a choice, so several cuts are shown"""
+CLAIMS = {
+    "decisive": "attention to the decisive word",
+    "weighted": "attention to the decisive word, times the length it moves,",
+}
+METHODS = {"ranks": "Spearman", "values": "Pearson"}
 OF = {"another": "attention to another word", "awake": "being awake", "length": "the length of what a head writes"}
 
 
@@ -209,25 +214,13 @@ def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[flo
     draw of heads that write as much.
     """
 
-    def beats(opponent: str, kind: str, method: str, words: str) -> Finding:
+    def beats(opponent: str, kind: str, claim: str = "decisive") -> Finding:
+        what, method = kind.split(", ")
+        goes = {"size": "goes with the size of a head's effect", "sign": "goes with helping the right answer"}[what]
         return Finding.measured(
-            f"attention to the decisive word goes with the size of a head's effect better than {words} does ({method})",
-            3,
-            mean["decisive"][kind],
-            "decisive words",
-            Control.measured("other group", PREDICTORS[opponent], mean[opponent][kind]),
-            side="above",
-        )
-
-    def helps(opponent: str) -> Finding:
-        return Finding.measured(
-            f"attention to the decisive word goes with helping the right answer better than {OF[opponent]} (Pearson)",
-            3,
-            mean["decisive"]["sign, values"],
-            "decisive words",
-            Control.measured("other group", PREDICTORS[opponent], mean[opponent]["sign, values"]),
-            side="above",
-        )
+            f"{CLAIMS[claim]} {goes} better than {OF[opponent]} does ({METHODS[method]})", 3, mean[claim][kind],
+            "decisive words", Control.measured("other group", PREDICTORS[opponent], mean[opponent][kind]), side="above",
+        )  # fmt: skip
 
     return [
         Finding.measured(
@@ -239,19 +232,11 @@ def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[flo
             Control.drawn("random units", "draws of heads that write as much", draws),
             side="above",
         ),
-        beats("another", "size, ranks", "Spearman", "attention to another word"),
-        beats("awake", "size, ranks", "Spearman", "being awake"),
-        beats("another", "size, values", "Pearson", "attention to another word"),
-        beats("length", "size, values", "Pearson", "the length of what it writes"),
-        helps("another"),
-        helps("length"),
-        Finding.measured(
-            "attention to the decisive word, times the length it moves, goes with the size of a head's effect better "
-            "than the length of what it writes does (Pearson)",
-            3,
-            mean["weighted"]["size, values"],
-            "decisive words",
-            Control.measured("other group", PREDICTORS["length"], mean["length"]["size, values"]),
-            side="above",
-        ),
+        beats("another", "size, ranks"),
+        beats("awake", "size, ranks"),
+        beats("another", "size, values"),
+        beats("length", "size, values"),
+        beats("another", "sign, values"),
+        beats("length", "sign, values"),
+        beats("length", "size, values", "weighted"),
     ]

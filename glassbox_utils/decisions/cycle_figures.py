@@ -235,9 +235,7 @@ def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -
 # --- the arms -----------------------------------------------------------------------------------------
 
 
-def arms_table(
-    found: Mapping[str, Outcome], costs: Mapping[str, Interval], moved: Mapping[str, Interval] | None = None
-) -> Any:
+def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval], moved: Mapping[str, Interval]) -> Any:
     """What each arm does to decisions and to ordinary text; two numbers are those of the two groups. ``costs``,
     ``moved``: as ``arms.prices`` gives them."""
     import pandas as pd
@@ -250,8 +248,8 @@ def arms_table(
             "gap, points": _said(one.gap, 0), "gap, logits": _said(one.logits, 2),
             "approved %": _two(one.approved), "of the undeserving": _two(one.wrongly_approved),
             "right": f"{one.merit.value:.2f}", "perplexity ×": "–" if cost is None else _said(cost, 2),
-        } | ({} if moved is None else {"KL, nats": _said(moved[name], 2) if name in moved else "–"}) | (
-            {} if one.decides else {"decides": "no"}))  # fmt: skip
+            "KL, nats": _said(moved[name], 2) if name in moved else "–",
+        } | ({} if one.decides else {"decides": "no"}))  # fmt: skip
     return pd.DataFrame(rows).set_index("arm")
 
 
