@@ -13,10 +13,10 @@ MORE := $(VENV)/.more
 ASK  := $(VENV)/.web
 
 # what the simulated device runs in every test; `pytest tests --device far` runs all
-FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py losses.py text.py fast_forward.py) \
+FAR := $(addprefix tests/,attention $(addprefix core/test_,interventions.py losses.py text.py fast_forward.py own_writing.py) \
 	$(addprefix steering/test_,apply.py fit.py training.py) \
 	$(addprefix saes/test_,features.py clamping.py reading.py) \
-	$(addprefix decisions/test_,cycle.py))
+	$(addprefix decisions/test_,cycle.py locate.py))
 
 .PHONY: help run site lab test lint bench assets saes clean workshop reproduce kit compat seeds
 .DEFAULT_GOAL := help

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassbox_utils.core.devices import array, result
+from glassbox_utils.core.devices import array, exact, result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model, ModelError, is_whole
 from glassbox_utils.core.session import progress
@@ -103,7 +103,7 @@ def text_divergences(
         with changed():
             moved = log_probabilities(other or model, batch)
         kl = (plain.exp() * (plain - moved)).sum(-1)
-        sums[i], counts[i] = float(kl.double().sum()), len(kl)
+        sums[i], counts[i] = float(exact(kl).sum()), len(kl)
     return sums, counts
 
 

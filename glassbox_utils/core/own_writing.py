@@ -27,6 +27,7 @@ from torch import Tensor
 
 from glassbox_utils.core import assets, caches, corpora, decoding, files, schema
 from glassbox_utils.core.chats import chat
+from glassbox_utils.core.devices import exact
 from glassbox_utils.core.fast_forward import fast_dtype, quick
 from glassbox_utils.core.models import EMBEDDED, Model, load_model
 from glassbox_utils.core.own_text import MANIFEST, OwnTextError, folder_of, lines_of, parts_in
@@ -95,16 +96,18 @@ def continued(model: Model, prompts: Sequence[Sequence[int]], tokens: int, seed:
         if decoding.can_be_static(model):
             rows = decoding.write(model, *batch, tokens, 1.0).tolist()
         else:
-            rows = _shrinking(model, batch.input_ids, batch.attention_mask, tokens, last)
+            rows = _shrinking(
+                model, batch.input_ids.to(model.device), batch.attention_mask.to(model.device), tokens, last
+            )
     return [row[: next((i + 1 for i, t in enumerate(row) if t in last), len(row))] for row in rows]
 
 
 def drawn(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
     """One token of each row at temperature 1, from one random number a row instead of one for each word of the
     vocabulary (``decoding.choose``), which on a CPU takes a quarter of a step."""
-    below = logits.float().softmax(-1).double().cumsum(-1)
-    at = torch.rand(len(below), 1, dtype=below.dtype, device=below.device) * below[:, -1:]
-    return torch.searchsorted(below, at, right=True)[:, 0].clamp_max(below.shape[-1] - 1)
+    below = exact(logits.float().softmax(-1)).cumsum(-1)
+    at = torch.rand(len(below), 1, dtype=below.dtype) * below[:, -1:]
+    return torch.searchsorted(below, at, right=True)[:, 0].clamp_max(below.shape[-1] - 1).to(logits.device)
 
 
 def _shrinking(model: Model, ids: Any, mask: Any, tokens: int, last: set[int]) -> list[list[int]]:

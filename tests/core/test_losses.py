@@ -56,7 +56,9 @@ def test_a_divergence_is_the_sum_by_hand_and_grows_where_perplexity_falls(llama)
     def shifted(by):
         @contextmanager
         def on():
-            hook = llama.hf.register_forward_hook(lambda m, a, out: setattr(out, "logits", out.logits + by))
+            hook = llama.hf.register_forward_hook(
+                lambda m, a, out: setattr(out, "logits", out.logits + torch.as_tensor(by).to(out.logits))
+            )
             try:
                 yield
             finally:
@@ -70,8 +72,8 @@ def test_a_divergence_is_the_sum_by_hand_and_grows_where_perplexity_falls(llama)
         len(tokenize(llama, [text]).input_ids[0]) - 1 for text in texts
     ]
     bias = torch.randn(llama.hf.config.vocab_size, generator=torch.Generator().manual_seed(0))
-    sums, counts = text_divergences(llama, texts, shifted(bias))
-    p = log_probabilities(llama, tokenize(llama, texts[:1]))
+    sums, counts = text_divergences(llama, texts, shifted(bias.to(llama.device)))
+    p = log_probabilities(llama, tokenize(llama, texts[:1])).cpu()
     q = (p + bias).log_softmax(-1)
     assert sums[0] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
     with pytest.raises(ModelError, match="at least one"):

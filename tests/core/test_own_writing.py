@@ -79,7 +79,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_write_on(model, monkeypatc
 
     def chosen(logits):
         sizes.append(len(logits))
-        return torch.tensor(next(texts)) if len(sizes) < 6 else real(logits)
+        return torch.tensor(next(texts), device=logits.device) if len(sizes) < 6 else real(logits)
 
     monkeypatch.setattr(own_writing, "drawn", chosen)
     monkeypatch.setattr(own_writing.decoding, "can_be_static", lambda model: False)

@@ -122,11 +122,12 @@ def test_what_is_no_pair_is_refused_in_words(model, clans):
 def test_units_are_read_and_moved_alone(kind):
     model = wrap_model(tiny.build(kind), tiny.tokenizer(), kind)
     batch = tokenize(model, ["The doctor asked", "A nurse came in"])
+    put = torch.tensor([[7.0], [8.0]], device=model.device)
     for space, site in ((units.heads(model), Site("z", 1)), (units.neurons(model), Site("mlp_post", 1))):
         before = capture(model, batch, [site])[site]
         where = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
         where[:, -1] = True
-        with units.moved(model, space, [(1, 2), (1, 0)], lambda _, v: v * 0 + torch.tensor([[7.0], [8.0]]), where):
+        with units.moved(model, space, [(1, 2), (1, 0)], lambda _, v: v * 0 + put, where):
             after = capture(model, batch, [site])[site]
         values = units.read(space, after)
         assert (values[:, -1, 2] == 7).all() and (values[:, -1, 0] == 8).all()
