@@ -10,6 +10,7 @@ from torch import Tensor
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, cluster_bootstrap
 from glassbox_utils.decisions import locate, outcomes
+from glassbox_utils.decisions.fidelity import ATTENTION, CAUSE, HELPFUL, RANDOM
 from glassbox_utils.decisions.locate import Link, Point, Specificity
 from glassbox_utils.decisions.outcomes import Measured
 
@@ -20,6 +21,7 @@ WEAK = 0.7
 """random units that change less than this many times as much could hardly have carried as much"""
 FEW = 5
 """an interval over fewer clusters is hardly more than the range of what was seen: nothing is specific by it alone"""
+SAID = {ATTENTION: "looked at most", RANDOM: "drawn at random"}
 
 
 def behaviour(total: Interval, same: Interval, source: str = "") -> Finding:
@@ -145,11 +147,26 @@ def pushed_back(
     return Finding.measured(claim, 3, less(arm), UNIT, control, side="above", source=source)
 
 
-def reasons_turn(summary: Mapping[str, Any], source: str = "study explain-fidelity") -> Finding:
-    """From the stored study: named reasons against as many fields that its strongest rival names."""
-    flips = {m["name"]: Interval(**m["flips"]) for m in summary["methods"]}
-    rival = max((name for name in flips if name != "cause"), key=lambda name: flips[name].value)
-    control = Control.measured("base rate", f"as many fields, {rival}: the strongest of the rivals", flips[rival])
-    claim, unit = "mending the two named reasons turns the decision (share)", summary.get("unit", "cases")
-    unit = f"groups of {unit}" if " " in unit else unit
-    return Finding.measured(claim, 4, flips["cause"], unit, control, side="above", source=source)
+def reasons_turn(table: Mapping[str, Any], source: str = "study explain-fidelity") -> list[Finding]:
+    """From the stored study, decision by decision: named reasons against as many fields that are looked at most, and
+    against those of their strongest rival. Control: as many fields that were drawn among those that help."""
+    flips = {m["name"]: m["flips"]["value"] for m in table["summary"]["methods"]}
+    rivals = (ATTENTION, max(flips.keys() - {CAUSE, HELPFUL}, key=flips.__getitem__))
+    counted = [r for r in table["rows"] if r.get(CAUSE, {}).get("flips") is not None]
+    clusters = [r["cluster"] for r in counted]
+    unit = table["summary"].get("unit", "cases")
+
+    def more(name: str, rival: str) -> Interval:
+        return cluster_bootstrap([r[name]["flips"] - r[rival]["flips"] for r in counted], clusters)
+
+    claims = list[Finding]()
+    for rival in dict.fromkeys(rivals):
+        claim = (
+            "mending the two named reasons turns more decisions than mending the two that are "
+            f"{SAID.get(rival, rival)} (difference of shares, decision by decision)"
+        )
+        what = "two fields drawn among those that help, less the same rival"
+        control = Control.measured("base rate", what, more(HELPFUL, rival))
+        of = f"groups of {unit}" if " " in unit else unit
+        claims.append(Finding.measured(claim, 4, more(CAUSE, rival), of, control, side="above", source=source))
+    return claims

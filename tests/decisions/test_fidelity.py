@@ -9,7 +9,7 @@ import torch
 from refusals import refused
 
 from glassbox_utils.core import studies
-from glassbox_utils.decisions import asking, fidelity
+from glassbox_utils.decisions import asking, cycle_claims, fidelity
 from glassbox_utils.decisions.decision import margin
 from glassbox_utils.decisions.reading import load_decision
 
@@ -75,6 +75,22 @@ def test_if_attention_names_the_reasons_it_is_as_good():
         looked = {name: float(len(named) - named.index(name)) if name in named else 0.0 for name in HIRING.fields}
         rows.append(fidelity.row(ask, HIRING, case, made, looked))
     assert by_name(fidelity.summary(rows, made))["attention"].better.value == 0
+
+
+def test_claims_are_paired_differences_which_a_method_that_names_the_same_cannot_win():
+    rows, _ = rows_of(clerk, lambda case: {name: len(name) for name in HIRING.fields})
+    counted = [r for r in rows if r.get("cause", {}).get("flips") is not None]
+    table = {"summary": {"methods": [{"name": m, "flips": {"value": 0.5}} for m in fidelity.METHODS]}, "rows": rows}
+    found = cycle_claims.reasons_turn(table)[0]
+    paired = [r["cause"]["flips"] - r["attention"]["flips"] for r in counted]
+    assert "looked at most" in found.claim and found.effect == pytest.approx(np.mean(paired))
+    for r in counted:
+        r["attention"] = r["random that help"] = r["cause"]
+    assert cycle_claims.reasons_turn(table)[0].verdict == "null"
+    for i, r in enumerate(counted):
+        r["cause"] = r["cause"] | {"flips": float(i % 5 > 0)}
+        r["attention"] = r["random that help"] = r["cause"] | {"flips": 0.0}
+    assert cycle_claims.reasons_turn(table)[0].verdict == "held"
 
 
 def test_one_template_is_said_to_be_one():
