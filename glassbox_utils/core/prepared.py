@@ -31,8 +31,8 @@ UNKNOWN = "that of the model it was made from"
 """licence of what is derived from weights whose terms nobody has told us"""
 ROLES = ("main", "late")
 """which SAE is meant: the one at half of the depth, and the one at two thirds"""
-CLAMP = "clamp"
-"""role of the SAE whose features are held, where that is another one than the main one"""
+ORDINARY = "ordinary"
+"""role of an SAE beside the main one that never met a massive position: notebook 03 shows what that costs"""
 
 
 class PreparedError(GlassboxError, ValueError):
@@ -56,8 +56,8 @@ class Card:
 
     def __post_init__(self) -> None:
         schema.check(self, PreparedError)
-        if unknown := [role for role in self.saes if role not in (*ROLES, CLAMP)]:
-            raise PreparedError(f"saes has the role {unknown[0]!r}. Allowed: {', '.join((*ROLES, CLAMP))}.")
+        if unknown := [role for role in self.saes if role not in (*ROLES, ORDINARY)]:
+            raise PreparedError(f"saes has the role {unknown[0]!r}. Allowed: {', '.join((*ROLES, ORDINARY))}.")
 
 
 def models_dir() -> Path:
@@ -71,7 +71,7 @@ def folder() -> Path:
 
 
 def path(*parts: str) -> Path:
-    """A place in the prepared folder: ``path("saes", "topk-8192-l14")``."""
+    """A place in the prepared folder: ``path("saes", "own-8192-l14")``."""
     return folder().joinpath(*parts)
 
 

@@ -399,13 +399,17 @@ def prices(
     plain = losses.text_losses(model, texts, max_tokens)
     perplexity, divergence = dict[str, Interval](), dict[str, Interval]()
     for arm in several:
-        used = arm.model or model
         sample = (*plain, *_left_on(arm, model, texts, max_tokens))
         perplexity[arm.name] = bootstrap_ci(sample, losses.perplexity_ratio, seed=seed)
-        on = functools.partial(arm.on, used, True)
-        moved = losses.text_divergences(model, texts, on, max_tokens, used)
-        divergence[arm.name] = bootstrap_ci(moved, _share, seed=seed)
+        divergence[arm.name] = divergence_of(arm, model, texts, max_tokens, seed)
     return perplexity, divergence
+
+
+def divergence_of(arm: Arm, model: Model, texts: Sequence[str], max_tokens: int = 128, seed: int = 0) -> Interval:
+    """KL(as it is || with the arm left on) in nats a token, over texts."""
+    used = arm.model or model
+    moved = losses.text_divergences(model, texts, functools.partial(arm.on, used, True), max_tokens, used)
+    return bootstrap_ci(moved, _share, seed=seed)
 
 
 def _share(sums: Any, counts: Any) -> float:

@@ -257,6 +257,7 @@ def arms_table(found: Mapping[str, Outcome], effects: Mapping[str, Row]) -> Any:
                 "four fifths": one.four_fifths, "merit": show(one.merit, 3), "decides": one.decides,
                 "perplexity": "" if cost is None else show(Interval(**cost["perplexity ratio"]), 3),
                 "over the base": "" if not (b := cost and cost["perplexity over the base"]) else show(Interval(**b), 3),
+                "KL, nats": show(Interval(**cost["divergence"]), 2) if cost and "divergence" in cost else "",
                 "choices": "" if cost is None else f"{cost['choices']['value']:+.2f}",
                 "off is off": "" if cost is None else cost["identical when off"],
             }
@@ -264,14 +265,17 @@ def arms_table(found: Mapping[str, Outcome], effects: Mapping[str, Row]) -> Any:
     return pd.DataFrame(rows)
 
 
-def met_table(met: Mapping[str, Sequence[Row]]) -> Any:
-    """Arm by demand: the worst value over all wordings, and where it fails the wording."""
+def met_table(met: Mapping[str, Sequence[Row]], effects: Mapping[str, Row] | None = None) -> Any:
+    """Arm by demand: the worst value over all wordings, and where it fails the wording. Beside them the KL divergence
+    of ``effects``, of which nothing was demanded."""
     import pandas as pd
 
     rows = []
     for name, some in met.items():
         said = {x["demand"]: f"{x['worst']:.3g}" + ("" if x["holds"] else f" ({x['where']})") for x in some}
-        rows.append({"arm": name} | said | {"all met": all(x["holds"] for x in some)})
+        cost = (effects or {}).get(name, {}).get("divergence")
+        kl = {} if effects is None else {"KL, nats": f"{cost['value']:.2f}" if cost else ""}
+        rows.append({"arm": name} | said | kl | {"all met": all(x["holds"] for x in some)})
     return pd.DataFrame(rows).fillna("")
 
 

@@ -144,7 +144,7 @@ def located(
     model: Model, decision: Decision, differs: Contrast, size: Size, found: Mapping[str, Attribution], chosen_on: Pairs
 ) -> dict[str, Any]:
     """The curve in every template, specificity and the chain in the first, as plain values; ``attributed`` chose."""
-    key = [model.hash, content(decision), str(differs), list(size), _bases(found), SEED]
+    key = [model.hash, content(decision), str(differs), list(size), SEED]
     twins = pairs.twins(model, decision, differs, "report", size.report, SEED)
     points: list[Any] = []
     table: dict[str, Any] = {
@@ -157,11 +157,14 @@ def located(
     measured = 0  # in how many wordings there was a gap
     for name in templates_of(decision, differs.what, size.templates):
         here = size if measured < size.full else size._replace(draws=0, ks=size.ks[1::2])
-        part = resumed(NAME, [*key, "curve", name, list(here)], or_none, _curve, model, decision, differs, twins, name,
-                       found, here)  # fmt: skip
-        measured += "points" in part
-        points += part.get("points", [])
-        table["gaps"][name] = part.get("gap") or part
+        given = (or_none, _curve, model, decision, differs, twins, name)
+        parts = [  # each basis apart: another SAE leaves what was measured of heads and neurons as it is
+            resumed(NAME, [*key, _basis(basis, one), "curve", name, list(here)], *given, {basis: one}, here)
+            for basis, one in found.items()
+        ]
+        measured += any("points" in part for part in parts)
+        points += [point for part in parts for point in part.get("points", [])]
+        table["gaps"][name] = next((part["gap"] for part in parts if "gap" in part), parts[0])
     table["points"] = points
     first = next((name for name, gap in table["gaps"].items() if "skipped" not in gap), "")
     if not first:
@@ -171,9 +174,8 @@ def located(
         if one.space.sae is not None:
             table["explained"][name] = round(units.explained(model, some, one.space), 4)
     shares = {p["basis"]: p for p in points if p["template"] == first and p["k"] <= max(10, min(size.ks))}
-    table["specificity"] = resumed(
-        NAME, [*key, "specificity"], _specificity, model, decision, differs, first, found, shares, size
-    )
+    whole = [*key, [_basis(basis, one) for basis, one in found.items()], "specificity"]
+    table["specificity"] = resumed(NAME, whole, _specificity, model, decision, differs, first, found, shares, size)
     table["chain"] = resumed(NAME, [*key, "chain"], _chain, model, some, found)
     return table
 
@@ -183,10 +185,10 @@ def content(decision: Decision) -> str:
     return f"{decision.name} {hashlib.sha256(repr(decision).encode()).hexdigest()[:16]}"
 
 
-def _bases(found: Mapping[str, Attribution]) -> list[str]:
-    saes = {name: one.space.sae for name, one in found.items()}
-    rows = {name: result(coding.rows(sae)).numpy().tobytes() for name, sae in saes.items() if sae is not None}
-    return [f"{name} {hashlib.sha256(rows[name]).hexdigest()[:16]}" if name in rows else name for name in found]
+def _basis(name: str, one: Attribution) -> str:
+    if one.space.sae is None:
+        return name
+    return f"{name} {hashlib.sha256(result(coding.rows(one.space.sae)).numpy().tobytes()).hexdigest()[:16]}"
 
 
 def _first(one: Attribution, n: int = 10) -> list[Any]:
@@ -264,13 +266,14 @@ def chosen_arms(
 ) -> tuple[list[Arm], dict[str, list[Any]]]:  # fmt: skip
     """All arms of the table, and what every candidate did on the choose part. Perplexity is watched on texts that the
     report does not use."""
-    key = [model.hash, content(decision), str(differs), list(size), _bases(found), SEED, "choose"]
+    key = [model.hash, content(decision), str(differs), list(size), SEED, "choose"]
     out, tried, form = [arms.nothing()], {}, chosen_on.template
     fitted_on = pairs.twins(model, decision, differs, "choose", size.choose, SEED, alike=False)
     for name, some in candidates(model, decision, differs, found, chosen_on, size).items():
         if not some:  # no unit of this basis is guessed to carry anything
             continue
-        tried[name] = resumed(NAME, [*key, name], _chosen, model, decision, differs, form, some, size)
+        of = _basis(name, found[name]) if name in found else name
+        tried[name] = resumed(NAME, [*key, of], _chosen, model, decision, differs, form, some, size)
         arm = some[[row["chosen"] for row in tried[name]].index(True)]
         if arm.kind == "direction":
             ways = ((arm.about["mode"], arm.about["level"]),)
@@ -318,7 +321,7 @@ def mended(
     given = [model, size, plain, base]
     effects = {
         arm.name: resumed(
-            NAME, [*whose, _other(arm), base is None, "effects", arm.name, _plain(arm.about)], side_effects, arm, *given
+            NAME, [*whose, _other(arm), base is None, "KL", arm.name, _plain(arm.about)], side_effects, arm, *given
         )
         for arm in all_arms
         if arm.kind not in ("words", "score", "nothing")
@@ -385,7 +388,7 @@ def side_effects(
     arm: Arm, model: Model, size: Size, plain: Sequence[Any], base: Sequence[Any] | None = None
 ) -> dict[str, Any]:
     """Perplexity and multiple choice with the arm left on, over the model as it is (``plain``) and over the ``base``;
-    and is off off?"""
+    KL from the model as it is, which no change can make look like a gain; and is off off?"""
     used = arm.model or model
     with arm.on(used, True):
         found = skills(used, size)
@@ -397,6 +400,7 @@ def side_effects(
     return {
         "perplexity ratio": over(plain),
         "perplexity over the base": None if base is None else over(base),
+        "divergence": asdict(arms.divergence_of(arm, model, held_texts(size.texts), 256)),
         "choices": asdict(bootstrap_ci(np.array(found[2]) - np.array(plain[2]))),
         "choices right": float(np.mean(plain[2])),
         "identical when off": arms.identical(arm, model, held_texts(4)) if arm.model is None else None,

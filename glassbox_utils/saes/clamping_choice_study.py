@@ -22,7 +22,6 @@ from glassbox_utils.core.studies import SEED, resumed, write_table
 from glassbox_utils.saes import clamping, clamping_study, detection, learning, read_write
 from glassbox_utils.saes.clamping import Group
 from glassbox_utils.saes.reading import site_of_sae
-from glassbox_utils.saes.store import load_sae
 from glassbox_utils.steering.vectors import save_direction
 
 N_PROBED, N_SELECTION = 4, 16
@@ -243,18 +242,6 @@ def _joined(
     return rows, {m: _held(model, sae, choose([r for r in rows if r["method"] == m])) for m in methods}
 
 
-def _other(
-    model: Model, made: Mapping[str, Any], asked: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[list[float]]]:
-    """The same rule on the main SAE, where another one is held: rows, and the chosen feature. Nothing otherwise."""
-    if prepared.CLAMP not in prepared.card().saes:
-        return [], []
-    sae = load_sae(prepared.sae("main"), model)
-    ranked = _ranked(model, sae, made)
-    rows = _singles(model, sae, clamping_study.OTHER, ranked["found"], asked)
-    return rows, _held(model, sae, choose(rows)) if rows else []
-
-
 def _ranked(model: Model, sae: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     rule = [read_write.N_NAME, read_write.N_SENTENCE, read_write.PROBE, N_PROBED, N_TRIED]
     key = ["by gradient, and the best writers", clamping_study.fingerprint(sae), model.hash, *rule]
@@ -278,12 +265,10 @@ def study_choose() -> Path:
     writers = _singles(model, sae, clamping_study.WRITER, ranked["writers"], asked)
     features[clamping_study.WRITER] = _held(model, sae, choose(writers))
     rows += writers
-    more, other = _other(model, made, asked)
     fitted = {"random features": made["features"], "random readers": ranked[clamping_study.READERS]}
     features |= {clamping_study.READERS: ranked[clamping_study.READERS], clamping_study.LEARNED: made["features"]}
     shown = [r for r in rows if r["method"] in features]
     size = len(choose(shown)["features"]) if shown else 1
-    rows += more
     named = {int(i) for like in fitted.values() for i, _ in like} | {c["feature"] for c in ranked["found"]}
     pool = sorted(set(range(sae.cfg.d_sae)) - named)
     for k in range(prepared.sized(N_RANDOM, 2)):  # as many random features as are held, pushed as much
@@ -299,7 +284,6 @@ def study_choose() -> Path:
         "features": features,
         "twins": [twin["features"] for twin in twins],
         "vector": made["vector"],
-        "other": other,
     }
     tools = clamping_study.make_tools(model, table)
     first = f"{clamping_study.TWIN} 0"

@@ -87,9 +87,8 @@ def concept_sentences() -> list[str]:
 
 
 def held_sae(model: Model) -> Any:
-    """The SAE whose features are held: the one that the prepared folder has for this, or its main one."""
-    named = prepared.card().saes.get(prepared.CLAMP)
-    return load_sae(named or prepared.sae("main"), model)
+    """The SAE whose features are held: the main one of the prepared folder."""
+    return load_sae(prepared.sae("main"), model)
 
 
 def stream_layer(sae: Any) -> int:
@@ -195,9 +194,6 @@ def make_tools(model: Model, table: Mapping[str, Any]) -> Tools:
     for seed, rows in enumerate(table["twins"]):
         if rows:
             found[f"{TWIN} {seed}"] = group_of(model, learning.random_dictionary(sae, seed), rows, TWIN)
-    if table.get("other"):
-        ((index, unit),) = table["other"]
-        found[OTHER] = clamping.feature(model, load_sae(prepared.sae("main"), model), index, unit)
     layer = stream_layer(sae)
     if vector_file(layer).with_suffix(".json").exists():
         plain = load_direction(vector_file(layer))
@@ -236,8 +232,6 @@ def family(method: str) -> str:
     return re.sub(r" \d+$", "", method)
 
 
-OTHER = "one feature, main SAE"
-"""the same rule on the main SAE, where the prepared folder has another one for clamping"""
 WRITER = "one writer"
 """the best writer of the whole dictionary, whether it reads the bridge or not"""
 OF_FEATURES = ("one feature", WRITER, "two features", "three features")

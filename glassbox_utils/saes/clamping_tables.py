@@ -136,7 +136,7 @@ def _drawn_as(method: str) -> tuple[str, str, bool]:
     }  # fmt: skip
     if method in own:
         return method, own[method], method not in (TWIN, "none")
-    if method in (*clamping_study.OF_FEATURES, clamping_study.OTHER):
+    if method in clamping_study.OF_FEATURES:
         return "one to three features", "#D55E00", False
     return "random features and directions", GREY, False
 

@@ -120,7 +120,7 @@ def losses(cost: Mapping[tuple[str, str], Float[Tensor, " row"]], whole: float, 
     axis.margins(x=0.08)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     rise = [float(cost[names[0], place].mean()) - whole for place in places]
-    return titled(figure, f"At ordinary positions the {names[0]} costs {rise[0]:.2f} nats, everywhere {rise[1]:.1f}")
+    return titled(figure, f"At ordinary positions the {names[0]} costs {rise[0]:.2f} nats, everywhere {rise[1]:.2f}")
 
 
 def meanings(

@@ -53,5 +53,8 @@ def recipe(
         lr=2e-3,
         warmup=min(100, samples // batch // 10),
         decay=0.5,
+        auxiliary=1 / 32,
+        normalize="constant_norm_rescale",  # so that plain sae_lens may splice it in at massive positions too
+        unit_rows=True,
         **sizes,
     )

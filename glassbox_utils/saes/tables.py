@@ -121,23 +121,27 @@ def beside_card(explained: float, as_it_is: Float[Tensor, " row"], cost: Cost, c
     return frame(rows), float(np.max(gaps))
 
 
-OF_ALL = "SAE of all positions"
-"""a second SAE of the same place, which was trained on the massive positions too"""
+ORDINARY = "SAE of ordinary positions"
+"""a second SAE of the same place, which never met a massive position"""
 
 
 def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) -> list[Finding]:
-    """The rise of the loss with the SAE in place, against PCA at the same positions: where it was trained, and all; and
-    everywhere with one that was trained on all positions, against the one that was not."""
+    """The rise of the loss with the SAE in place, against PCA at the same positions: at ordinary ones, and at all; and
+    what the massive ones add to it, against an SAE that never met one (which may differ in width and text too: what is
+    compared is each with itself)."""
     findings = []
     for place, said in (("ordinary positions", "ordinary positions"), ("everywhere", "all positions")):
         sae, pca = (bootstrap_ci(array(cost[name, place] - as_it_is), seed=seed) for name in ("SAE", "PCA"))
         claim = f"splicing the SAE in at {said} costs less than PCA there (rise of the loss, nats)"
         findings.append(Finding.measured(claim, 3, sae, "rows", _pca(k, pca.value), side="below", null=None))
-    if (OF_ALL, "everywhere") in cost:
-        new, old = (bootstrap_ci(array(cost[n, "everywhere"] - as_it_is), seed=seed) for n in (OF_ALL, "SAE"))
-        control = Control.measured("trained opponent", "the SAE that never met a massive position", old)
-        claim = "an SAE that was trained on all positions costs less everywhere (rise of the loss, nats)"
-        findings.append(Finding.measured(claim, 3, new, "rows", control, side="below", null=None))
+    if (ORDINARY, "everywhere") in cost:
+        mine, other = (
+            bootstrap_ci(array(cost[n, "everywhere"] - cost[n, "ordinary positions"]), seed=seed)
+            for n in ("SAE", ORDINARY)
+        )
+        control = Control.measured("trained opponent", "an SAE that never met a massive position", other)
+        claim = "massive positions add less to the cost of an SAE that was trained on them too (rise of the loss, nats)"
+        findings.append(Finding.measured(claim, 3, mine, "rows", control, side="below", null=None))
     return findings
 
 
@@ -222,7 +226,10 @@ def near_study(here: Mapping[str, Units], study: Table) -> tuple[int, int]:
 
 
 def one_meaning(study: Table, seed: int = 0) -> list[Finding]:
-    """Every score of features against every opponent of the study's picture but single coordinates."""
+    """Every score of features against every opponent of the study's picture but single coordinates.
+
+    *null* too where the interval of the *difference* holds 0: it counts the doubt on both sides.
+    """
     against: tuple[tuple[str, str, Kind], ...] = (
         ("main", "random", "random units"),
         ("main", "pca", "trained opponent"),
@@ -235,7 +242,11 @@ def one_meaning(study: Table, seed: int = 0) -> list[Finding]:
             mine, other = (bootstrap_ci(pooled(study, kind, s), seed=seed) for kind in (a, b))
             claim = f"{KINDS[a]} have one meaning more than {KINDS[b]} have ({SCORES[s][0]})"
             control = Control.measured(typed, KINDS[b], other)
-            findings.append(Finding.measured(claim, 2, mine, "units", control, side="above", null=SCORES[s][1]))
+            gap = difference_ci(pooled(study, a, s), pooled(study, b, s), seed=seed)
+            even: Any = "null" if gap.low <= 0 <= gap.high else None
+            findings.append(
+                Finding.measured(claim, 2, mine, "units", control, side="above", null=SCORES[s][1], declared=even)
+            )
     return findings
 
 

@@ -56,6 +56,8 @@ def test_the_study_finds_the_planted_units_and_what_closes_the_gap(tables):
     assert all(e["identical when off"] for name, e in mended["effects"].items() if name != "retrained")
     assert mended["effects"]["retrained"]["identical when off"] is None  # other weights can't be switched off
     assert all(e["perplexity over the base"] == e["perplexity ratio"] for e in mended["effects"].values())
+    divergence = {name: e["divergence"]["value"] for name, e in mended["effects"].items()}
+    assert mended["effects"]["affine edit"]["perplexity ratio"]["value"] < 0.5 < 1 < divergence["affine edit"]
     assert all(sum(row["chosen"] for row in rows) == 1 for rows in mended["tried"].values())
     rows = mended["reactivation"]["rows"]
     assert {r["vector"] for r in rows} == {"difference", "random"} and all("turned" in r for r in rows)

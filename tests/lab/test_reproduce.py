@@ -40,10 +40,10 @@ def test_inside_or_outside(number, now, inside):
 
 def test_the_sources_state_what_the_files_state():
     known = {s.name: s for s in reproduce.sources()}
-    assert {"readme", "notebook:01", "sae:topk-8192-l14"} <= set(known)
+    assert {"readme", "notebook:01", "sae:own-8192-l14"} <= set(known)
     facts = {n.what: n.stated for n in known["readme"].numbers}
     assert facts["heads of the embedded model"] == facts["layers of the embedded model"] * facts["heads of a layer"]
-    card = {n.what: n for n in known["sae:topk-8192-l14"].numbers}
+    card = {n.what: n for n in known["sae:own-8192-l14"].numbers}
     assert card["sae: explained_variance"].tolerance == 0.01
     for source in known.values():
         assert source.numbers, f"{source.name} states nothing"

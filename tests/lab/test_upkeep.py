@@ -59,7 +59,7 @@ def test_the_commands_call_glassbox_with_arguments_that_it_takes(way, tmp_path):
     calls = re.findall(r"bin/glassbox ([^;&|>\n]*)", said)
     assert calls, said
     for call in calls:
-        assert cli.parser().parse_args(shlex.split(call.replace("$name", "topk-8192-l14"))), call
+        assert cli.parser().parse_args(shlex.split(call.replace("$name", "own-8192-l14"))), call
 
 
 @pytest.mark.lock

@@ -62,13 +62,14 @@ def test_pca_beats_random_directions(model, shards):
     assert errors["pca"] < errors["random"] < (sample - sample.mean(0)).square().sum()
 
 
-def test_sae_lens_evaluates_the_main_sae_to_our_numbers(smol):
+@pytest.mark.parametrize("name", ["topk-2048-l14", "own-8192-l14"])
+def test_sae_lens_evaluates_a_shipped_sae_to_our_numbers(smol, name):
     """Its own evaluation knows no outliers, so on rows whose only one is the first token both must say the same."""
     from sae_lens import SAE
     from sae_lens.evals import get_recons_loss, get_sparsity_and_variance_metrics
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    plain = SAE.load_from_disk(saes_folder() / "topk-8192-l14", dtype="float32")
+    plain = SAE.load_from_disk(saes_folder() / name, dtype="float32")
     hook, median = plain.cfg.metadata.hook_name, plain.cfg.metadata.median_norm
     site = site_of(hook)
     documents = corpora.load_corpus("wiki", "held", 60)

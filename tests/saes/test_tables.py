@@ -59,10 +59,12 @@ def test_what_a_reconstruction_costs():
     rebuilt = {"SAE": 0.9 * x, "PCA": 0.5 * x}
     found = tables.over_all(x, rebuilt, 8)
     assert found.verdict == "held" and found.effect == pytest.approx(0.99, abs=0.01)
-    more = cost | {(tables.OF_ALL, place): base + x for place, x in (("ordinary positions", 0.2), ("everywhere", 0.3))}
-    for shift, verdict in ((0.0, "held"), (5.0, "refuted")):
-        moved = more | {(tables.OF_ALL, "everywhere"): more[tables.OF_ALL, "everywhere"] + shift}
-        assert tables.spliced(moved, base, 8)[2].verdict == verdict
+    for added, verdict in ((5.0, "held"), (0.1, "refuted")):  # the SAE's own massive positions add 3.9
+        more = {
+            (tables.ORDINARY, "ordinary positions"): base + 0.2,
+            (tables.ORDINARY, "everywhere"): base + 0.2 + added,
+        }
+        assert tables.spliced(cost | more, base, 8)[2].verdict == verdict
     shown = tables.costs({"SAE": (0.9, 0.4), "PCA": (0.5, 0.7)}, cost)
     assert shown.loc["SAE", "loss: everywhere"] == "7.50" and shown.loc["PCA", "explained: all"] == "0.70"
     numbers = {"explained_variance": 0.9, "ce": 3.5, "ce_spliced": 3.6, "ce_spliced_all": 7.4}
@@ -71,7 +73,7 @@ def test_what_a_reconstruction_costs():
     beside, gap = tables.beside_card(0.9, base, cost, {})  # an SAE of somebody else
     assert np.isnan(gap) and set(beside["library, same rows"]) == {"nan"}
     title = figures.losses(cost, 3.5, 9.0).get_suptitle()
-    assert "costs 0.10 nats, everywhere 4.0" in title
+    assert "costs 0.10 nats, everywhere 4.00" in title
 
 
 def test_who_is_ahead_of_whom():

@@ -19,5 +19,5 @@ def test_a_unit_that_is_the_concept_is_found_and_noise_is_not():
 
 
 def test_a_card_is_read_by_name_and_is_empty_for_what_somebody_else_made():
-    assert card_of("topk-8192-l14")["d_sae"] == 8192
+    assert card_of("own-8192-l14")["d_sae"] == 8192
     assert card_of("gpt2-small-res-jb/blocks.8.hook_resid_pre") == {}
