@@ -123,17 +123,23 @@ def beside_card(explained: float, as_it_is: Float[Tensor, " row"], cost: Cost, c
 
 ORDINARY = "SAE of ordinary positions"
 """a second SAE of the same place, which never met a massive position"""
+WHOLE_PCA = "PCA of all positions"
+"""principal components that were fitted to the massive positions too: the opponent where those are put in"""
 
 
 def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) -> list[Finding]:
-    """The rise of the loss with the SAE in place, against PCA at the same positions: at ordinary ones, and at all; and
+    """The rise of the loss with the SAE in place, against PCA of the same positions: at ordinary ones, and at all; and
     what the massive ones add to it, against an SAE that never met one (which may differ in width and text too: what is
     compared is each with itself)."""
     findings = []
-    for place, said in (("ordinary positions", "ordinary positions"), ("everywhere", "all positions")):
-        sae, pca = (bootstrap_ci(array(cost[name, place] - as_it_is), seed=seed) for name in ("SAE", "PCA"))
+    whole = WHOLE_PCA if (WHOLE_PCA, "everywhere") in cost else "PCA"
+    for place, said, rival in (
+        ("ordinary positions", "ordinary positions", "PCA"),
+        ("everywhere", "all positions", whole),
+    ):
+        sae, pca = (bootstrap_ci(array(cost[name, place] - as_it_is), seed=seed) for name in ("SAE", rival))
         claim = f"splicing the SAE in at {said} costs less than PCA there (rise of the loss, nats)"
-        findings.append(Finding.measured(claim, 3, sae, "rows", _pca(k, pca.value), side="below", null=None))
+        findings.append(Finding.measured(claim, 3, sae, "rows", _pca(k, pca.value, rival), side="below", null=None))
     if (ORDINARY, "everywhere") in cost:
         mine, other = (
             bootstrap_ci(array(cost[n, "everywhere"] - cost[n, "ordinary positions"]), seed=seed)
@@ -149,6 +155,7 @@ def over_all(
     x: Float[Tensor, "row pos d_model"], rebuilt: Mapping[str, Float[Tensor, "row pos d_model"]], k: int, seed: int = 0
 ) -> Finding:
     """The variance that SAE and PCA explain over all positions; rows are resampled."""
+    rival = WHOLE_PCA if WHOLE_PCA in rebuilt else "PCA"
     spread = (x - x.mean((0, 1))).square().sum((1, 2)).numpy()
 
     def share(error: Any, total: Any) -> float:
@@ -156,14 +163,14 @@ def over_all(
 
     sae, pca = (
         bootstrap_ci(((rebuilt[name] - x).square().sum((1, 2)).numpy(), spread), share, seed=seed)
-        for name in ("SAE", "PCA")
+        for name in ("SAE", rival)
     )
     claim = "the SAE explains more of the variance over all positions than PCA (share)"
-    return Finding.measured(claim, 2, sae, "rows", _pca(k, pca.value), side="above", null=None)
+    return Finding.measured(claim, 2, sae, "rows", _pca(k, pca.value, rival), side="above", null=None)
 
 
-def _pca(k: int, value: float) -> Control:
-    return Control("trained opponent", f"PCA with {k} components, same rows", value)
+def _pca(k: int, value: float, name: str) -> Control:
+    return Control("trained opponent", f"{name}, {k} components, same rows", value)
 
 
 # --- one meaning --------------------------------------------------------------------------------------
