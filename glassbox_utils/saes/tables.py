@@ -151,24 +151,6 @@ def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) 
     return findings
 
 
-def over_all(
-    x: Float[Tensor, "row pos d_model"], rebuilt: Mapping[str, Float[Tensor, "row pos d_model"]], k: int, seed: int = 0
-) -> Finding:
-    """The variance that SAE and PCA explain over all positions; rows are resampled."""
-    rival = WHOLE_PCA if WHOLE_PCA in rebuilt else "PCA"
-    spread = (x - x.mean((0, 1))).square().sum((1, 2)).numpy()
-
-    def share(error: Any, total: Any) -> float:
-        return float(1 - error.sum() / total.sum())
-
-    sae, pca = (
-        bootstrap_ci(((rebuilt[name] - x).square().sum((1, 2)).numpy(), spread), share, seed=seed)
-        for name in ("SAE", rival)
-    )
-    claim = "the SAE explains more of the variance over all positions than PCA (share)"
-    return Finding.measured(claim, 2, sae, "rows", _pca(k, pca.value, rival), side="above", null=None)
-
-
 def _pca(k: int, value: float, name: str) -> Control:
     return Control("trained opponent", f"{name}, {k} components, same rows", value)
 
