@@ -96,9 +96,7 @@ def continued(model: Model, prompts: Sequence[Sequence[int]], tokens: int, seed:
         if decoding.can_be_static(model):
             rows = decoding.write(model, *batch, tokens, 1.0).tolist()
         else:
-            rows = _shrinking(
-                model, batch.input_ids.to(model.device), batch.attention_mask.to(model.device), tokens, last
-            )
+            rows = _shrinking(model, batch.input_ids, batch.attention_mask, tokens, last)
     return [row[: next((i + 1 for i, t in enumerate(row) if t in last), len(row))] for row in rows]
 
 
