@@ -362,7 +362,7 @@ Left out in training: {card["not_trained_on"]}. Ordinary positions of the metric
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
 for the baselines on {metrics["pca"]["n_ce_tokens"]:,}), beside PCA
-with as many components and as many random directions:
+with as many components and as many random directions, both fitted to ordinary positions:
 
 | | {" | ".join(metrics)} |
 |---|{"---|" * len(metrics)}
