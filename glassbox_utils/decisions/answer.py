@@ -116,6 +116,11 @@ class Answer:
         return tuple([t for t in found if len(t.fields) == 1] or found)
 
     @property
+    def decided_by_text(self) -> tuple[TextTest, ...]:
+        """Those of them that move the score by more than noise; the others turn a case that lies at the line."""
+        return tuple(t for t in self.turned_by_text if t.beyond_noise)
+
+    @property
     def turned_by_group(self) -> tuple[Swap, ...]:
         """Groups as whose member the same case would have had the other answer, by more than noise."""
         return tuple(s for s in self.swaps if s.turns_this and s.beyond_noise)
@@ -176,9 +181,10 @@ def measured(
     may_count = reasons.merit_fields(decision)
     values = reasons.typical(decision, reference, may_count) if reference else {}
     tests = reasons.field_tests(ask, case, values, scores, favourable)
-    named = reasons.principal(tests)
-    rest = [t.field for t in tests if t not in named][: len(named)]
     worded = [cases[i] for i in rng.permutation(len(cases))[:N_WORDED]]
+    noise = asking.wording_noise(asking.across(ask, worded, list(scores))) if len(scores) > 1 and worded else None
+    named = reasons.principal(tests, noise=noise)
+    rest = [t.field for t in tests if t not in named][: len(named)]
     found = Answer(
         decision.name,
         decision.title,
@@ -199,7 +205,7 @@ def measured(
         None,
         counterfactual.search(ask, decision, case, name, scores, cases, most) if may_count else None,
         tuple(influence.swaps(ask, decision, case, name, scores, cases)),
-        asking.wording_noise(asking.across(ask, worded, list(scores))) if len(scores) > 1 and worded else None,
+        noise,
         tuple(influence.text_tests(ask, decision, case, name, cases)),
         tuple(impact.impacts(ask, decision, cases, name, N_PAIRED, seed)) if cases else (),
         Sizes(len(cases), len(worded), seed, 0, batch_size),
@@ -209,7 +215,8 @@ def measured(
     )
     sizes = Sizes(len(cases), len(worded), seed, len(memory), batch_size)
     by_swap = tuple(replace(swap, noise=found.noise) for swap in found.swaps)
-    return replace(found, sizes=sizes, swaps=by_swap, unsaid=tuple(_unsaid(decision, found)))
+    by_text = tuple(replace(test, noise=found.noise) for test in found.texts)
+    return replace(found, sizes=sizes, swaps=by_swap, texts=by_text, unsaid=tuple(_unsaid(decision, found)))
 
 
 def _with_answer(
@@ -248,7 +255,8 @@ def _unsaid(decision: Decision, found: Answer) -> list[str]:
             "typical for it, and no reason can be tested."
         )
     elif not found.reasons:
-        out.append("No field that may count moves this decision towards the other answer in every wording.")
+        out.append("No field that may count moves this decision towards the other answer in every wording, and by more "
+                   "than other words for the same facts do.")  # fmt: skip
     if len(found.scores) == 1:
         out.append("The case is decided in one wording only, so it is not known whether reasons hold in other words.")
     if not decision.protected():

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from glassbox_utils.core import evidence, files, pages, schema
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval
@@ -26,6 +28,8 @@ from glassbox_utils.decisions.fields import DecisionError, Number, Text
 from glassbox_utils.decisions.impact import Impact
 from glassbox_utils.decisions.influence import Swap
 from glassbox_utils.decisions.letter import with_unit
+from glassbox_utils.decisions.outcomes import Outcome
+from glassbox_utils.decisions.pairs import Contrast
 from glassbox_utils.decisions.reasons import FieldTest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -60,6 +64,33 @@ class Mitigation:
 
     def __post_init__(self) -> None:
         schema.check(self, DecisionError)
+
+
+def mitigation(
+    said: str, differs: Contrast, before: Outcome, after: Outcome, source: str, elsewhere: Interval | None = None
+) -> Mitigation:
+    """What an arm did to a gap, for the page of one person: the gap, who is approved, and other text.
+
+    ``said``: the arm in words; ``elsewhere``: KL of ordinary text to the model as it is, nats a token.
+    """
+    rates = [f"{percent(one.approved[0])} / {percent(one.approved[1])}" for one in (before, after)]
+    note = f"approved, {printed(str(differs.own))} / {printed(str(differs.donor))}: {rates[0]} before, {rates[1]} after"
+    rows = [
+        Measure(f"{differs}: {name}", _ends(b), _ends(a), b.n, note=more)
+        for name, b, a, more in (
+            ("gap, logits", before.logits, after.logits, ""),
+            ("gap in approvals, points", before.gap, after.gap, note),
+        )
+        if np.isfinite([*_ends(b), *_ends(a)]).all()
+    ]
+    if elsewhere is not None:
+        what = "ordinary text, moved from the model as it is (KL, nats a token)"
+        rows.append(Measure(what, (0.0, 0.0, 0.0), _ends(elsewhere), elsewhere.n, 5))
+    return Mitigation(said, tuple(rows), source)
+
+
+def _ends(x: Interval) -> tuple[float, float, float]:
+    return x.value, x.low, x.high
 
 
 def read_mitigation(path: str | Path) -> Mitigation:

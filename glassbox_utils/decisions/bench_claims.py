@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from glassbox_utils.core.evidence import Control, Finding, Side
 from glassbox_utils.core.statistics import Interval, bootstrap_ci
-from glassbox_utils.decisions import locate, outcomes
-from glassbox_utils.decisions.answer_page import Measure, Mitigation
+from glassbox_utils.decisions import answer_page, locate, outcomes
+from glassbox_utils.decisions.answer_page import Mitigation
 from glassbox_utils.decisions.locate import Point
 from glassbox_utils.decisions.outcomes import Measured, Outcome
 from glassbox_utils.decisions.pairs import Contrast
@@ -78,8 +78,16 @@ def held(differs: Contrast, measured: Sequence[Measured], source: str, seed: int
     return Finding.measured(claim, 4, ours, UNIT, control, side="above", source=source)
 
 
-def mitigation(differs: Contrast, found: Mapping[str, Outcome], source: str) -> Mitigation:
-    """What holding the located neurons did to the gap, for the page of one person."""
-    before, after = ((x.value, x.low, x.high) for x in (found[PLAIN].logits, found[HELD].logits))
-    measure = Measure(f"{differs}, logits", before, after, found[PLAIN].logits.n)
-    return Mitigation("Ten neurons held at the middle between the groups.", (measure,), source)
+def mitigation(
+    differs: Contrast,
+    found: Mapping[str, Outcome],
+    source: str,
+    elsewhere: Interval | None = None,
+    may_count: bool = False,
+) -> Mitigation:
+    """What holding the located neurons did to the gap, and to the rest, for the page of one person. ``may_count``: the
+    field that differs is no protected one."""
+    said = "Ten neurons held at the middle between the groups."
+    if may_count:
+        said += f" {differs.what} may count: nothing that is protected is mended by this."
+    return answer_page.mitigation(said, differs, found[PLAIN], found[HELD], source, elsewhere)

@@ -44,6 +44,8 @@ NAMED, JUDGED = 2, 2
 """templates to name in, and to judge in, at most"""
 LEAST = 10
 """explained cases, for an interval"""
+WORDED = 12
+"""cases whose wordings say what noise is"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Plan:
     """cases whose values are the typical ones"""
     cases: tuple[Case, ...]
     """those to explain: the unfavourable answer in the first of ``named_in``"""
+    noise: float | None = None
+    """how far other words for the same facts move a case, by the templates that name; a reason moves it further"""
 
     @property
     def held_out(self) -> bool:
@@ -163,7 +167,8 @@ def plan(
         )
     typical = reasons.typical(decision, reference, names)
     scales = {name: spread(decision, name, reference) for name in names}
-    return Plan(tuple(first), tuple(rest), typical, scales, len(reference), tuple(rejected))
+    noise = asking.wording_noise(across(ask, chosen[:WORDED], first))
+    return Plan(tuple(first), tuple(rest), typical, scales, len(reference), tuple(rejected), noise)
 
 
 def attention(model: Model, decision: Decision, cases: Sequence[Case], template: str) -> list[dict[str, float]]:
@@ -182,7 +187,7 @@ def row(
     base = dict(zip(made.named_in, across(ask, [case], made.named_in)[0].tolist(), strict=True))
     base = {t: x for t, x in base.items() if np.isfinite(x)}
     tests = {t.field: t for t in reasons.field_tests(ask, case, made.typical, base, favourable=False)}
-    named = [t.field for t in reasons.principal(list(tests.values()), whole("k", k, 1, DecisionError))]
+    named = [t.field for t in reasons.principal(list(tests.values()), whole("k", k, 1, DecisionError), made.noise)]
     cluster = next((str(case.values[c.field]) for c in decision.carriers), case.id)
     found: dict[str, Any] = {"case": case.id, "cluster": cluster, "named": named, "can be mended": len(tests)}
     if not 0 < len(named) < len(tests):

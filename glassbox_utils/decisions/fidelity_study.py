@@ -24,7 +24,7 @@ def study_fidelity() -> Path:
     start, model, decision = time.time(), load_loan_model(), load_decision(DECISION)
     ask = asking.remembered(asking.scorer(model, decision))
     made = fidelity.plan(ask, decision, None, prepared.sized(*N), SEED, decision.templates_for("train"))
-    key = [model.hash, fidelity.K, made.named_in, made.judged_in, made.typical]
+    key = [model.hash, fidelity.K, made.named_in, made.judged_in, made.typical, made.noise]
 
     def rows(cases: list[Case]) -> list[dict[str, Any]]:
         looked = fidelity.attention(model, decision, cases, made.named_in[0])
@@ -42,6 +42,7 @@ def study_fidelity() -> Path:
         k=fidelity.K,
         typical=made.typical,
         chosen_on=made.chosen_on,
+        noise=made.noise,
         summary=asdict(fidelity.summary(found, made)),
         rows=found,
     )

@@ -202,11 +202,18 @@ class TextTest:
     turned: int
     asked: int
     """texts that were put in; ``turned`` of them lead to the other answer"""
+    noise: float | None = None
+    """what other words for the same facts do (standard deviation, logits); None if that is not known"""
 
     @property
     def turns(self) -> bool:
         """Do most usual texts lead to the other answer?"""
         return 2 * self.turned > self.asked
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Does it move the score by more than other words for the same facts do? At the line trifles turn a case."""
+        return self.noise is None or abs(self.effect) > self.noise
 
 
 def text_tests(

@@ -93,14 +93,15 @@ def held(found: Answer) -> list[str]:
         for s in found.turned_by_group
     ]
     out += [
-        f"With usual words for the free text {texts(t.fields)} the case would get the other answer."
+        f"With usual words for the free text {texts(t.fields)} the case would get the other answer"
+        + ("." if t.beyond_noise else ": so near to the line that less than noise turns it.")
         for t in found.turned_by_text
     ]
     if found.alike < len(found.scores):
         out.append(f"In {len(found.scores) - found.alike} of {len(found.scores)} wordings the same facts get the other "
                    "answer.")  # fmt: skip
     if not found.reasons and not found.favourable:
-        out.append("No permissible reason moves this decision in every wording.")
+        out.append("No permissible reason moves this decision in every wording, by more than other words do.")
     if found.together is not None and 2 * found.together.turned <= len(found.together.scores):
         out.append(
             "Mending all named reasons together does not turn the decision in most wordings: they may not be all."

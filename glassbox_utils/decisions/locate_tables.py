@@ -261,8 +261,12 @@ def findings(table: Row, k: int = 10, but: Sequence[str] = ()) -> list[Finding]:
             like = f"sets of {k} {short(p.basis)}, the nearest in activity ({p.likeness:.1f} times{weak})"
             control = Control.drawn("random units", like, p.random_carried)
             what = one["located"]["contrast"].split(":")[0]
-            claim = f"officer {name}: {k} located {short(p.basis)} alone carry a share of the gap in {what}"
-            found.append(Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=SOURCE))
+            what = f"{short(p.basis)} alone carry a share of the gap in {what}"
+            claim = f"officer {name}, wording {first}: {k} located {what}"
+            claimed = Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=SOURCE)
+            if (n := p.carried.n) < cycle_claims.FEW:
+                claimed = replace(claimed, claim=f"{claim}; {n} {UNIT} are too few to tell", declared="null")
+            found.append(claimed)
         if "mended" in one:
             found += _mended(name, one["mended"])
     return found

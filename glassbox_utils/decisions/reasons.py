@@ -2,7 +2,8 @@
 
 A reason is a field of the role merit. It is *mended*: its value is replaced by one that is typical of other cases with
 the other answer, and all else stays. It counts if the decision moves towards the other answer in (nearly) every
-template, and not by a trifle. Protected fields and fields of the role other are never looked at here.
+template, by more than other words for the same facts do, and not by a trifle. Protected fields and fields of the role
+other are never looked at here.
 
 Values are chosen on other cases than the one that is explained. The official commentary to Regulation B, 1002.9(b)(2),
 compares with applicants at or slightly above the line, or with all; that a reason was "actually considered" is what the
@@ -126,9 +127,13 @@ def over_templates(rows: NDArray) -> Interval | None:
     return bootstrap_ci(rows)
 
 
-def principal(tests: Sequence[FieldTest], most: int = MOST) -> list[FieldTest]:
-    """The reasons that are named: those that count, strongest first, without trifles, at most ``most``."""
-    counted = sorted((t for t in tests if t.counts), key=lambda t: -t.towards)
+def principal(tests: Sequence[FieldTest], most: int = MOST, noise: float | None = None) -> list[FieldTest]:
+    """The reasons that are named: those that count, strongest first, without trifles, at most ``most``.
+
+    ``noise``: how far other words for the same facts move a case (``asking.wording_noise``), in logits. What moves the
+    decision by no more is no reason; None if it is not known.
+    """
+    counted = sorted((t for t in tests if t.counts and t.towards > (noise or 0.0)), key=lambda t: -t.towards)
     return [t for t in counted if t.towards >= TRIFLE * counted[0].towards][:most]
 
 

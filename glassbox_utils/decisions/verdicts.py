@@ -63,7 +63,9 @@ class Verdict:
     no probability that the outcome is true; ``glassbox study audit-power`` sets it beside what a new audit says."""
 
     def __str__(self) -> str:
-        sure = "" if self.confidence is None else f" ({self.confidence:.0%} of resamples agree)"
+        sure = ""  # that resamples agree on "not found" says nothing of what is too small to be seen: the limits do
+        if self.confidence is not None and self.outcome == "found":
+            sure = f" ({self.confidence:.0%} of resamples agree)"
         lines = [f"{self.subject} ({self.role}): {self.outcome}{sure}"]
         lines += [f"    {effect}" for effect in self.effects]
         if self.outcome == "not found":

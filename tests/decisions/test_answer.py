@@ -250,6 +250,23 @@ def test_near_the_border_noise_turns_decisions_and_is_not_called_a_group():
     assert sum(s.beyond_noise for s in swaps) <= 0.2 * len(swaps)
 
 
+def test_a_reason_moves_the_decision_by_more_than_other_words_do():
+    """Found by a referee: a letter named a reason that the page's own evidence called null."""
+
+    def loud(cases, template):  # the clerk, whom the wording of each case moves by up to two logits and a half
+        key = [repr((template, c["name"], c["age"])).encode() for c in cases]
+        return clerk(cases, template) + torch.tensor([5 * (crc32(k) % 1000 / 1000 - 0.5) for k in key])
+
+    quiet, noisy = (answer.measured(one, HIRING, case_of(), n=200) for one in (clerk, loud))
+    assert noisy.noise > 0.5 > quiet.noise
+    assert all(t.towards > noisy.noise for t in noisy.reasons)
+    small = [t for t in noisy.fields if t.counts and t.towards <= noisy.noise]
+    assert small and {t.field for t in small} & {t.field for t in quiet.reasons}
+    for one in (quiet, noisy):
+        named = [f for f in answer.findings(one) if f.claim.startswith("mending")]
+        assert len(named) == len(one.reasons) and not [f for f in named if f.verdict == "null"]
+
+
 def test_a_text_that_turns_the_decision_is_found():
     case = case_of(last_post="spotless wizard", experience=4)
     found = answer.measured(clerk, HIRING, case)

@@ -103,6 +103,20 @@ def test_a_group_that_turns_the_decision_is_in_the_headline_and_in_no_letter():
     assert sent.held and not re.search(r"gender|woman|man\b|Gemma|age\b", sent.text)
 
 
+def test_a_text_within_noise_is_no_headline_and_a_group_comes_before_a_text():
+    odd = answered(last_post="spotless wizard", experience=4)
+    at_the_line = replace(odd, texts=tuple(replace(t, noise=abs(t.effect) + 0.1) for t in odd.texts))
+    words = said(answer_page.render(at_the_line, HIRING, {}, "x"))
+    assert at_the_line.turned_by_text and not at_the_line.decided_by_text
+    assert "decided it" not in words and "Free text decides" not in words and "lies at the line" in words
+    assert "a free text turns it" in words
+    assert any("less than noise turns it" in line for line in letter.letter(at_the_line).held)
+    woman = answered(name="Gemma", experience=4, education="university")
+    both = replace(woman, texts=odd.texts)
+    head = said(answer_page.render(both, HIRING, {}, "x")).partition("Why?")[0]
+    assert "a protected group and the wording of a free text decided it" in head
+
+
 def test_the_letter_names_permissible_fields_only(found):
     text = letter.letter(found).text
     assert text.count("\n  ") >= len(found.reasons) and "  1. Experience: 1 year." in text

@@ -160,6 +160,14 @@ def test_the_field_that_is_looked_at_is_judged_by_the_others():
     assert cycle_claims.looked_at(moved, 1).verdict == "held" and cycle_claims.looked_at(moved, 0).verdict == "refuted"
 
 
+def test_ranks_of_few_fields_are_judged_by_shuffled_fields():
+    looked = torch.rand(8, 10, generator=torch.Generator().manual_seed(0))
+    chance = cycle_claims.shuffled(looked, looked.flip(1))
+    assert abs(chance.mean()) < 0.05 and np.quantile(chance, 0.975) == pytest.approx(0.65, abs=0.05)
+    assert cycle_claims.ranks(about(0.43, 0.41, 0.6), chance).verdict == "null"
+    assert cycle_claims.ranks(about(0.9, 0.8, 0.95), chance).verdict == "held"
+
+
 def test_a_title_says_which_numbers_of_units_were_tried():
     some = [point("heads", 10, 0.9), point("neurons", 10, 0.5), point("neurons", 100, 0.9), point("features", 10, 0.1)]
     title = locate_figures.draw_curve(some)._suptitle.get_text()
@@ -230,5 +238,9 @@ def test_claims_of_any_decision_have_their_verdict_and_control():
     some = [measured(name, gap) for name, gap in arms]
     held = bench_claims.held(JOB, some, "")
     assert held.verdict == "held" and held.effect == pytest.approx(0.6, abs=0.01) and "what job does" in held.claim
-    page = bench_claims.mitigation(JOB, {name: outcome(part) for name, part in by(some, "arm").items()}, "here")
+    arms_found = {name: outcome(part) for name, part in by(some, "arm").items()}
+    page = bench_claims.mitigation(JOB, arms_found, "here")
     assert page.measures[0].before[0] == pytest.approx(1.01) and page.measures[0].n == 3
+    more = bench_claims.mitigation(JOB, arms_found, "here", about(0.05, 0.04, 0.06), may_count=True)
+    assert more.measures[-1].after == (0.05, 0.04, 0.06) and "before" in more.measures[1].note
+    assert "may count" in more.description and "may count" not in page.description

@@ -220,6 +220,8 @@ def test_same_seed_same_audit_and_confidence_is_of_the_whole_search(crate):
     told = json.loads(first.as_json())
     assert told["verdicts"][[v.subject for v in first.verdicts].index("side")]["outcome"] == "found"
     assert "against side is left" in first.as_text() and "100% of resamples agree" in first.as_text()
+    missed = next(v for v in first.verdicts if v.outcome == "not found")
+    assert missed.confidence is not None and "agree" not in str(missed) and "90 % power" in str(missed)
 
 
 def test_a_scorer_without_any_noise_gets_verdicts_and_limits(crate):
