@@ -105,7 +105,9 @@ def test_a_group_that_turns_the_decision_is_in_the_headline_and_in_no_letter():
 
 def test_a_text_within_noise_is_no_headline_and_a_group_comes_before_a_text():
     odd = answered(last_post="spotless wizard", experience=4)
-    at_the_line = replace(odd, texts=tuple(replace(t, noise=abs(t.effect) + 0.1) for t in odd.texts))
+    unlisted = replace(odd, texts=tuple(replace(t, noise=abs(t.effect) + 0.1) for t in odd.texts))
+    assert unlisted.decided_by_text  # somebody chose these words
+    at_the_line = replace(unlisted, texts=tuple(replace(t, usual=True) for t in unlisted.texts))
     words = said(answer_page.render(at_the_line, HIRING, {}, "x"))
     assert at_the_line.turned_by_text and not at_the_line.decided_by_text
     assert "decided it" not in words and "Free text decides" not in words and "lies at the line" in words
