@@ -87,6 +87,48 @@ def by_occupations(values: Tensor | NDArray, pairs: Sequence[Swap]) -> NDArray:
     return np.stack([values[rows].mean(0) for rows in groups.values()])
 
 
+def job_parts(gaps: NDArray, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str], NDArray]:
+    """Men's jobs, women's jobs, and each one's part in the gaps [pair, ...] of ``pairs``: [job, ...], men's jobs first.
+
+    By least squares a pair's gap is the part of its man's job minus that of its woman's job: how much more *him* than
+    *her* looks at a job. One job alone has none: only differences between parts mean something.
+    """
+    men, women = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    design = np.zeros((len(pairs), len(men) + len(women)))
+    for row, (man, woman) in zip(design, pairs, strict=True):
+        row[men.index(man)], row[len(men) + women.index(woman)] = 1, -1
+    parts = np.linalg.lstsq(design, np.asarray(gaps).reshape(len(pairs), -1), rcond=None)[0]
+    return men, women, parts.reshape(-1, *np.shape(gaps)[1:])
+
+
+class Lots(NamedTuple):
+    """Attention gaps of jobs that were dealt to the two sides by lot: what the same choice of heads would report."""
+
+    first: NDArray
+    """[deal]: on report jobs, the head that looked most on selection jobs"""
+    against: NDArray
+    """the head that looked most against it"""
+    largest: NDArray
+    """the largest of all heads on the report jobs, either way"""
+
+
+def by_lot(selection: NDArray, report: NDArray, men: int, deals: int = 1000, seed: int = 0) -> Lots:
+    """Choose and report as it is done for the stereotype, for jobs dealt to the sides by lot.
+
+    ``selection``, ``report``: ``job_parts`` [job, layer, head], the first ``men`` of them men's jobs. Half of the men's
+    and half of the women's jobs come to each side, so that a side has equal shares of both.
+    """
+    rng, rows = np.random.default_rng(seed), list[tuple[float, float, float]]()
+    for _ in range(deals):
+        gaps = []
+        for parts in (selection, report):
+            side = np.concatenate([rng.permutation(n) % 2 for n in (men, len(parts) - men)])
+            gaps.append((parts[side == 0].mean(0) - parts[side == 1].mean(0)).ravel())
+        chosen, found = gaps
+        rows.append((found[chosen.argmax()], found[chosen.argmin()], np.abs(found).max()))
+    return Lots(*np.array(rows).T)
+
+
 def referent_patching(
     model: Model, pairs: Sequence[Swap], method: Literal["exact", "gradient"] = "exact"
 ) -> tuple[Float[Tensor, " pair"], Float[Tensor, "pair layer head"]]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.attention.looking import OPPONENTS, PREDICTORS, BothSides, Lookers, Looking, ahead
-from glassbox_utils.attention.patterns import head_name, top_heads
+from glassbox_utils.attention.patterns import head_name
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, SKY, titled
 from glassbox_utils.core.interventions import Head
@@ -140,7 +140,7 @@ def looking_and_doing(
     """Every head of every family: attention to the decisive word against what its ablation takes away.
 
     Orange: the heads that were chosen on other prompts because they look most. Named: the first three of them, and the
-    three that act most.
+    three that act most on half of the words (``BothSides.actors``).
     """
     import matplotlib.pyplot as plt
 
@@ -159,7 +159,7 @@ def looking_and_doing(
         axis.set_xlabel("looking: attention to the decisive word")
     for axis, (family, found) in zip(axes.flat, families.items(), strict=False):  # the shared limits are final now
         x, y = found.mean("decisive"), found.mean("effect")
-        named = list(dict.fromkeys([*chosen[family].heads[:3], *top_heads(y.abs(), min(3, y.numel()))]))
+        named = list(dict.fromkeys([*chosen[family].heads[:3], *sides[family].actors[:3]]))
         name_points(axis, [(float(x[h]), float(y[h])) for h in named], [head_name(h) for h in named], 2)
     axes[0, 0].set_ylabel("effect: fall of logit(right) − logit(wrong)\nwhen the head is ablated")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -197,26 +197,33 @@ def opponents(table: Mapping[str, Mapping[str, Mapping[str, Interval]]], kinds: 
     won = {kind: ", ".join(str(ahead(table, name, kind)) for name in OPPONENTS) for kind in kinds}
     return titled(
         figure,
-        f"Attention to the decisive word leads attention to another word, to anything but the first token, and the "
+        f"Attention to the decisive word leads attention to another token, to anything but the first token, and the "
         f"length written in {won[kinds[0]]} of {n - 1} families by {kinds[0].split()[-1]}, in {won[kinds[1]]} by "
         f"{kinds[1].split()[-1]}",
     )
 
 
 def against_alike(
-    strong: Mapping[str, Float[Tensor, " word"]], alike: Mapping[str, Sequence[Float[Tensor, " word"]]], seed: int = 0
+    strong: Mapping[str, Float[Tensor, " word"]],
+    rest: Mapping[str, Float[Tensor, " word"]],
+    alike: Mapping[str, Sequence[Float[Tensor, " word"]]],
+    seed: int = 0,
 ) -> Any:
-    """What the strongest lookers push towards the right answer, and draws of heads that write as much."""
+    """What the strongest lookers push towards the right answer, the ``rest`` of them without the first two (hollow),
+    and draws of heads that write as much."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(strong)))
-    more = 0
+    more = left = 0
     for place, family in enumerate(reversed(list(strong))):
         value = bootstrap_ci(strong[family], seed=seed)
         draws = [float(draw.mean()) for draw in alike[family]]
         more += value.low > max(draws)
         axis.plot(draws, [place - 0.14] * len(draws), "|", color=GREY, markersize=9, label=None if place else "alike")
         _error(axis, place + 0.1, value, ORANGE, label=None if place else "look most")
+        other = bootstrap_ci(rest[family], seed=seed)
+        left += other.low > max(draws)
+        _error(axis, place + 0.28, other, ORANGE, mfc="white", label=None if place else "without the first two")
     axis.axvline(0, color=GREY, lw=0.6)
     axis.set_yticks(range(len(strong)), [name.replace("_", " ") for name in reversed(list(strong))])
     axis.set_ylim(-0.6, len(strong) - 0.4)
@@ -224,5 +231,6 @@ def against_alike(
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return titled(
         figure,
-        f"In {more} of {len(strong)} families the heads that look most help more than every draw of equally busy heads",
+        f"In {more} of {len(strong)} families the heads that look most help more than every draw of heads that write "
+        f"as much; without the first two of them in {left}",
     )

@@ -2,8 +2,8 @@
 
 *Looking* is the attention from the last position, where the answer is read off, to the word that decides it; *effect*
 is the fall of ``logit(right) - logit(wrong)`` when the head's output there is replaced by its average. Opponents:
-attention to another word, being *awake* (attention that does not rest on the first token), and the length of what the
-head writes. What is resampled is the decisive word: prompts that share it are alike.
+attention to another token, any, being *awake* (attention that does not rest on the first token), and the length of
+what the head writes. What is resampled is the decisive word: prompts that share it are alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from glassbox_utils.attention.ablation import HeadMeans
 from glassbox_utils.attention.attribution import logit_difference, replace_each_head_at_the_end
-from glassbox_utils.attention.heads import attend
+from glassbox_utils.attention.heads import attend, norm_matched
 from glassbox_utils.attention.patterns import output_weights, project, top_heads
 from glassbox_utils.attention.prompts import Decisive, DecisiveBatch, another_position, to_batch
 from glassbox_utils.core.devices import array, beside, result
 from glassbox_utils.core.interventions import Head, recording
 from glassbox_utils.core.models import Model, ModelError, Site
-from glassbox_utils.core.statistics import Interval, bootstrap_ci, reliability
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, mean_ci, reliability
 from glassbox_utils.core.text import Batch
 
 PREDICTORS = {
     "decisive": "attention to the decisive word",
     "weighted": "the same, times the length it moves",
-    "another": "attention to another word",
+    "another": "attention to another token, any",
     "awake": "attention not on the first token",
     "length": "length of what the head writes",
 }
@@ -68,7 +68,7 @@ def by_word(values: Float[Tensor, "prompt ..."], words: Sequence[str]) -> Float[
 def looks(model: Model, prompts: DecisiveBatch, seed: int = 0, rows: int = 64) -> dict[str, Tensor]:
     """Every predictor of ``PREDICTORS`` for every prompt and head, [prompt, layer, head]. No ablation.
 
-    ``seed`` draws the other word of each prompt. ModelError for an architecture whose values can't be read.
+    ``seed`` draws the other token of each prompt. ModelError for an architecture whose values can't be read.
     """
     batch, last = prompts.batch, prompts.batch.input_ids.shape[1] - 1
     first = result(batch.attention_mask.int().argmax(-1))
@@ -215,37 +215,43 @@ def _mean(x: Sequence[Interval]) -> Interval:
     return Interval(value, value - half, value + half, sum(i.n for i in x))
 
 
+def without_strongest(found: Looking) -> tuple[Looking, Head]:
+    """The same without the head that acts most, and which one it was: is a correlation more than one head? The rest
+    stand in one row, [prompt, 1, head]."""
+    size = found.mean("effect").abs()
+    (head,) = top_heads(size, 1)
+    others = [i for i in range(size.numel()) if divmod(i, size.shape[1]) != head]
+
+    def rest(x: Float[Tensor, "prompt layer head"]) -> Float[Tensor, "prompt one rest"]:
+        return x.flatten(1)[:, None, others]
+
+    predictors = {name: rest(x) for name, x in found.predictors.items()}
+    return Looking(found.words, found.base, rest(found.effect), predictors), head
+
+
 # --- the heads that look most -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lookers:
-    """Heads that were chosen on selection prompts for looking at the decisive word, and others of like activity."""
+    """Heads that were chosen on selection prompts for looking at the decisive word, and others that write as much."""
 
     heads: list[Head]
     alike: list[list[Head]]
-    """draws of as many heads that write about as much, none of which looks at the word more than the typical head"""
+    """draws of as many heads that write about as much, none of which looks hard at the word (``HARD``)"""
 
 
-def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, draws: int = 10) -> Lookers:
+HARD, NEAREST = 0.9, 4
+"""heads above this quantile of looking are in no control; a control head is drawn from so many of nearest length"""
+
+
+def lookers(found: Mapping[str, Float[Tensor, "prompt layer head"]], k: int, draws: int = 20) -> Lookers:
     """The k heads that look most at the decisive word on these (selection) prompts, and their controls."""
     look, length = found["decisive"].mean(0), found["length"].mean(0)
     chosen = top_heads(look, k)
-    avoid = [(int(a), int(b)) for a, b in (look > look.median()).nonzero()]
-    return Lookers(chosen, [_alike(length, chosen, avoid, draw) for draw in range(draws)])
-
-
-def _alike(length: Float[Tensor, "layer head"], heads: Sequence[Head], avoid: Sequence[Head], rank: int) -> list[Head]:
-    """For each head the one that writes most nearly as much (rank 0), the next nearest, and so on; none twice."""
-    taken, found = {*heads, *avoid}, list[Head]()
-    for head in heads:
-        order = [divmod(int(i), length.shape[1]) for i in (length - length[head]).abs().flatten().argsort()]
-        free = [h for h in order if h not in taken]
-        if not free:
-            raise ModelError(f"There are too few heads: {length.numel()}, of which {len(taken)} are taken or avoided.")
-        found.append(free[min(rank, len(free) - 1)])
-        taken.add(found[-1])
-    return found
+    hard = [(int(a), int(b)) for a, b in (look > look.quantile(HARD)).nonzero()]
+    longest = sorted(chosen, key=lambda head: -float(length[head]))  # they have the fewest like them: drawn for first
+    return Lookers(chosen, [norm_matched(length, longest, hard, draw, NEAREST) for draw in range(draws)])
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,8 @@ class BothSides:
     """what each of them takes away from the right answer, the one that looks most first; words are drawn"""
     base_rate: float
     """share of all heads that help"""
+    sure: tuple[float, float]
+    """share of all heads that help, and that work against the answer, with the whole interval"""
     actors: list[Head]
     """as many heads as there are lookers, by the size of their effect on one half of the words"""
     effect: Float[Tensor, "layer head"]
@@ -272,10 +280,12 @@ def both_sides(found: Looking, heads: Sequence[Head], seed: int = 0) -> BothSide
     """Count for and against, on report prompts, for heads that were chosen on others, strongest first."""
     look, effect, by = found.mean("decisive"), found.mean("effect"), by_word(found.effect, found.words)
     size, actors = effect.abs(), top_heads(by[::2].mean(0).abs(), len(heads))
+    _, low, high = mean_ci(by, seed=seed)
     return BothSides(
         1 + int((effect > effect[heads[0]]).sum()),
         [bootstrap_ci(by[:, layer, head], seed=seed) for layer, head in heads],
         float((effect > 0).float().mean()),
+        (float((low > 0).mean()), float((high < 0).mean())),
         actors,
         by[1::2].mean(0),
         [h for h in heads if size[h] < size.median()],

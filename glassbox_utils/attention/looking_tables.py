@@ -7,7 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glassbox_utils.attention.heads_tables import named
-from glassbox_utils.attention.looking import KINDS, OPPONENTS, PREDICTORS, BothSides, Lookers, Looking, by_word
+from glassbox_utils.attention.looking import (
+    KINDS,
+    OPPONENTS,
+    PREDICTORS,
+    BothSides,
+    Lookers,
+    Looking,
+    by_word,
+    pooled,
+    push,
+)
 from glassbox_utils.attention.patterns import head_name
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import Head
@@ -24,7 +34,11 @@ CLAIMS = {
     "weighted": "attention to the decisive word, times the length it moves,",
 }
 METHODS = {"ranks": "Spearman", "values": "Pearson"}
-OF = {"another": "attention to another word", "awake": "being awake", "length": "the length of what a head writes"}
+OF = {
+    "another": "attention to another token, any,",
+    "awake": "being awake",
+    "length": "the length of what a head writes",
+}
 
 
 def kinds(rows: Mapping[str, tuple[Interval, Interval, float]]) -> Any:
@@ -113,7 +127,56 @@ def helping(sides: Mapping[str, BothSides]) -> str:
             f"the first {k} in each family: {n} of {len(x)} help ({shown(exact_ci(n, len(x)))}); with the whole "
             f"interval {sum(one.low > 0 for one in x)} help and {sum(one.high < 0 for one in x)} work against it"
         )
+    for name, side in sides.items():
+        lines.append(
+            f"of all heads, with the whole interval: {side.sure[0]:.2f} help and {side.sure[1]:.2f} work against it "
+            f"({name.replace('_', ' ')})"
+        )
     return "\n".join(lines)
+
+
+def pushes(families: Mapping[str, Looking], chosen: Mapping[str, Lookers], seed: int = 0) -> Any:
+    """What one of the strongest lookers takes away, also without the first and the first two of them, beside draws of
+    heads that write as much; and how much both write. A row a family, and their mean."""
+    rows = []
+    for name in [*families, "mean"]:
+        among = list(families) if name == "mean" else [name]
+        draws = list(zip(*(chosen[family].alike for family in among), strict=True))  # [draw][family] -> heads
+
+        def mean(of: Sequence[Sequence[Head]], among: Sequence[str] = among) -> Interval:
+            return pooled([push(families[f], found) for f, found in zip(among, of, strict=True)], seed=seed)
+
+        def written(of: Sequence[Sequence[Head]], among: Sequence[str] = among) -> float:
+            lengths = [families[f].mean("length") for f in among]
+            return sum(float(x[h]) for x, found in zip(lengths, of, strict=True) for h in found) / sum(map(len, of))
+
+        others, long = [mean(draw).value for draw in draws], [written(draw) for draw in draws]
+        row = {"family": name.replace("_", " "), "they write": f"{written([chosen[f].heads for f in among]):.1f}"}
+        row["the others write"] = f"{sum(long) / len(long):.1f} ({min(long):.1f} to {max(long):.1f})"
+        for first, what in enumerate(("look most", "without the first", "without the first two")):
+            left = [chosen[f].heads[first:] for f in among]
+            row[what] = shown(mean(left), "+.2f") if all(left) else "none left"
+        said = f"{sum(others) / len(others):+.2f} ({min(others):+.2f} to {max(others):+.2f})"
+        different = sum(len({h for draw in chosen[f].alike for h in draw}) for f in among)
+        row[f"{len(draws)} draws of others"] = f"{said}, {different} heads"
+        rows.append(row)
+    return frame(rows if families else [{"nothing": NOBODY}])
+
+
+def without_one(
+    table: Mapping[str, Correlations], rest: Mapping[str, Correlations], strongest: Mapping[str, Head]
+) -> Any:
+    """Correlations with the size of the effect by values, of all heads and without the head of each family that acts
+    most: a row for each."""
+    rows = []
+    for family in table:
+        which = head_name(strongest[family]) if family in strongest else "these"
+        for who, by in (("all heads", table), (f"without {which}", rest)):
+            row = {"family": f"{family.replace('_', ' ')}, {who}"}
+            row |= {PREDICTORS[name]: shown(by[family][name]["size, values"], "+.2f") for name in (*CLAIMS, "length")}
+            row["the second minus the third"] = shown(by[family]["weighted - length"]["size, values"], "+.2f")
+            rows.append(row)
+    return frame(rows or [{"nothing": NOBODY}])
 
 
 def leads(table: Mapping[str, Correlations], kinds_shown: Sequence[str] = KINDS) -> Any:
@@ -207,30 +270,44 @@ def findings_of_looking(
     ]
 
 
-def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[float]) -> list[Finding]:
-    """What was found by taking heads out: the strongest lookers against heads as busy, and looking against opponents.
+def findings_of_acting(
+    mean: Correlations, rest: Correlations, strongest: Sequence[Head], pushes: Interval, left: Interval,
+    draws: Sequence[float],
+) -> list[Finding]:  # fmt: skip
+    """What was found by taking heads out: the strongest lookers against heads that write as much, and looking against
+    its opponents.
 
-    ``mean``: of a ``comparison``. ``pushes``, ``draws``: what one of the strongest lookers takes away, and one of each
-    draw of heads that write as much.
+    ``mean``: of a ``comparison``; ``rest``: the same without the ``strongest`` head of each family. ``pushes``,
+    ``left``, ``draws``: what one of the strongest lookers takes away, one of them without the first two, and one of
+    each draw of heads that write as much. A comparison that lies behind draw by draw, with the whole interval, is
+    refuted, also where the two intervals overlap.
     """
 
-    def beats(opponent: str, kind: str, claim: str = "decisive") -> Finding:
+    def beats(opponent: str, kind: str, claim: str = "decisive", table: Correlations = mean, who: str = "") -> Finding:
         what, method = kind.split(", ")
         goes = {"size": "goes with the size of a head's effect", "sign": "goes with helping the right answer"}[what]
+        gap = table.get(f"{claim} - {opponent}")
         return Finding.measured(
-            f"{CLAIMS[claim]} {goes} better than {OF[opponent]} does ({METHODS[method]})", 3, mean[claim][kind],
-            "decisive words", Control.measured("other group", PREDICTORS[opponent], mean[opponent][kind]), side="above",
+            f"{CLAIMS[claim]} {goes} better than {OF[opponent]} does ({METHODS[method]}{who})", 3, table[claim][kind],
+            "decisive words", Control.measured("other group", PREDICTORS[opponent], table[opponent][kind]),
+            side="above", declared="refuted" if gap and gap[kind].high < 0 else None,
         )  # fmt: skip
+
+    control = Control.drawn("random units", "draws of heads that write as much", draws)
+    one = ", ".join(map(head_name, strongest))
 
     return [
         Finding.measured(
-            "heads that look most at the decisive word help the right answer more than equally busy ones (fall of the "
-            "logit difference)",
+            "heads that look most at the decisive word help the right answer more than others that write as much (fall "
+            "of the logit difference)",
             3,
             pushes,
             "decisive words",
-            Control.drawn("random units", "draws of heads that write as much", draws),
+            control,
             side="above",
+        ),
+        Finding.measured(
+            "the same without the first two of them in each family", 3, left, "decisive words", control, side="above"
         ),
         beats("another", "size, ranks"),
         beats("awake", "size, ranks"),
@@ -238,5 +315,8 @@ def findings_of_acting(mean: Correlations, pushes: Interval, draws: Sequence[flo
         beats("length", "size, values"),
         beats("another", "sign, values"),
         beats("length", "sign, values"),
-        beats("length", "size, values", "weighted"),
+        beats("length", "size, ranks"),
+        beats("length", "size, ranks", "weighted"),
+        beats("length", "size, values", "weighted", who=f", {one} among the heads"),
+        beats("length", "size, values", "weighted", rest, f", without {one}"),
     ]

@@ -1,7 +1,8 @@
 """The long runs behind notebook 02, second part: stereotypes, and what carries them.
 
 ``heads-bias`` says where heads look and what each does alone, ``heads-outcomes`` what sets of heads carry in several
-outcomes and what else goes with them, ``heads-table`` joins all to ``heads/heads.csv``.
+outcomes and what else goes with them, ``heads-crossed`` keeps what cases share (jobs, sentence by sentence),
+``heads-table`` joins all to ``heads/heads.csv``.
 """
 
 import csv
@@ -21,6 +22,7 @@ from glassbox_utils.attention.bias import (
     by_job,
     by_occupations,
     job_pairs,
+    job_parts,
     of_units,
     pronoun_choice,
     pronoun_effects,
@@ -244,6 +246,38 @@ def study_outcomes() -> Path:
     )
 
 
+def crossed_looks(model: Model, n_swaps: int) -> dict[str, Any]:
+    """Each job's part in the attention gap of every head, both splits: what deals jobs to two sides by lot needs."""
+    found: dict[str, Any] = {}
+    for split in ("selection", "report"):
+        pairs = some(swaps(split), n_swaps)
+        gaps, of = by_occupations(attention_gap(model, pairs), pairs), job_pairs(pairs)
+        men, women, parts = job_parts(gaps, of)
+        alone = np.stack([parts[men.index(a)] - parts[len(men) + women.index(b)] for a, b in of])
+        left = float(((gaps - alone) ** 2).sum() / ((gaps - gaps.mean(0)) ** 2).sum())
+        found[split] = {"men": men, "women": women, "parts": rounded(parts), "explained": round(1 - left, 4)}
+    return found
+
+
+def crossed_sentences(model: Model, kind: Literal[1, 2], sets: Sequence[Sequence[Head]], n: int) -> dict[str, Any]:
+    """WinoBias sentence by sentence [set][sentence], with both jobs of each: they are crossed."""
+    schemas = some(winobias(kind, "test"), n)
+    values = winobias_preference(model, schemas, sets, outcomes.sentence_means(model))
+    return {"referent": [s.referent for s in schemas], "other": [s.other for s in schemas], "values": rounded(values)}
+
+
+def study_crossed() -> Path:
+    """What cases share: each job's part in the attention gaps, and WinoBias sentence by sentence (about 5 minutes)."""
+    started, model, size = time.time(), load_subject(), size_here()
+    every = read_table("heads_outcomes")["sets"]
+    sets: dict[str, list[Head]] = {name: [(a, b) for a, b in every[name]] for name in ("none", "acting", "looking")}
+    content: dict[str, Any] = {"sets": sets, "looks": part(model, "crossed: looks", crossed_looks, size.swaps)}
+    for kind in (1, 2):
+        values = part(model, "crossed: winobias", crossed_sentences, kind, list(sets.values()), size.winobias)
+        content[f"winobias {kind}"] = values
+    return write_table("heads_crossed", model, time.time() - started, **content)
+
+
 def study_table() -> Path:
     """One row per head: every score with its interval, and q-values where there was a test."""
     induction, semantic, bias = (read_table(f"heads_{n}") for n in ("induction", "semantic", "bias"))
@@ -274,5 +308,6 @@ STUDIES_OF_HEADS: dict[str, Callable[[], Path]] = {
     "heads-semantic": study_semantic,
     "heads-bias": study_bias,
     "heads-outcomes": study_outcomes,
+    "heads-crossed": study_crossed,
     "heads-table": study_table,
 }

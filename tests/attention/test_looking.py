@@ -27,6 +27,7 @@ from glassbox_utils.attention.looking import (
     looks,
     pooled,
     push,
+    without_strongest,
 )
 from glassbox_utils.attention.prompts import FAMILIES, PROMPTS, decisive_prompts, to_batch
 from glassbox_utils.core import prepared, studies
@@ -154,14 +155,21 @@ def test_words_count_alike_however_many_prompts_they_have():
     assert pooled([torch.tensor([0.0, 2.0]), torch.tensor([3.0, 3.0, 3.0])]).value == 2.0
 
 
-def test_heads_of_like_activity_look_no_more_than_the_typical_head():
-    found = planted()
-    chosen = lookers(found.predictors, 4, draws=3)
+def test_heads_that_write_as_much_do_not_look_hard():
+    found = planted(shape=(10, 9))
+    length = found.mean("decisive") * 3 + torch.rand(10, 9, generator=torch.Generator().manual_seed(3))
+    found = Looking(found.words, found.base, found.effect, {**found.predictors, "length": length.expand(40, 10, 9)})
+    chosen = lookers(found.predictors, 4, draws=20)
     look = found.mean("decisive")
     assert [look[h].item() for h in chosen.heads] == sorted(look.flatten().tolist())[-1:-5:-1]
     for draw in chosen.alike:
         assert len(set(draw)) == 4 and not set(draw) & set(chosen.heads)
-        assert all(look[h] <= look.median() for h in draw)
+        assert all(look[h] <= look.quantile(0.9) for h in draw)
+        assert any(look[h] > look.median() for h in draw), "who looks more than the typical head is no longer barred"
+    assert len({h for draw in chosen.alike for h in draw}) > 6, "the draws are the same few heads"
+    table = looking_tables.pushes({"one": found}, {"one": chosen})
+    assert table.index.tolist() == ["one", "mean"] and table["look most"].nunique() == 1
+    assert float(table["they write"].iloc[0]) > float(length.mean())
     assert torch.allclose(
         push(found, chosen.heads).mean(), torch.stack([found.mean("effect")[h] for h in chosen.heads]).mean()
     )
@@ -179,10 +187,25 @@ def test_both_sides_are_counted_and_who_acts_is_told_on_other_words():
     turned = Looking(found.words, found.base, -found.effect * 0 + (1 - look) + 0.01 * found.effect, found.predictors)
     side = both_sides(turned, heads_)
     assert side.idle == heads_ and len(side.blind) == 4 and side.base_rate == 1
+    assert side.sure[0] > 0.9 and side.sure[1] == 0, "with the whole interval"
     table = comparison({"one": planted(), "two": found}, 50)
     assert ahead(table, "another", "size, ranks") == 2 and ahead(table, "another", "sign, values") == 1
     shown = lines(table["mean"])
     assert len(shown) == 1 + len(PREDICTORS) + len(OPPONENTS) + 1 + 2 and len(set(map(len, shown[:6]))) == 1
+
+
+def test_what_one_head_carries_is_gone_without_it():
+    found = planted(noise=0.01)
+    effect, look = 0.01 * torch.rand(40, 5, 6, generator=torch.Generator().manual_seed(5)), found.mean("decisive")
+    (best,) = [divmod(int(look.argmax()), 6)]
+    effect[:, *best] = 9.0
+    found = Looking(found.words, found.base, effect, found.predictors)
+    rest, head = without_strongest(found)
+    assert head == best and rest.effect.shape == (40, 1, 29) and rest.mean("decisive").max() < look.max()
+    table, less = comparison({"one": found}, 50), comparison({"one": rest}, 50)
+    assert less["one"]["decisive"]["size, values"].value < 0.3 < table["one"]["decisive"]["size, values"].value + 0.1
+    said = looking_tables.without_one(table, less, {"one": head})
+    assert said.index.tolist()[:2] == ["one, all heads", f"one, without {patterns.head_name(head)}"]
 
 
 # --- pronouns and meaning -----------------------------------------------------------------------------
@@ -252,6 +275,7 @@ def test_the_live_measure_and_its_pictures(words):
     here, chosen, x = {"agreement": found}, {"agreement": chosen}, Interval(0.5, 0.4, 0.6, 9)
     table, sides = comparison(here, 50), {"agreement": both_sides(found, chosen["agreement"].heads)}
     strong = {"agreement": push(found, chosen["agreement"].heads)}
+    fewer = {"agreement": push(found, chosen["agreement"].heads[2:])}
     alike = {"agreement": [push(found, draw) for draw in chosen["agreement"].alike]}
     people, whats, lead = ["doctor", "baker", "lawyer"], ["patient", "parcel"], torch.rand(5, 2, 2)
     lead[:, 0] += 2
@@ -260,7 +284,7 @@ def test_the_live_measure_and_its_pictures(words):
     drawn = [
         figures.looking_and_doing(here, chosen, sides),
         figures.opponents(table, ("size, ranks", "sign, ranks")),
-        figures.against_alike(strong, alike),
+        figures.against_alike(strong, fewer, alike),
         figures.shares(shares, "attention", "moved"),
         figures.against_others(lead, (9, 2), people, whats),
         figures.before_and_after({"previous": (x, x, 0.1), "first": (x, Interval(0.1, 0, 0.2, 9), 0.1)}),
@@ -313,6 +337,11 @@ def test_claims_are_judged_by_their_numbers():
     )
     assert {f.verdict for f in turned[1:]} == {"refuted"}
     table = {name: {kind: high if name in ("decisive", "weighted") else low for kind in KINDS} for name in PREDICTORS}
-    assert {f.verdict for f in looking_tables.findings_of_acting(table, high, [0.1, 0.2])} == {"held"}
+    most, draws = [(23, 3)], [0.1, 0.2]
+    assert {f.verdict for f in looking_tables.findings_of_acting(table, table, most, high, high, draws)} == {"held"}
     tie = {name: {kind: high for kind in KINDS} for name in PREDICTORS}
-    assert {f.verdict for f in looking_tables.findings_of_acting(tie, low, [0.1, 0.3])} == {"null"}
+    found = looking_tables.findings_of_acting(tie, tie, most, low, low, [0.1, 0.3])
+    assert {f.verdict for f in found} == {"null"} and "without 23.3" in found[-1].claim
+    behind = {kind: Interval(-0.1, -0.2, -0.01, 9) for kind in KINDS}
+    found = looking_tables.findings_of_acting(tie | {"decisive - length": behind}, tie, most, low, low, [0.1, 0.3])
+    assert [f.verdict for f in found].count("refuted") == 3, "behind draw by draw"
