@@ -56,7 +56,7 @@ def ablations(curve: Mapping[str, Any], seed: int = 0) -> Any:
     return titled(
         figure,
         f"Without its {k} induction heads the model pays {main:+.1f} nats a repeated token, without random ones "
-        f"{every.min():+.1f} to {every.max():+.1f}",
+        f"{round(every.min(), 1) + 0.0:+.1f} to {every.max():+.1f}",
     )
 
 
@@ -176,8 +176,11 @@ def looks_and_acts(looks: NDArray, acts: Mapping[str, tuple[NDArray, float]]) ->
         axis.set_xlabel("attention gap")
     axes[0, 0].set_ylabel("share of the behaviour lost (a) or carried (b)")
     shared = [len({*most(looks)} & {*most(effect)}) for effect, _ in acts.values()]
-    said = " and ".join(map(str, shared))
-    return titled(figure, f"Of the ten heads with the largest gaps {said} are among the ten that act most")
+    said, chance = " and ".join(map(str, shared)), len(most(looks)) ** 2 / looks.size
+    return titled(
+        figure,
+        f"Of the ten heads with the largest gaps {said} are among the ten that act most (by chance {chance:.1f})",
+    )
 
 
 def outcomes(table: Mapping[str, Any], seed: int = 0) -> Any:

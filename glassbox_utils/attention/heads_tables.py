@@ -1,4 +1,7 @@
-"""Tables and findings of notebook 02, from the tables of its studies; every number with interval and control."""
+"""Tables and findings of notebook 02, from the tables of its studies; every number with interval and control.
+
+Those about stereotypes are in ``bias_tables``.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,18 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassbox_utils.attention.heads_figures import OUTCOMES, name_of_key_head
+from glassbox_utils.attention.heads_figures import name_of_key_head
 from glassbox_utils.attention.patterns import head_name
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.interventions import Head
 from glassbox_utils.core.statistics import (
     Interval,
-    adjust,
     bootstrap_ci,
     clustered_ci,
-    enrichment,
     exact_ci,
-    permutation_test,
     spearman,
 )
 from glassbox_utils.core.tables import frame, shown
@@ -133,15 +133,17 @@ def feeding(paths: Table, seed: int = 0) -> tuple[Any, Finding]:
     report = paths["reports"][first]
     best, keys = report["pairs"][0], f"{report['layer']}.{report['key']}"
     lost_here = bootstrap_ci(np.array(report["base"]) - best["patched"], seed=seed)
-    control = Control.drawn("random units", "heads of the senders' layers", found)
+    drawn = {tuple(pair["sender"]) for report in paths["reports"] for pair in report["pairs"] if not pair["found"]}
+    control = Control.drawn("random units", f"paths from {len(drawn)} heads of the senders' layers", found)
     claim = f"{named([best['sender']])} feeds the keys {keys}, the strongest path of a screen (induction score lost)"
     return frame(rows), Finding.measured(claim, 3, lost_here, "rows", control, side="above")
 
 
-def lookalikes(maps: Table, paths: Table, k: int = 4) -> Any:
-    """Heads that look one token back, and the most that each carries of a key head's score, by the screen."""
+def lookalikes(maps: Table, paths: Table, costs: NDArray) -> Any:
+    """Heads that look one token back, the most that each carries of a key head's score, by the screen, and what it
+    costs to lose it alone (``costs``: [head][row])."""
     rows = []
-    for head in maps["back"][:k]:
+    for head, cost in zip(maps["back"], costs, strict=True):
         shares = {
             name_of_key_head(s): s["lost"][head[0]][head[1]] / s["base"]
             for s in paths["screens"]
@@ -154,6 +156,7 @@ def lookalikes(maps: Table, paths: Table, k: int = 4) -> Any:
                 "one token back": f"{entry(maps['previous'], head).value:.2f}",
                 "largest share of a key head's score": f"{shares.get(best, 0):.0%}",
                 "which": best,
+                "loss alone (nats)": f"{np.mean(cost):+.2f}",
             }
         )
     return frame(rows)
@@ -161,7 +164,7 @@ def lookalikes(maps: Table, paths: Table, k: int = 4) -> Any:
 
 def in_context(text: Table, k: int, seed: int = 0) -> tuple[Any, Finding]:
     """What the induction heads do for real text: the in-context score, and the loss."""
-    rows, changes = [], {}
+    rows, changes, whole = [], {}, bootstrap_ci(np.array(text["score"])[0], seed=seed)
     for name, form in (("score", "+.2f"), ("loss", "+.3f")):
         values = np.array(text[name])
         moved = bootstrap_ci(values[1] - values[0], seed=seed)
@@ -177,7 +180,13 @@ def in_context(text: Table, k: int, seed: int = 0) -> tuple[Any, Finding]:
     moved, draws = changes["score"]
     claim = "context helps real text less without the induction heads (change of the in-context score, nats)"
     return frame(rows), Finding.measured(
-        claim, 4, moved, "texts", Control.drawn("random units", SAME, draws), side="above"
+        claim,
+        4,
+        moved,
+        "texts",
+        Control.drawn("random units", SAME, draws),
+        side="above",
+        declared=None if whole.excludes(0) else "not testable",  # a score that may be nothing has nothing to lose
     )
 
 
@@ -202,150 +211,6 @@ def formed(arms: Table) -> tuple[Any, Finding]:
     control = Control.measured("other group", "the same model with one layer", rate["one layer"])
     claim = "induction forms in two layers of attention within 300 steps (share of seeds)"
     return frame(rows), Finding.measured(claim, 3, rate["two layers"], "seeds", control, side="above")
-
-
-# --- stereotypes --------------------------------------------------------------------------------------
-
-
-def lookers(bias: Table, k: int = 4) -> Any:
-    """The heads that look most, with the stereotype and against it; chosen on other jobs."""
-    looks, wino = bias["looks"]["report"], bias["looks"]["winobias_test"]
-    rows = []
-    for what, said in (("ranking", "with"), ("against", "against")):
-        for h in bias["looks"][what][:k]:
-            mine, theirs = shown(entry(looks, h), "+.3f"), shown(entry(wino, h), "+.3f")
-            rows.append(
-                {
-                    "head": head_name(tuple(h)),
-                    "looks": said,
-                    f"gap, {of(looks, 'pairs', 'jobs')}": mine,
-                    f"WinoBias, {of(wino, 'sentences', 'jobs')}": theirs,
-                }
-            )
-    return frame(rows)
-
-
-def at_limits(parts: Mapping[str, Table], limits: Sequence[float] = (0.0, 0.01, 0.02, 0.05)) -> Any:
-    """How many heads look either way in each map, for several limits on the size of the gap (q < 0.05 throughout)."""
-    rows = []
-    for least in limits:
-        row: dict[str, Any] = {"gap beyond": f"{least}"}
-        for name, part in parts.items():
-            gap, q = np.array(part["mean"]), np.array(part["q"])
-            for side, g in (("with it", gap), ("against it", -gap)):
-                row[f"{side}: {name}"] = int(((q < 0.05) & (g > least)).sum())
-        rows.append(row)
-    return frame(rows)
-
-
-def behaviours(bias: Table) -> dict[str, tuple[NDArray, float, NDArray]]:
-    """Behaviour -> (effect of each head, the whole, q of each head): pronoun choice, and who was meant."""
-    acts, refers = bias["acts"], bias["refers"]["report"]
-    return {
-        "(a) pronoun choice": (
-            np.array(acts["ablation"]["mean"]),
-            float(np.mean(acts["gap"])),
-            np.array(acts["ablation"]["q"]),
-        ),
-        "(b) who was meant": (
-            np.array(refers["effect"]["mean"]),
-            float(np.mean(refers["total"])),
-            np.array(refers["effect"]["q"]),
-        ),
-    }
-
-
-def looking_heads(bias: Table, k: int = 6) -> set[Head]:
-    """The strongest lookers in both directions, by selection prompts."""
-    return {(h[0], h[1]) for what in ("ranking", "against") for h in bias["looks"][what][:k]}
-
-
-def overlaps(bias: Table, limits: Sequence[float] = (0.025, 0.05, 0.1)) -> Any:
-    """Do those that look act? For several limits of what counts as acting, beside the base rate among all heads; and
-    how many of the acting heads pass a false discovery rate of 5 % over all heads."""
-    gap, chosen, rows = np.array(bias["looks"]["report"]["mean"]), looking_heads(bias), []
-    every = [(int(a), int(b)) for a, b in np.ndindex(gap.shape)]
-    for name, (effect, whole, q) in behaviours(bias).items():
-        rank = spearman(np.abs(gap).ravel(), np.abs(effect).ravel()).rho
-        for least in limits:
-            marked = {h for h in every if abs(effect[h]) > least * abs(whole)}
-            sure = {h for h in marked if q[h] < 0.05}
-            found = enrichment(chosen, marked, every) if marked else None
-            rows.append(
-                {
-                    "behaviour": name,
-                    "acting: more than": f"{least:.1%}",
-                    "heads": len(marked),
-                    f"of the {len(chosen)} lookers": f"{len(marked & chosen)} ({named(sorted(marked & chosen))})",
-                    "times the base rate": shown(found.ratio, ".1f") if found else "",
-                    "p": f"{found.p_value:.2f}" if found else "",
-                    "of these q < .05: heads": len(sure),
-                    "and lookers": f"{len(sure & chosen)} ({named(sorted(sure & chosen))})",
-                    "rank correlation of sizes, all heads": shown(rank),
-                }
-            )
-    return frame(rows)
-
-
-def change(after: Table, outcome: str, group: str, rows: Any = slice(None)) -> tuple[float, NDArray, list[float]]:
-    """An outcome's mean, its change without a set of heads [unit], and the mean change without each random set."""
-    sets, values = list(after["sets"]), after["outcomes"][outcome]
-    values = np.array(values["values"] if isinstance(values, dict) else values)[:, rows]
-    moved = values - values[sets.index("none")]
-    draws = [float(moved[i].mean()) for i, name in enumerate(sets) if name.startswith(f"random as {group}")]
-    return float(values[sets.index("none")].mean()), moved[sets.index(group)], draws
-
-
-def carried(after: Table, seed: int = 0) -> tuple[Any, list[Finding]]:
-    """What goes of each outcome without the acting and without the looking heads; Holm-corrected over all rows."""
-    tests = [(outcome, group) for group in ("acting", "looking") for outcome in OUTCOMES]
-    p_values = adjust([permutation_test(change(after, *test)[1]) for test in tests], "holm")
-    rows, findings = [], []
-    for (outcome, group), p in zip(tests, p_values, strict=True):
-        whole, moved, draws = change(after, outcome, group)
-        x, n, what = bootstrap_ci(moved, seed=seed), len(after["sets"][group]), OUTCOMES[outcome].replace("\n", " ")
-        rows.append(
-            {
-                "outcome": what,
-                "without": group,
-                "gap": f"{whole:+.2f}",
-                "change": shown(x, "+.2f"),
-                "without random ones": spread(draws),
-                "Holm p": f"{p:.3f}",
-                "resampled": f"{x.n} {after['units'][outcome]}",
-            }
-        )
-        claim = f"{what}: the gap shrinks without {n} {group} heads"
-        control = Control.drawn("random units", SAME, draws)
-        findings.append(Finding.measured(claim, 4, x, after["units"][outcome], control, side="below", p_value=float(p)))
-    return frame(rows), findings
-
-
-def bill(after: Table, seed: int = 0) -> tuple[Any, list[Finding]]:
-    """What else goes without the acting heads."""
-    male = np.array(after["outcomes"]["leaning"]["is_male"])
-    asked = [
-        ("leaning", male, "logit(he) − logit(she) after men's jobs", "below"),
-        ("leaning", ~male, "logit(he) − logit(she) after women's jobs", "apart"),
-        ("together", slice(None), "probability of he or she", "below"),
-        ("defined", slice(None), "gap of king and queen (logits)", "below"),
-        ("text", slice(None), "loss on held-out text (nats a token)", "above"),
-    ]
-    rows, findings = [], []
-    for outcome, which, what, side in asked:
-        whole, moved, draws = change(after, outcome, "acting", which)
-        x = bootstrap_ci(moved, seed=seed)
-        rows.append(
-            {
-                "what": what,
-                "all heads": f"{whole:.2f}",
-                "change": shown(x, "+.2f"),
-                "without random ones": spread(draws),
-            }
-        )
-        control, claim = Control.drawn("random units", SAME, draws), f"{what}: change without the acting heads"
-        findings.append(Finding.measured(claim, 5, x, after["units"][outcome], control, side=side))
-    return frame(rows), findings
 
 
 # --- meaning, and several roles -----------------------------------------------------------------------
@@ -387,3 +252,16 @@ def in_roles(patient_to_doctor: Any, semantic: Table, bias: Table) -> Any:
             for h in dict.fromkeys((a, b) for a, b in found)
         ]
     )
+
+
+def roles_together(patient_to_doctor: Any, semantic: Table, bias: Table) -> str:
+    """Over all heads, chosen or not: do the other roles go with looking at the stereotype? Rank correlations."""
+    gap = np.array(bias["looks"]["report"]["mean"])
+    same, patient = np.array(semantic["report"]["mean"]), np.asarray(patient_to_doctor)
+    found = {
+        "same category and gap": (same, gap),
+        "patient → doctor and gap": (patient, gap),
+        "same category and gap, sizes": (np.abs(same), np.abs(gap)),
+    }
+    said = [f"{name} {shown(spearman(a, b).rho)}" for name, (a, b) in found.items()]
+    return f"rank correlations over all {gap.size} heads: " + "; ".join(said)

@@ -48,6 +48,10 @@ def test_every_study_of_the_heads_runs_on_a_gpt2_shaped_model(tmp_path, monkeypa
         assert maps["size"]["rows"] == SMALL.rows < study.FULL.rows
         assert len(table["curve"]["random"]) == len(table["curve"]["matched"]) == SMALL.draws
         bias, after = read_table("heads_bias"), read_table("heads_outcomes")
+        crossed = read_table("heads_crossed")
+        parts = crossed["looks"]["report"]
+        assert np.shape(parts["parts"]) == (len(parts["men"]) + len(parts["women"]), LAYERS, HEADS)
+        assert np.shape(crossed["winobias 2"]["values"]) == (3, len(crossed["winobias 2"]["other"]))
         assert len(bias["acts"]["gap"]) == 2 * SMALL.units and len(after["outcomes"]["report"][0]) == 4
         maps = [bias["looks"]["report"], bias["looks"]["winobias_test"], bias["acts"]["ablation"]]
         maps += [bias["refers"]["report"]["effect"], read_table("heads_semantic")["report"]]
