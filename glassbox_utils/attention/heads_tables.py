@@ -156,7 +156,7 @@ def lookalikes(maps: Table, paths: Table, costs: NDArray) -> Any:
                 "one token back": f"{entry(maps['previous'], head).value:.2f}",
                 "largest share of a key head's score": f"{shares.get(best, 0):.0%}",
                 "which": best,
-                "loss alone (nats)": f"{np.mean(cost):+.2f}",
+                "loss alone (nats)": f"{np.asarray(cost).mean():+.2f}",
             }
         )
     return frame(rows)
