@@ -46,7 +46,8 @@ def lookers(bias: Table, k: int = 4) -> Any:
 def found_lookers(bias: Table, crossed: Table, seed: int = 0) -> tuple[str, list[Finding]]:
     """The heads that look most with the stereotype and against it, beside jobs that are dealt to the sides by lot."""
     looks, of = bias["looks"]["report"], [crossed["looks"][split] for split in ("selection", "report")]
-    lots = by_lot(*(np.array(x["parts"]) for x in of), men=len(of[1]["men"]), seed=seed)
+    selection, report = (np.array(x["parts"]) for x in of)
+    lots = by_lot(selection, report, len(of[1]["men"]), seed=seed)
     findings, said = [], []
     for what, side, name, draws in (
         ("ranking", "above", "with", lots.first),
@@ -63,7 +64,7 @@ def found_lookers(bias: Table, crossed: Table, seed: int = 0) -> tuple[str, list
                 x,
                 f"pairs of {' × '.join(map(str, looks['clusters']))} jobs",
                 Control("shuffled labels", what, float(draws.mean()), (low, high)),
-                side=side,  # type: ignore[arg-type]
+                side=side,
                 p_value=as_large,
             )
         )
