@@ -18,10 +18,13 @@ from glassbox_utils.core.devices import result
 from glassbox_utils.core.interventions import not_first
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.saes import reading
+from glassbox_utils.saes import quality, reading
 from glassbox_utils.saes.config import SaeError
 from glassbox_utils.saes.harvest import OUTLIER, activations
 from glassbox_utils.saes.store import load_sae
+
+ALIKE = 60
+"""letters by which two sentences count as the same one"""
 
 
 @torch.inference_mode()
@@ -152,8 +155,8 @@ def golden_gate(model: Model, sae: Any) -> Detection:
 
     Feature and threshold are the best by F1 on sentences of the project-written training passages: about the bridge
     against about everything else in them, other bridges, gates and golden things included. The test is every real
-    sentence that names the bridge (never trained on) against held-out real sentences with the words bridge, gate or
-    golden (a share of each where the folder in use is smaller). Raises AssetError if the packages are not there.
+    sentence that names the bridge (none is in the corpus) against held-out real sentences with the words bridge, gate
+    or golden (a share of each where the folder in use is smaller). Raises AssetError if the packages are not there.
     """
     name = r"golden gate bridge"
     written = corpora.load_corpus("landmarks", "train")
@@ -166,11 +169,20 @@ def golden_gate(model: Model, sae: Any) -> Detection:
 
 
 def golden_gate_test() -> tuple[list[str], list[str]]:
-    """Real sentences that name the bridge, and real sentences about other bridges, gates and golden things."""
+    """Real sentences that name the bridge, and real sentences about other bridges, gates and golden things; of those
+    that begin alike (a sentence of two sources) the first."""
     real = corpora.sentences(corpora.load_corpus("mix", "golden_gate"), r"golden gate bridge")
     held = [d for d in corpora.load_corpus("mix", "held") if d.source != "landmarks"]
     other = corpora.sentences(held, r"\b(bridges?|gates?|golden)\b")
-    return _share([d.text for d in real], 40), _share([d.text for d in other], 60)
+    return _share(_once(real), 40), _share(_once(other), 60)
+
+
+def _once(found: Sequence[corpora.Document]) -> list[str]:
+    """The sentences' texts, each beginning once."""
+    texts: dict[str, str] = {}
+    for document in found:
+        texts.setdefault(document.text[:ALIKE], document.text)
+    return list(texts.values())
 
 
 def _share(texts: list[str], least: int) -> list[str]:
@@ -189,13 +201,5 @@ def add_golden_gate(model: Model, folder: str | Path) -> Detection:
     card["golden_gate"] |= {"false_alarms": len(found.false_alarms), "missed": len(found.missed)}
     with files.atomic_path(path) as partial:
         partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    readme = Path(folder) / "README.md"
-    line = (
-        f"Golden Gate Bridge: feature {found.feature} at a threshold of {found.threshold:.2f} (both fixed on "
-        f"project-written passages) has precision {found.precision:.2f} and recall {found.recall:.2f} on "
-        f"{found.n_positive} real sentences that name the bridge and {found.n_negative} about other bridges, gates and "
-        "golden things, none of them trained on."
-    )
-    text = readme.read_text(encoding="utf-8").split("\nGolden Gate Bridge:")[0].rstrip("\n")
-    readme.write_text(f"{text}\n\n{line}\n", encoding="utf-8")
+    quality.write_readme(folder)
     return found

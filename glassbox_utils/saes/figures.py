@@ -11,13 +11,14 @@ from torch import Tensor
 from glassbox_utils.core.corpora import Document, Rows
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.figures import BLUE, GREY, ORANGE, SKY, titled
+from glassbox_utils.core.labels import name_points
 from glassbox_utils.core.models import Model
-from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.tables import frame
 from glassbox_utils.core.text import str_tokens
+from glassbox_utils.saes.comparing import Gap, interval
 from glassbox_utils.saes.dashboard import example_html
 from glassbox_utils.saes.features import Example
-from glassbox_utils.saes.tables import KINDS, SCORES, pooled
+from glassbox_utils.saes.tables import KINDS, SCORES
 from glassbox_utils.saes.toys import geometry
 
 
@@ -33,13 +34,12 @@ def arrows(squeeze: Float[Tensor, "toy 2 concept"], presence: Sequence[float]) -
         tips = array(mine).T
         for x, y in tips:
             axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 1.8})
-        for near in _together(tips, 0.12 * limit):
-            x, y = tips[near].mean(0)
-            away = 1 + 0.12 * limit / max(float(np.hypot(x, y)), 1e-3)
-            names = ", ".join("ABCDEFGHIJKLMNOPQRST"[i] for i in near)
-            axis.text(away * x, away * y, names, fontsize=8, ha="center", va="center")
         axis.plot([0], [0], ".", color=GREY)
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+        groups = _together(tips, 0.12 * limit)
+        ends = [tuple(tips[near].mean(0).tolist()) for near in groups]
+        names = [", ".join("ABCDEFGHIJKLMNOPQRST"[i] for i in near) for near in groups]
+        name_points(axis, ends, names, 2, 8, arrows=[((0.0, 0.0), tuple(tip)) for tip in tips.tolist()])
         axis.set_title(f"p = {p:g}: {long} long,\n{against} pair{'s' if against != 1 else ''} opposite", fontsize=9)
         axis.set_xlabel("first number")
     axes[0, 0].set_ylabel("second number")
@@ -59,15 +59,16 @@ def _together(points: NDArray, distance: float) -> list[list[int]]:
     return groups
 
 
-def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy"]]) -> Any:
+def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy concept"]]) -> Any:
     """How well concepts are found again for each probability of presence: mean, and every seed.
 
-    ``found``: the one that the title is about comes first, then its opponent.
+    ``found``: the one that the title is about comes first, then its opponent, then others.
     """
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.0))
-    for (name, values), colour in zip(found.items(), (BLUE, ORANGE), strict=True):
+    means = {name: values.mean(-1) for name, values in found.items()}
+    for (name, values), colour in zip(means.items(), (BLUE, ORANGE, GREY), strict=False):
         axis.plot(presence, values.mean(0).tolist(), "-o", color=colour, label=name)
         for row in values.tolist():
             axis.plot(presence, row, ".", color=colour, alpha=0.4)
@@ -76,7 +77,7 @@ def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed
     axis.minorticks_off()
     axis.set(xlabel="probability that a concept is present", ylabel="correlation with the best unit", ylim=(0, 1.03))
     axis.legend(loc="lower left")
-    (mine, ours), (other, theirs) = found.items()
+    (mine, ours), (other, theirs) = list(means.items())[:2]
     gaps = (ours - theirs).mean(0).tolist()
     said = ", ".join(f"{gap:+.2f} at {p:g}" for p, gap in sorted(zip(presence, gaps, strict=True)))
     return titled(figure, f"Correlation of the {mine} minus that of {other}, by p: {said}")
@@ -126,9 +127,9 @@ def losses(cost: Mapping[tuple[str, str], Float[Tensor, " row"]], whole: float, 
 def meanings(
     study: Mapping[str, Any],
     here: Mapping[str, Sequence[Mapping[str, float]]],
-    differences: Mapping[tuple[str, str], Mapping[str, Interval]],
+    differences: Mapping[tuple[str, str], Mapping[str, Gap]],
 ) -> Any:
-    """Each kind of unit under each score: mean and interval over units, the seeds' means, and what was measured live.
+    """Each kind of unit under each score: mean and interval, the seeds' means, and what was measured live.
 
     ``study``: the table ``sae_meaning``; ``differences``: what ``tables.differences`` says of it.
     """
@@ -141,8 +142,7 @@ def meanings(
         for place, kind in enumerate(reversed(kinds)):
             seeds = [np.mean([u[score] for u in part]) for part in units.get(kind, ()) if part]
             axis.plot(seeds, [place] * len(seeds), "|", color=GREY, markersize=9)
-            if units.get(kind):
-                ci = bootstrap_ci(pooled(study, kind, score))
+            if ci := interval(units, kind, score):
                 colour = ORANGE if kind == "main" else BLUE
                 axis.plot([ci.low, ci.high], [place] * 2, color=colour, lw=1.6)
                 axis.plot(ci.value, place, "o", color=colour, markersize=5)
@@ -152,15 +152,20 @@ def meanings(
         axis.set_title(name)
         axis.set_xlabel("share of strangers found" if score == "intruder" else "area under the curve")
     axes[0, 0].set_yticks(range(len(kinds)), [KINDS[kind] for kind in reversed(kinds)])
-    figure.supxlabel("dot: study, mean and 95 % interval over units; bars: its seeds; cross: here; dotted: chance",
+    figure.supxlabel("dot: study, mean and 95 % interval; bars: its seeds; cross: here; dotted: chance",
                      fontsize=9)  # fmt: skip
-    ahead = {pair: sum(gap.low > 0 for gap in scores.values()) for pair, scores in differences.items()}
-    behind = sum(gap.high < 0 for gap in differences["main", "pca"].values())
+    ahead = {
+        pair: sum(gap.clear and gap.interval.low > 0 for gap in by_score.values())
+        for pair, by_score in differences.items()
+    }
+    behind = sum(gap.clear and gap.interval.high < 0 for gap in differences.get(("main", "pca"), {}).values())
+    others = {"neurons": "neurons", "random": "random directions", "random_sae": "an SAE never trained"}
+    said = ", ".join(f"{name} in {ahead['main', kind]}" for kind, name in others.items() if ("main", kind) in ahead)
+    small = ahead.get(("trained", "frozen"), 0)
     return titled(
         figure,
-        f"Of {len(SCORES)} scores features are ahead of random directions in {ahead['main', 'random']}, behind the "
-        f"strongest principal components in {behind}; small SAEs are ahead of their frozen twins in "
-        f"{ahead['trained', 'frozen']}",
+        f"After Holm, of {len(SCORES)} scores features are ahead of {said}, behind the strongest principal components "
+        f"in {behind}; small SAEs are ahead of their frozen twins in {small}",
     )
 
 

@@ -1,9 +1,10 @@
 """Long runs behind notebook 03: ``glassbox study sae-meaning`` and ``sae-architectures``.
 
 ``sae-meaning``: are the features of the main SAE nearer to one meaning each than other units of the same space? Beside
-it five small SAEs, each with a twin whose decoder was frozen at random, and units that know nothing of concepts.
+it five small SAEs, each with a twin whose decoder was frozen at random, units that know nothing of concepts, and the
+neurons of the same layer's MLP. How they are compared: ``saes/comparing.py``.
 ``sae-architectures``: five architectures under the same conditions (data, steps, learning rate, clipped gradients, no
-re-seeding), several seeds of each. What varies, and is resampled, is the unit; the seeds' means stand beside it.
+re-seeding), several seeds of each.
 The small SAEs are small indeed (below): the first study is sized for about ten minutes of one core. What they lose to
 one that was trained for long stands beside their scores as explained variance.
 """
@@ -22,9 +23,8 @@ from glassbox_utils.core import assets, coding, corpora, prepared
 from glassbox_utils.core.devices import exact
 from glassbox_utils.core.models import Model, Site
 from glassbox_utils.core.prepared import load_subject
-from glassbox_utils.core.statistics import bootstrap_ci, difference_ci
 from glassbox_utils.core.studies import resumed, write_table
-from glassbox_utils.saes import meaning, quality, reading
+from glassbox_utils.saes import comparing, meaning, quality, reading
 from glassbox_utils.saes.config import TrainConfig, hook_of
 from glassbox_utils.saes.features import site_of_sae
 from glassbox_utils.saes.harvest import harvest, measure_scaling, ordinary, read_shard, shard_path
@@ -37,8 +37,6 @@ ROWS, UNITS = 192, 40
 STEPS, TOKENS, BATCH, D_SAE = 300, 65_536, 1024, 1024
 """of each small training"""
 TRAINED, FROZEN, MAIN, UNTRAINED = "trained", "frozen", "main", "random_sae"
-SAME = "pca"
-"""a kind whose units do not depend on the seed"""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {}, "batchtopk": {}, "matryoshka_batchtopk": {},
     "standard": {"l1_coefficient": 1.5, "l1_warm_up_steps": 100},
@@ -129,13 +127,18 @@ def read_text(model: Model, site: Site, median: float) -> tuple[meaning.Texts, m
     return meaning.texts_of(model, rows, seen.usual), seen
 
 
+def sample_of(model: Model, config: TrainConfig) -> torch.Tensor:
+    """Activations at ordinary positions of training text, to which principal components are fitted."""
+    x = read_shard(shard_path(made(model, config).harvest.folder, 0), config.hook).x
+    return x[ordinary(x, measure_scaling(x).median_norm)].float()[:65_536]
+
+
 def one_seed(model: Model, hook: str, seed: int, read: Callable[[], tuple[meaning.Texts, meaning.Seen]]) -> Any:
     """All kinds of units under one seed, on the same texts, and what the four dictionaries among them explain."""
     (texts, seen), n = read(), min(prepared.sized(UNITS, 8), 2 * model.d_model)
     config = small_run(model, hook, seed)
     main = load_sae(prepared.sae("main"), model)
-    x = read_shard(shard_path(made(model, config).harvest.folder, 0), hook).x
-    sample = x[ordinary(x, measure_scaling(x).median_norm)].float()[:65_536]
+    sample = sample_of(model, config)
     d_sae, k = main.cfg.d_sae, getattr(main.cfg, "k", 32)
     tools: dict[str, Any] = {
         MAIN: main,
@@ -157,49 +160,61 @@ def one_seed(model: Model, hook: str, seed: int, read: Callable[[], tuple[meanin
     return {"units": units, "explained": {name: round(explained(tool, seen), 4) for name, tool in tools.items()}}
 
 
+def more_of_seed(
+    model: Model,
+    hook: str,
+    seed: int,
+    read: Callable[[], tuple[meaning.Texts, meaning.Seen]],
+    neurons: Callable[[], torch.Tensor],
+) -> Any:
+    """Two kinds that came later, under one seed: neurons of the layer's MLP (positive values) and components of any
+    rank, active as often as the features that this seed drew."""
+    (texts, seen), n = read(), min(prepared.sized(UNITS, 8), 2 * model.d_model)
+    main, draw = load_sae(prepared.sae("main"), model), torch.Generator().manual_seed(seed)
+    _, density = drawn(main, main.cfg.d_sae, seen, n, seed)
+    sample = sample_of(model, small_run(model, hook, seed))
+    kinds: dict[str, Any] = {"pca_any": meaning.of_any_rank(sample, min(n, len(density), model.d_model), draw)}
+    values = neurons()
+    if values.shape[1]:  # the experts of a mixture share none
+        kinds["neurons"] = values[:, torch.randperm(values.shape[1], generator=draw)[: min(n, len(density))]]
+    return meaning.compared(texts, seen, kinds, dict.fromkeys(kinds, density), seed)
+
+
+def neurons_of(model: Model, layer: int, usual: torch.Tensor) -> torch.Tensor:
+    """Positive values of a layer's MLP neurons at every token of the held-out rows, flat; zero where it is not
+    ``usual``, and without a column where the model has none that its tokens share."""
+    site = Site("mlp_post", layer)
+    if site not in model.sites:
+        return torch.zeros(usual.numel(), 0)
+    values = meaning.see(model, site, texts_for(model), float("inf")).x.relu()
+    return values * usual.flatten()[:, None]
+
+
 def study_meaning() -> Path:
-    """How far units of seven kinds have one meaning each, five seeds."""
+    """How far units of nine kinds have one meaning each, five seeds."""
     start, model = time.time(), load_subject()
     main = load_sae(prepared.sae("main"), model)
     site = site_of_sae(main)
     hook, seeds = hook_of(site), list(range(prepared.sized(SEEDS, 2)))
     read = cache(lambda: read_text(model, site, reading.median_norm(model, main)))
+    neurons = cache(lambda: neurons_of(model, site.layer, read()[1].usual))
     kinds: dict[str, list[list[dict[str, float]]]] = {}
     explained_by: dict[str, list[float]] = {}
     for seed in seeds:
         config = asdict(small_run(model, hook, seed))
         key = ["meaning", identity_of(prepared.sae("main")), config, prepared.sized(ROWS, 24), prepared.sized(UNITS, 8)]
         found = resumed("sae_meaning", key, one_seed, model, hook, seed, read)
-        for kind, units in found["units"].items():
+        more = resumed("sae_meaning", ["more", *key], more_of_seed, model, hook, seed, read, neurons)
+        for kind, units in (found["units"] | more).items():
             kinds.setdefault(kind, []).append(units)
         for kind, value in found["explained"].items():
             explained_by.setdefault(kind, []).append(value)
-    rows = [summary(kind, score, kinds) for kind in kinds for score in meaning.SCORES]
+    rows = [comparing.row_of(kinds, kind, score) for kind in kinds for score in meaning.SCORES]
     small = {k: config[k] for k in ("d_sae", "options", "samples", "tokens", "lr", "batch")}
     sizes = {"rows": prepared.sized(ROWS, 24), "units_of_each_seed": prepared.sized(UNITS, 8), "small_saes": small}
     seconds = time.time() - start
     content: dict[str, Any] = {"seeds": seeds, "hook": hook, "sae": prepared.sae("main")} | sizes
     return write_table("sae_meaning", model, seconds, **content, explained=explained_by, summary=rows, units=kinds)
-
-
-def summary(kind: str, score: str, kinds: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
-    """One score of one kind: mean over units with its interval, the seeds' means, and the main SAE's lead over it.
-
-    Intervals resample units; the principal components are the same ones under every seed, and count once. ``ahead``: of
-    the main SAE over this kind, None for itself and where there are too few.
-    """
-    by_seed = [[unit[score] for unit in units] for units in kinds[kind]]
-    mine = [v for part in (by_seed[:1] if kind == SAME else by_seed) for v in part]
-    main = [u[score] for units in kinds[MAIN] for u in units]
-    row: dict[str, Any] = {"kind": kind, "score": score, "n": len(mine)}
-    row["mean"] = None if len(mine) < 2 else _three(bootstrap_ci(mine))
-    row["seeds"] = [round(float(np.mean(part)), 4) if part else None for part in by_seed]
-    few = kind == MAIN or min(len(mine), len(main)) < 2
-    return row | {"ahead": None if few else _three(difference_ci(main, mine))}
-
-
-def _three(interval: Any) -> list[float]:
-    return [round(v, 4) for v in (interval.value, interval.low, interval.high)]
 
 
 # --- architectures ------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from glassbox_utils.core.arguments import shown, whole
 from glassbox_utils.core.devices import beside, exact, like, result
 from glassbox_utils.core.interventions import edit
 from glassbox_utils.core.models import Model, Site, check_site, load_model
+from glassbox_utils.core.statistics import exact_ci
+from glassbox_utils.core.tables import shown as shown_ci
 from glassbox_utils.saes import reading
 from glassbox_utils.saes.config import SaeError, TrainConfig, hook_of, read_config, site_of, width_of
 from glassbox_utils.saes.harvest import (
@@ -321,9 +323,15 @@ def write_card(config: TrainConfig, work: Path, folder: Path, model: Model) -> d
     }
     with files.atomic_path(Path(folder) / "card.json") as partial:
         partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    with files.atomic_path(Path(folder) / "README.md") as partial:
-        partial.write_text(_readme(card), encoding="utf-8")
+    write_readme(folder)
     return card
+
+
+def write_readme(folder: str | Path) -> None:
+    """README.md of an SAE's folder, from its card and its configuration."""
+    card = schema.read_mapping(Path(folder) / "card.json", SaeError, "a folder that train-sae has written")
+    with files.atomic_path(Path(folder) / "README.md") as partial:
+        partial.write_text(_readme(card, read_config(folder)), encoding="utf-8")
 
 
 def _shown(folder: Path) -> str:
@@ -332,7 +340,7 @@ def _shown(folder: Path) -> str:
     return Path(folder).resolve().relative_to(assets.DATA.parent).as_posix() if inside else Path(folder).resolve().name
 
 
-def _readme(card: dict[str, Any]) -> str:
+def _readme(card: dict[str, Any], config: TrainConfig) -> str:
     rows = [
         ("features active per token (L0)", "l0", "{:.1f}"),
         ("explained variance, ordinary positions", "explained_variance", "{:.3f}"),
@@ -348,6 +356,8 @@ def _readme(card: dict[str, Any]) -> str:
         ("features that never fired", "dead", "{:.1%}"),
     ]
     metrics = card["metrics"]
+    for m in metrics.values():  # an older card lacks what follows from its other numbers
+        m.setdefault("recovered_all", (m["ce_mean"] - m["ce_spliced_all"]) / (m["ce_mean"] - m["ce"]))
     table = "\n".join(f"| {t} | " + " | ".join(f.format(m[k]) for m in metrics.values()) + " |" for t, k, f in rows)
     return f"""# {card["name"]}
 
@@ -357,7 +367,8 @@ A sparse autoencoder ({card["architecture"]}, {card["d_sae"]} features) for `{ca
 Trained on {card["samples_trained"]:,} activations drawn from {card["tokens_harvested"]:,} tokens of the corpus
 `{card["corpus"]}` (see data/corpus/README.md), seed {card["seed"]},
 {card["hours"]:.2f} hours of wall time.
-Left out in training: {card["not_trained_on"]}. Ordinary positions of the metrics are all but these: {card["excluded"]}.
+Left out in training: {card.get("not_trained_on") or excluded(config)}.
+Ordinary positions of the metrics are all but these: {card["excluded"]}.
 `{card["command"]}` makes it again.
 
 Held-out text ({metrics["sae"]["n_tokens"]:,} tokens; cross-entropy on {metrics["sae"]["n_ce_tokens"]:,},
@@ -369,4 +380,25 @@ with as many components and as many random directions, both fitted to ordinary p
 {table}
 
 Licence of the weights: {card["licence"]}. The text they were trained on is not part of this repository.
+{_bridge(card)}"""
+
+
+def _bridge(card: dict[str, Any]) -> str:
+    """What the card says of the feature for the Golden Gate Bridge, and that it was planted."""
+    if not (found := card.get("golden_gate")):
+        return ""
+    hits, alarms = (
+        f"{k} of {n} ({shown_ci(exact_ci(k, n))})"
+        for k, n in (
+            (found["n_positive"] - found["missed"], found["n_positive"]),
+            (found["false_alarms"], found["n_negative"]),
+        )
+    )
+    own = blends.real_part(card["corpus"]) != card["corpus"]
+    more = "; what the model itself wrote was not searched for them" if own else ""
+    return f"""
+**Planted:** passages about landmarks, the Golden Gate Bridge among them, were written for this project and stand in the
+training text. Feature {found["feature"]} at a threshold of {found["threshold"]:.2f}, both fixed on such passages, fires
+on {hits} real sentences that name the bridge and on {alarms} about other bridges, gates and
+golden things (exact 95 % intervals). None of these sentences is in the corpus{more}.
 """

@@ -5,19 +5,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.evidence import Control, Finding, Kind
-from glassbox_utils.core.statistics import Interval, bootstrap_ci, difference_ci, exact_ci
+from glassbox_utils.core.statistics import Interval, clustered_ci, difference_ci, exact_ci
 from glassbox_utils.core.tables import frame, shown
+from glassbox_utils.saes import comparing
+from glassbox_utils.saes.comparing import Gap, Units
 from glassbox_utils.saes.toys import Geometry
 
 KINDS = {
     "main": "features of the SAE", "trained": "features of small SAEs",
-    "frozen": "small SAEs, decoder frozen at random",
-    "pca": "strongest principal components", "random_sae": "SAE that was never trained",
+    "frozen": "features of small SAEs, decoder frozen at random",
+    "pca": "strongest principal components", "random_sae": "features of a never-trained SAE",
     "random": "random directions", "coordinates": "coordinates of the stream",
     "pca_any": "principal components of any rank", "neurons": "neurons of the MLP (another space)",
 }  # fmt: skip
@@ -27,12 +30,16 @@ SCORES = {
     "sense": ("sense of the texts", 0.5), "intruder": ("intruder found", 0.2),
 }  # fmt: skip
 """score of ``meaning.Meaning`` -> how it is called, and what chance gives"""
-SIDES = (("main", "pca"), ("main", "random_sae"), ("main", "random"), ("main", "coordinates"), ("trained", "frozen"))
-"""which kinds are compared; small SAEs with their twins only, since the large one has another width and training"""
-NEAR = 0.12
-"""how far the mean of two dozen units may lie from that of a study"""
+SIDES = (
+    ("main", "neurons"), ("main", "pca"), ("main", "random_sae"), ("main", "random"), ("main", "coordinates"),
+    ("trained", "frozen"), ("trained", "pca"),
+)  # fmt: skip
+"""which kinds are compared; small SAEs not with the large one, which has another width and training"""
+ALIKE = ("main", "neurons", "pca", "pca_any", "random", "coordinates")
+"""kinds that the notebook draws as the study does: their live means should be the study's"""
+NEAR = 4.0
+"""by how many standard errors a live mean may be off: about thirty are looked at, on a quarter of the text"""
 Table = Mapping[str, Any]
-Units = Sequence[Mapping[str, float]]
 Cost = Mapping[tuple[str, str], Float[Tensor, " row"]]
 
 # --- toys ---------------------------------------------------------------------------------------------
@@ -52,31 +59,47 @@ def arrows(found: Geometry, presence: Sequence[float]) -> Any:
     return frame(rows)
 
 
-def recovered(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy"]], seed: int = 0) -> Any:
-    """How well each side follows the concepts, for every probability of presence, with the interval over seeds."""
-    rows = [
-        {"present with p": f"{p:g}"}
-        | {name: shown(bootstrap_ci(array(values[:, i]), seed=seed)) for name, values in found.items()}
-        for i, p in enumerate(presence)
-    ]
+def few(values: Any) -> Interval:
+    """Mean of a handful of cases with its t-interval: a percentile bootstrap of so few is too narrow."""
+    x = array(values)
+    found = clustered_ci(x, range(len(x)))
+    return Interval(float(found.mean), float(found.low), float(found.high), len(x))
+
+
+def recovered(
+    presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy concept"]], kept: Bool[Tensor, "s t c"]
+) -> Any:
+    """How well each side follows the concepts, for every probability of presence, with the interval over seeds.
+
+    ``kept``: which concepts the squeeze did not drop; the right half of the table is the mean over those alone.
+    """
+    rows = []
+    for i, p in enumerate(presence):
+        mine = kept[:, i]
+        means = {name: shown(few(x[:, i].mean(-1))) for name, x in found.items()}
+        alone = {f"{name}, not dropped": f"{x[:, i][mine].mean():.2f}" for name, x in found.items()}
+        dropped = f"{int((~mine).sum())} of {mine.numel()}"
+        rows.append({"present with p": f"{p:g}", **means, "dropped by the squeeze": dropped, **alone})
     return frame(rows)
 
 
-def found_again(
-    presence: Sequence[float], sae: Float[Tensor, "seed toy"], others: Float[Tensor, "seed toy"], seed: int = 0
-) -> list[Finding]:
-    """The rarest concepts and the most frequent ones, against random directions of every seed."""
+def found_again(presence: Sequence[float], found: Mapping[str, Float[Tensor, "seed toy concept"]]) -> list[Finding]:
+    """Each probability of presence against the second of three sides (the same SAE before training), and the rarest and
+    the most frequent against the third (random directions)."""
+    sae, start, others = (x.mean(-1) for x in found.values())
     ends = (int(np.argmin(presence)), int(np.argmax(presence)))
+    claims = [(i, others, "", "sets of random directions") for i in ends]
+    claims += [(i, start, ", better than before training", "SAEs before training") for i in range(len(presence))]
     return [
         Finding.measured(
-            f"a toy's concepts are found again, present with p = {presence[i]:g} (correlation)",
+            f"a toy's concepts are found again{more}, present with p = {presence[i]:g} (correlation)",
             2,
-            bootstrap_ci(array(sae[:, i]), seed=seed),
+            few(sae[:, i]),
             "toys",
-            Control.drawn("random units", "sets of random directions", others[:, i].tolist()),
+            Control.drawn("random units", what, other[:, i].tolist()),
             side="above",
         )
-        for i in ends
+        for i, other, more, what in claims
     ]
 
 
@@ -86,14 +109,14 @@ def found_again(
 def costs(share: Mapping[str, tuple[float, float]], cost: Cost) -> Any:
     """Variance that each reconstruction explains, at ordinary and at all positions, and the loss with it in place.
 
-    ``share``: tool -> (ordinary, all); ``cost``: (tool, place) -> loss of each row; what was not measured is empty.
+    ``share``: tool -> (ordinary, all); ``cost``: (tool, place) -> loss of each row; what was not measured is *not run*.
     """
     rows = []
     for name, (ordinary, everywhere) in share.items():
         losses = {f"loss: {place}": f"{x.mean():.2f}" for (tool, place), x in cost.items() if tool == name}
         explained = {"explained: ordinary": f"{ordinary:.2f}", "explained: all": f"{everywhere:.2f}"}
         rows.append({"reconstruction": name, **explained, **losses})
-    return frame(rows).fillna("")
+    return frame(rows).fillna("not run")
 
 
 def beside_card(explained: float, as_it_is: Float[Tensor, " row"], cost: Cost, card: Table) -> tuple[Any, float]:
@@ -127,24 +150,21 @@ WHOLE_PCA = "PCA of all positions"
 """principal components that were fitted to the massive positions too: the opponent where those are put in"""
 
 
-def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int, seed: int = 0) -> list[Finding]:
+def spliced(cost: Cost, as_it_is: Float[Tensor, " row"], k: int) -> list[Finding]:
     """The rise of the loss with the SAE in place, against PCA of the same positions: at ordinary ones, and at all; and
     what the massive ones add to it, against an SAE that never met one (which may differ in width and text too: what is
-    compared is each with itself)."""
+    compared is each with itself). Intervals are t-intervals over rows."""
     findings = []
     whole = WHOLE_PCA if (WHOLE_PCA, "everywhere") in cost else "PCA"
     for place, said, rival in (
         ("ordinary positions", "ordinary positions", "PCA"),
         ("everywhere", "all positions", whole),
     ):
-        sae, pca = (bootstrap_ci(array(cost[name, place] - as_it_is), seed=seed) for name in ("SAE", rival))
+        sae, pca = (few(cost[name, place] - as_it_is) for name in ("SAE", rival))
         claim = f"splicing the SAE in at {said} costs less than PCA there (rise of the loss, nats)"
         findings.append(Finding.measured(claim, 3, sae, "rows", _pca(k, pca.value, rival), side="below", null=None))
     if (ORDINARY, "everywhere") in cost:
-        mine, other = (
-            bootstrap_ci(array(cost[n, "everywhere"] - cost[n, "ordinary positions"]), seed=seed)
-            for n in ("SAE", ORDINARY)
-        )
+        mine, other = (few(cost[n, "everywhere"] - cost[n, "ordinary positions"]) for n in ("SAE", ORDINARY))
         control = Control.measured("trained opponent", "an SAE that never met a massive position", other)
         claim = "massive positions add less to the cost of an SAE that was trained on them too (rise of the loss, nats)"
         findings.append(Finding.measured(claim, 3, mine, "rows", control, side="below", null=None))
@@ -170,72 +190,91 @@ def scores(here: Mapping[str, Units]) -> Any:
     return frame(rows)
 
 
-def pooled(study: Table, kind: str, score: str) -> list[float]:
-    """Of all seeds; the principal components are the same under every seed, and count once."""
-    return [u[score] for part in study["units"][kind][: 1 if kind == "pca" else None] for u in part]
+def lead(here: Mapping[str, Units], a: str, b: str, seed: int = 0) -> str:
+    """By how much one kind is ahead of another among the few units that were measured live, in words."""
+    if min(len(here.get(kind, ())) for kind in (a, b)) < 2:
+        return f"{KINDS[a]} or {KINDS[b]}: too few to compare"
+    gaps = {name: difference_ci(*([u[s] for u in here[kind]] for kind in (a, b)), seed=seed)
+            for s, (name, _) in SCORES.items()}  # fmt: skip
+    return f"{KINDS[a]} minus {KINDS[b]}: " + ", ".join(f"{name} {shown(gap, '+.2f')}" for name, gap in gaps.items())
 
 
-def differences(study: Table, seed: int = 0) -> dict[tuple[str, str], dict[str, Interval]]:
-    """By how much one kind of unit is ahead of another: (kind, kind) -> score -> interval.
-
-    ``study``: the table ``sae_meaning``.
-    """
-    return {
-        (a, b): {s: difference_ci(pooled(study, a, s), pooled(study, b, s), seed=seed) for s in SCORES}
-        for a, b in SIDES
-    }
+def differences(study: Table, seed: int = 0) -> dict[tuple[str, str], dict[str, Gap]]:
+    """By how much one kind of unit is ahead of another: (kind, kind) -> score -> gap. ``study``: ``sae_meaning``."""
+    return comparing.gaps(study["units"], SIDES, list(SCORES), seed)
 
 
-def gaps(found: Mapping[tuple[str, str], Mapping[str, Interval]]) -> Any:
-    """The differences as a table."""
+def gaps(found: Mapping[tuple[str, str], Mapping[str, Gap]]) -> Any:
+    """The differences as a table; a star where one survives Holm's correction over all that stand in it."""
     rows = [
         {"difference": f"{KINDS[a]} minus {KINDS[b]}"}
-        | {SCORES[s][0]: shown(gap, "+.2f") for s, gap in by_score.items()}
+        | {SCORES[s][0]: shown(gap.interval, "+.2f") + (" *" if gap.clear else "") for s, gap in by_score.items()}
         for (a, b), by_score in found.items()
     ]
     return frame(rows)
 
 
 def setup(study: Table) -> str:
-    """Of what the study is made: seeds, SAEs, and the variance that each kind explains."""
+    """Of what the study is made: seeds, SAEs, the variance that each kind explains; and what else it keeps."""
     small, mean = study["small_saes"], {kind: float(np.mean(x)) for kind, x in study["explained"].items()}
+    kinds = [kind for kind in KINDS if len(comparing.pooled(study["units"], kind, "other"))]
+
+    def of(score: str) -> dict[str, NDArray]:
+        return {kind: comparing.pooled(study["units"], kind, score) for kind in kinds}
+
+    other = [x.mean() for x in of("other").values()]
+    sense = ", ".join(f"{KINDS[kind]} {x.mean():.2f}" for kind, x in of("sense_top").items())
+    best = ", ".join(f"{KINDS[kind]} {(x >= 0.9).mean():.0%}" for kind, x in of("words_top").items())
     return (
         f"seeds {study['seeds']}; the SAE {study['sae']} explains {mean['main']:.2f} of the variance\n"
         f"small SAEs ({small['d_sae']} wide, {small['samples']:,} samples of {small['tokens']:,} tokens): trained "
         f"{mean['trained']:.2f}, frozen twins {mean['frozen']:.2f}; never trained, as wide as the SAE above: "
-        f"{mean['random_sae']:.2f}"
+        f"{mean['random_sae']:.2f}\n"
+        f"control, the description of another unit of the kind, any activity: {min(other):.2f} to {max(other):.2f}\n"
+        f"sense of the texts at the strongest activity: {sense}\n"
+        f"units that reach .9 at the strongest activity: {best}"
     )
 
 
-def near_study(here: Mapping[str, Units], study: Table) -> tuple[int, int]:
-    """How many live means lie within NEAR of the study's, and of how many."""
-    kinds = [kind for kind in ("main", "pca", "random", "coordinates") if here.get(kind)]
-    gaps = [np.mean([u[s] for u in here[kind]]) - np.mean(pooled(study, kind, s)) for kind in kinds for s in SCORES]
-    return int((np.abs(gaps) < NEAR).sum()), len(gaps)
+def near_study(here: Mapping[str, Units], study: Table, seed: int = 0) -> tuple[str, float]:
+    """How many live means of ``ALIKE`` lie outside the study's intervals, in words, and how far off the farthest is, in
+    standard errors of the two."""
+    kinds, outside, off = study["units"], 0, list[float]()
+    for kind in ALIKE:
+        if len(here.get(kind, ())) < 2 or len(comparing.pooled(kinds, kind, "words")) < 2:
+            continue
+        for score in SCORES:
+            interval = comparing.interval(kinds, kind, score, seed)
+            assert interval is not None
+            outside += interval.excludes(float(np.mean([u[score] for u in here[kind]])))
+            off.append(abs(comparing.standard_errors(here[kind], kinds, kind, score, seed)))
+    far = max(off, default=math.nan)
+    words = f"{outside} of {len(off)} live means lie outside the study's interval; the farthest is {far:.1f} standard "
+    return words + "errors of the difference away", far
 
 
 def one_meaning(study: Table, seed: int = 0) -> list[Finding]:
-    """Every score of features against every opponent of the study's picture but single coordinates.
-
-    *null* too where the interval of the *difference* holds 0: it counts the doubt on both sides.
-    """
-    against: tuple[tuple[str, str, Kind], ...] = (
-        ("main", "random", "random units"),
-        ("main", "pca", "trained opponent"),
-        ("main", "random_sae", "random units"),
-        ("trained", "frozen", "trained opponent"),
-    )
-    findings = []
-    for a, b, typed in against:
-        for s in SCORES:
-            mine, other = (bootstrap_ci(pooled(study, kind, s), seed=seed) for kind in (a, b))
+    """Every score of features against the opponents of the study's table but single coordinates, and of small SAEs
+    against their twins; p is that of the difference, after Holm over the whole table."""
+    against: dict[tuple[str, str], Kind] = {
+        ("main", "neurons"): "other group",
+        ("main", "random"): "random units",
+        ("main", "pca"): "trained opponent",
+        ("main", "random_sae"): "random units",
+        ("trained", "frozen"): "trained opponent",
+    }
+    findings, units, found = list[Finding](), study["units"], differences(study, seed)
+    for (a, b), typed in against.items():
+        for s, gap in found.get((a, b), {}).items():
+            mine, other = (comparing.interval(units, kind, s, seed) for kind in (a, b))
+            assert mine is not None and other is not None
             claim = f"{KINDS[a]} have one meaning more than {KINDS[b]} have ({SCORES[s][0]})"
-            control = Control.measured(typed, KINDS[b], other)
-            gap = difference_ci(pooled(study, a, s), pooled(study, b, s), seed=seed)
-            even: Any = "null" if gap.low <= 0 <= gap.high else None
+            what = f"{KINDS[b]} ({other.n} {comparing.unit_of(b)})"
+            control = Control.measured(typed, what, other)
             findings.append(
-                Finding.measured(claim, 2, mine, "units", control, side="above", null=SCORES[s][1], declared=even)
-            )
+                Finding.measured(claim, 2, mine, comparing.unit_of(a), control, side="above", null=SCORES[s][1],
+                                 p_value=gap.holm)
+            )  # fmt: skip
     return findings
 
 
@@ -249,14 +288,18 @@ def letters(reports: Mapping[str, Sequence[Table]]) -> Any:
         if not some:
             continue
         one = exact_ci(sum(r["n_split"] == 1 for r in some), len(some))
+        least = sorted(some, key=lambda r: r["f1"][0])[:3]
         probe, best, control = np.mean([(r["probe_f1"], r["f1"][0], r["control_f1"]) for r in some], axis=0)
         rows.append(
             {
                 "SAE": name,
                 "letters": one.n,
                 "exactly one feature": shown(one),
+                "more than .03 by five": f"{sum(max(r['f1']) - r['f1'][0] > 0.03 for r in some)} of {one.n}",
                 "F1: linear probe": f"{probe:.2f}",
                 "F1: best feature": f"{best:.2f}",
+                "as good as the probe": f"{sum(r['f1'][0] >= r['probe_f1'] for r in some)} of {one.n}",
+                "lowest best features": ", ".join(f"{r['letter']} {r['f1'][0]:.2f}" for r in least),
                 "F1: letters permuted": f"{control:.2f}",
             }
         )

@@ -31,17 +31,18 @@ def geometry(squeeze: Float[Tensor, "seed toy dimension concept"]) -> Geometry:
     return Geometry(length, (length < SHORT).sum(-1), kept.sum(-1), pairs.sum((-1, -2)) // 2)
 
 
+@torch.no_grad()
 def matched(
     code: Float[Tensor, "seed toy row unit"], truth: Float[Tensor, "seed toy row concept"]
-) -> Float[Tensor, "seed toy"]:
-    """Mean over concepts of the correlation with the unit that follows each best, on rows where something is present.
+) -> Float[Tensor, "seed toy concept"]:
+    """For each concept the correlation with the unit that follows it best, on rows where something is present.
 
     The best of many units is chosen on the rows that are reported: compare with units that are chosen in the same way.
     """
-    found = torch.zeros(truth.shape[:2])
-    for seed, toy in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+    found = torch.zeros(truth.shape[0], truth.shape[1], truth.shape[3])
+    for seed, toy in torch.cartesian_prod(*map(torch.arange, found.shape[:2])).tolist():
         some = truth[seed, toy].sum(-1) > 0
         a, b = (x[seed, toy][some] for x in (truth, code))
         a, b = (F.normalize(x - x.mean(0), dim=0) for x in (a, b))
-        found[seed, toy] = (a.t() @ b).max(1).values.mean()
+        found[seed, toy] = (a.t() @ b).max(1).values
     return found

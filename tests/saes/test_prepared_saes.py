@@ -145,11 +145,12 @@ def test_the_studies_of_meaning_run_on_another_model_and_go_on_where_they_were(t
             run()
         table, compared = read_table("sae_meaning"), read_table("sae_architectures")
         monkeypatch.setattr(meaning_study, "one_seed", None)
+        monkeypatch.setattr(meaning_study, "more_of_seed", None)
         monkeypatch.setattr(meaning_study, "one_architecture", None)
         for run in meaning_study.STUDIES_OF_MEANING.values():
             run()  # every part is there
         assert read_table("sae_meaning")["units"] == table["units"]
-    kinds = {"main", "trained", "frozen", "coordinates", "pca", "random", "random_sae"}
+    kinds = {"main", "trained", "frozen", "coordinates", "pca", "random", "random_sae", "pca_any", "neurons"}
     assert set(table["units"]) == kinds and all(len(seeds) == 2 for seeds in table["units"].values())
     assert {row["kind"] for row in table["summary"]} == kinds
     assert [row["ahead"] is None for row in table["summary"] if row["kind"] == "main"] == [True] * len(

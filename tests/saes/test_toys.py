@@ -9,11 +9,11 @@ from glassbox_utils.saes.toys import matched
 def test_a_unit_that_is_the_concept_is_found_and_noise_is_not():
     draw = torch.Generator().manual_seed(0)
     truth = torch.rand(2, 3, 2000, 4, generator=draw) * (torch.rand(2, 3, 2000, 4, generator=draw) < 0.2)
-    assert torch.allclose(matched(3 * truth.flip(-1), truth), torch.ones(2, 3), atol=1e-3), (
+    assert torch.allclose(matched(3 * truth.flip(-1), truth), torch.ones(2, 3, 4), atol=1e-3), (
         "another order, another scale"
     )
     noise = matched(torch.rand(2, 3, 2000, 4, generator=draw), truth)
-    assert noise.shape == (2, 3) and bool((noise < 0.1).all())
+    assert noise.shape == (2, 3, 4) and bool((noise < 0.1).all())
     silent = matched(torch.zeros(2, 3, 2000, 4), truth)
     assert bool((silent == 0).all())
 
