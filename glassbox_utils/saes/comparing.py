@@ -100,11 +100,15 @@ def gaps(
     return found
 
 
-def standard_errors(live: Units, kinds: Kinds, kind: str, score: str, seed: int = 0) -> float:
-    """By how many standard errors of both the mean of a few units measured elsewhere is off a study's."""
-    mine, theirs = np.array([u[score] for u in live]), pooled(kinds, kind, score)
-    of_both = np.hypot(mine.std(ddof=1) / np.sqrt(len(mine)), draws(kinds, kind, score, seed, 2000).std())
-    return float((mine.mean() - theirs.mean()) / max(of_both, 1e-9))
+def off_by(live: Mapping[str, Units], kinds: Kinds, a: str, b: str, score: str, seed: int = 0) -> float:
+    """By how many standard errors the lead of one kind over another, among a few units measured elsewhere, is off the
+    study's. (Less text lowers the scores of both kinds, so means by themselves are not comparable.)"""
+    lead, error = 0.0, 0.0
+    for kind, sign in ((a, 1), (b, -1)):
+        mine, theirs = np.array([u[score] for u in live[kind]]), pooled(kinds, kind, score)
+        lead += sign * float(mine.mean() - theirs.mean())
+        error += float(mine.var(ddof=1)) / len(mine) + float(draws(kinds, kind, score, seed, 2000).var())
+    return lead / max(float(np.sqrt(error)), 1e-9)
 
 
 def row_of(kinds: Kinds, kind: str, score: str) -> dict[str, Any]:

@@ -36,9 +36,9 @@ SIDES = (
 )  # fmt: skip
 """which kinds are compared; small SAEs not with the large one, which has another width and training"""
 ALIKE = ("main", "neurons", "pca", "pca_any", "random", "coordinates")
-"""kinds that the notebook draws as the study does: their live means should be the study's"""
+"""kinds that the notebook draws as the study does"""
 NEAR = 4.0
-"""by how many standard errors a live mean may be off: about thirty are looked at, on a quarter of the text"""
+"""by how many standard errors a live lead may be off: twenty are looked at"""
 Table = Mapping[str, Any]
 Cost = Mapping[tuple[str, str], Float[Tensor, " row"]]
 
@@ -77,7 +77,7 @@ def recovered(
     for i, p in enumerate(presence):
         mine = kept[:, i]
         means = {name: shown(few(x[:, i].mean(-1))) for name, x in found.items()}
-        alone = {f"{name}, not dropped": f"{x[:, i][mine].mean():.2f}" for name, x in found.items()}
+        alone = {f"{name}, kept ones": f"{x[:, i][mine].mean():.2f}" for name, x in found.items()}
         dropped = f"{int((~mine).sum())} of {mine.numel()}"
         rows.append({"present with p": f"{p:g}", **means, "dropped by the squeeze": dropped, **alone})
     return frame(rows)
@@ -224,7 +224,7 @@ def setup(study: Table) -> str:
 
     other = [x.mean() for x in of("other").values()]
     sense = ", ".join(f"{KINDS[kind]} {x.mean():.2f}" for kind, x in of("sense_top").items())
-    best = ", ".join(f"{KINDS[kind]} {(x >= 0.9).mean():.0%}" for kind, x in of("words_top").items())
+    best = ", ".join(f"{KINDS[kind]} {(x >= 0.9).sum()} of {len(x)}" for kind, x in of("words_top").items())
     return (
         f"seeds {study['seeds']}; the SAE {study['sae']} explains {mean['main']:.2f} of the variance\n"
         f"small SAEs ({small['d_sae']} wide, {small['samples']:,} samples of {small['tokens']:,} tokens): trained "
@@ -237,27 +237,30 @@ def setup(study: Table) -> str:
 
 
 def near_study(here: Mapping[str, Units], study: Table, seed: int = 0) -> tuple[str, float]:
-    """How many live means of ``ALIKE`` lie outside the study's intervals, in words, and how far off the farthest is, in
-    standard errors of the two."""
-    kinds, outside, off = study["units"], 0, list[float]()
-    for kind in ALIKE:
-        if len(here.get(kind, ())) < 2 or len(comparing.pooled(kinds, kind, "words")) < 2:
-            continue
-        for score in SCORES:
-            interval = comparing.interval(kinds, kind, score, seed)
-            assert interval is not None
-            outside += interval.excludes(float(np.mean([u[score] for u in here[kind]])))
-            off.append(abs(comparing.standard_errors(here[kind], kinds, kind, score, seed)))
-    far = max(off, default=math.nan)
-    words = f"{outside} of {len(off)} live means lie outside the study's interval; the farthest is {far:.1f} standard "
-    return words + "errors of the difference away", far
+    """How many live means of ``ALIKE`` lie outside the study's intervals, and how far off the features' leads over the
+    others are at most, in standard errors: in words, and the second as a number."""
+    kinds = study["units"]
+    alike = [k for k in ALIKE if len(here.get(k, ())) > 1 and len(comparing.pooled(kinds, k, "words")) > 1]
+    outside = [
+        interval.excludes(float(np.mean([u[score] for u in here[kind]])))
+        for kind in alike
+        for score in SCORES
+        if (interval := comparing.interval(kinds, kind, score, seed))
+    ]
+    rivals = [kind for kind in alike if kind != "main" and "main" in alike]
+    off = [comparing.off_by(here, kinds, "main", kind, score, seed) for kind in rivals for score in SCORES]
+    far = float(np.abs(off).max()) if off else math.nan
+    return (
+        f"{sum(outside)} of {len(outside)} live means lie outside the study's interval; the features' leads over the "
+        f"other kinds are off by {far:.1f} standard errors at most"
+    ), far
 
 
 def one_meaning(study: Table, seed: int = 0) -> list[Finding]:
     """Every score of features against the opponents of the study's table but single coordinates, and of small SAEs
     against their twins; p is that of the difference, after Holm over the whole table."""
     against: dict[tuple[str, str], Kind] = {
-        ("main", "neurons"): "other group",
+        ("main", "neurons"): "random units",
         ("main", "random"): "random units",
         ("main", "pca"): "trained opponent",
         ("main", "random_sae"): "random units",

@@ -53,7 +53,7 @@ def test_concepts_found_again(gap, verdict):
     kept[:, 0, 0], sides["random"][:, 0, 0] = False, 0.0
     shown = tables.recovered([0.3, 0.01], sides, kept)
     assert shown["dropped by the squeeze"].tolist() == ["5 of 20", "0 of 20"]
-    assert shown.loc["0.3", "random, not dropped"] == "0.32" and shown.loc["0.3", "random"].startswith("0.24 [")
+    assert shown.loc["0.3", "random, kept ones"] == "0.32" and shown.loc["0.3", "random"].startswith("0.24 [")
 
 
 def test_few_cases_get_a_t_interval():
@@ -101,7 +101,11 @@ def test_who_is_ahead_of_whom():
     here["random"] = [{s: 0.89 + 0.01 * (i % 3) for s in tables.SCORES} for i in range(24)]
     words, far = tables.near_study(here, study)
     assert words.startswith(("4 of 8", "5 of 8", "6 of 8")) and far > tables.NEAR
-    assert tables.near_study({"main": here["main"]}, study)[1] < tables.NEAR
+    near = {kind: study["units"][kind][1] for kind in ("main", "random", "neurons")}
+    assert tables.near_study(near, study)[1] < tables.NEAR
+    less = {kind: [{s: u[s] - 0.2 for s in tables.SCORES} for u in units] for kind, units in near.items()}
+    words, far = tables.near_study(less, study)
+    assert words.startswith("12 of 12") and far < tables.NEAR, "less text lowers all of them alike"
     assert np.isnan(tables.near_study({}, study)[1])
     assert tables.scores(here).index.tolist() == [tables.KINDS["main"], tables.KINDS["random"]]
     assert "0.60 of the variance" in tables.setup(study) and "at the strongest activity" in tables.setup(study)
