@@ -108,7 +108,7 @@ def test_who_is_ahead_of_whom():
     assert words.startswith("12 of 12") and far < tables.NEAR, "less text lowers all of them alike"
     assert np.isnan(tables.near_study({}, study)[1])
     assert tables.scores(here).index.tolist() == [tables.KINDS["main"], tables.KINDS["random"]]
-    assert "0.60 of the variance" in tables.setup(study) and "at the strongest activity" in tables.setup(study)
+    assert "0.60 of the variance" in tables.setup(study) and "of 60" in tables.setup(study)
     assert "any activity -0." in tables.lead(here, "main", "random") and "too few" in tables.lead(here, "main", "pca")
     title = figures.meanings(study, here, differences).get_suptitle().replace("\n", " ")
     assert "ahead of neurons in 4, random directions in 4" in title and "components in 0" in title
