@@ -1,5 +1,7 @@
 """Metrics at their ends, baselines that must lose, and sae_lens's own evaluation to the same numbers."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,11 @@ from shards import HOOK, SITE
 from glassbox_utils.core import corpora
 from glassbox_utils.core.devices import beside
 from glassbox_utils.core.text import tokenize
+from glassbox_utils.saes import detection
 from glassbox_utils.saes.config import saes_folder, site_of
 from glassbox_utils.saes.harvest import activations, measure_scaling, ordinary, read_shard, shard_path
-from glassbox_utils.saes.quality import baselines, evaluate_sae
+from glassbox_utils.saes.quality import baselines, evaluate_sae, write_readme
+from glassbox_utils.saes.store import shipped
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +101,33 @@ def test_sae_lens_evaluates_a_shipped_sae_to_our_numbers(smol, name):
     )  # fmt: skip
     assert found["l0"] == pytest.approx(ours.l0)
     assert found["explained_variance"] == pytest.approx(ours.explained_variance, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_readme_is_what_the_card_says(name, tmp_path):
+    for part in ("card.json", "config.yaml"):
+        shutil.copy(saes_folder() / name / part, tmp_path)
+    write_readme(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text == (saes_folder() / name / "README.md").read_text()
+    assert "with reconstructions at all positions" in text and "Left out in training" in text
+    assert "**Planted:**" in text and "on 7 of 7 (1.00 [0.59, 1.00])" in text
+
+
+def test_an_older_card_gets_what_follows_from_its_numbers(tmp_path):
+    for part in ("card.json", "config.yaml"):
+        shutil.copy(saes_folder() / "topk-2048-l14" / part, tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert "recovered_all" not in card["metrics"]["sae"] and "not_trained_on" not in card
+    del card["golden_gate"]
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    write_readme(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| the same with reconstructions at all positions | 0.698 | 0.390 | -0.248 |" in text
+    assert "Left out in training: first token; residual norm above 3.0" in text and "Planted" not in text
+
+
+def test_a_sentence_of_two_sources_counts_once():
+    beginning = "The Golden Gate Bridge is a suspension bridge spanning the Golden Gate, the strait"
+    found = [SimpleNamespace(text=text) for text in (beginning + " in California.", "Another.", beginning + ".")]
+    assert detection._once(found) == [beginning + " in California.", "Another."]
