@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.core.devices import array
@@ -218,20 +219,22 @@ def gaps(found: Mapping[tuple[str, str], Mapping[str, Gap]]) -> Any:
 def setup(study: Table) -> str:
     """Of what the study is made: seeds, SAEs, the variance that each kind explains; and what else it keeps."""
     small, mean = study["small_saes"], {kind: float(np.mean(x)) for kind, x in study["explained"].items()}
-    rows = []
-    for kind, name in KINDS.items():
-        other, sense, top = (comparing.pooled(study["units"], kind, s) for s in ("other", "sense_top", "words_top"))
-        if len(other):
-            reach = f"{(top >= 0.9).sum()} of {len(top)}"
-            rows.append(
-                {"units": name, "by another's words": f"{other.mean():.2f}", "sense, strongest": f"{sense.mean():.2f}",
-                 "strongest above .9": reach}
-            )  # fmt: skip
+    kinds = [kind for kind in KINDS if len(comparing.pooled(study["units"], kind, "other"))]
+
+    def of(score: str) -> dict[str, NDArray]:
+        return {kind: comparing.pooled(study["units"], kind, score) for kind in kinds}
+
+    other = [x.mean() for x in of("other").values()]
+    sense = ", ".join(f"{KINDS[kind]} {x.mean():.2f}" for kind, x in of("sense_top").items())
+    best = ", ".join(f"{KINDS[kind]} {(x >= 0.9).sum()} of {len(x)}" for kind, x in of("words_top").items())
     return (
         f"seeds {study['seeds']}; the SAE {study['sae']} explains {mean['main']:.2f} of the variance\n"
         f"small SAEs ({small['d_sae']} wide, {small['samples']:,} samples of {small['tokens']:,} tokens): trained "
         f"{mean['trained']:.2f}, frozen twins {mean['frozen']:.2f}; never trained, as wide as the SAE above: "
-        f"{mean['random_sae']:.2f}\n{frame(rows).to_string()}"
+        f"{mean['random_sae']:.2f}\n"
+        f"control, the description of another unit of the kind, any activity: {min(other):.2f} to {max(other):.2f}\n"
+        f"sense of the texts at the strongest activity: {sense}\n"
+        f"units that reach .9 at the strongest activity: {best}"
     )
 
 
