@@ -222,10 +222,11 @@ def every_study() -> dict[str, Callable[[], Path]]:
     from glassbox_utils.decisions.planted_study import STUDIES_OF_PLANTED
     from glassbox_utils.decisions.power_study import STUDIES_OF_AUDITS
     from glassbox_utils.saes.meaning_study import STUDIES_OF_ARCHITECTURES
+    from glassbox_utils.steering.layer_study import STUDIES_OF_LAYERS
     from glassbox_utils.steering.order_study import STUDIES_OF_ORDER
 
     audits = {**STUDIES_OF_AUDITS, **STUDIES_OF_PLANTED}
-    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_ARCHITECTURES, **STUDIES_OF_ORDER}
+    techniques = {**STUDIES_OF_FORMING, **STUDIES_OF_ARCHITECTURES, **STUDIES_OF_LAYERS, **STUDIES_OF_ORDER}
     return {**studies(), **techniques, **audits, **STUDIES_OF_LOCATE}
 
 

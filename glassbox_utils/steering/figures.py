@@ -266,18 +266,34 @@ def dial_figure(report: Report) -> Any:
 
 
 def dial_title(means: Sequence[float], effect: float, others: Sequence[float]) -> str:
-    """What the figure shows: is the tone monotone in the strength, and do most random directions move it as well?
+    """What the figure shows: is the tone monotone in the strength, and how many random directions move it as well?
 
-    ``others``: sizes of the random directions' effects. A fifth of the vector's effect counts as moving it.
+    ``others``: sizes of the random directions' effects, which were measured at both ends. A fifth of the vector's
+    effect counts as moving it: as far as the bar allows.
     """
     if all(b > a for a, b in itertools.pairwise(means)):
         first = "The dial moves the tone step by step"
     else:
         first = "The tone does not go step by step with the dial"
-    most = np.mean([other < abs(effect) / 5 for other in others]) > 0.5 if others else None
-    if most is None:
+    if not others:
         return first
-    return f"{first}; most random directions of the same length " + ("do not" if most else "do too")
+    far = sum(other >= abs(effect) / 5 for other in others)
+    found = f"; {far or 'none'} of {len(others)} random directions move{'' if far else 's'} it a fifth as far"
+    return first + found + " (measured at both ends)"
+
+
+class Folded:
+    """A wide table: its first columns are shown, and all of them on a click."""
+
+    def __init__(self, frame: Any, columns: int) -> None:
+        self.frame, self.columns = frame, columns
+
+    def __repr__(self) -> str:
+        return repr(self.frame)
+
+    def _repr_html_(self) -> str:
+        few, n = self.frame.iloc[:, : self.columns].to_html(), self.frame.shape[1]
+        return f"{few}<details><summary>All {n} columns</summary>{self.frame.to_html()}</details>"
 
 
 METHODS = {

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glassbox_utils.core.devices import result
 from glassbox_utils.core.models import Model
-from glassbox_utils.core.statistics import Interval
+from glassbox_utils.core.statistics import Interval, bootstrap_ci
 from glassbox_utils.core.studies import SEED
 from glassbox_utils.steering import contrast
 from glassbox_utils.steering.figures import cell
@@ -91,3 +92,41 @@ def agreement(trained: ControlVector, fitted: ControlVector, gaps: Sequence[int]
         near = [float(a.vector @ b.vector) for a, b in zip(trained.parts, trained.parts[gap:], strict=False)]
         lines += [f"cosine between directions {gap} layers apart: mean {np.mean(near):.2f}"] if near else []
     return "\n".join(lines)
+
+
+# --- one layer or many: study steering-alone ------------------------------------------------------------
+
+MANY = "thirteen layers"
+
+
+def at_price(table: Mapping[str, Any], vector: str, kl: float) -> tuple[NDArray, float]:
+    """Each prompt's effect and the perplexity of the answers at a side effect, interpolated between strengths."""
+    rows = sorted((row for row in table["rows"] if row["vector"] == vector), key=lambda row: row["kl"])
+    prices = [row["kl"] for row in rows]
+    effects = np.array([np.subtract(row["plus"], row["minus"]) for row in rows])  # [strength, prompt]
+    effect = np.array([np.interp(kl, prices, one) for one in effects.T])
+    return effect, float(np.interp(kl, prices, [row["perplexity"] for row in rows]))
+
+
+def behind(table: Mapping[str, Any], vector: str, kl: float) -> Interval:
+    """The effect of many layers less that of one at the same side effect; resampled are prompts."""
+    return bootstrap_ci(at_price(table, MANY, kl)[0] - at_price(table, vector, kl)[0], seed=SEED)
+
+
+def alone_table(table: Mapping[str, Any]) -> Any:
+    """Every vector at the side effects that many layers have at their last two strengths."""
+    import pandas as pd
+
+    many = [row["kl"] for row in table["rows"] if row["vector"] == MANY][-2:]
+    plain = next(row["perplexity"] for row in table["rows"] if not row["alpha"])
+    found: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(row["vector"] for row in table["rows"]):
+        found[name] = {}
+        for kl in many:
+            effect, perplexity = at_price(table, name, kl)
+            found[name] |= {
+                f"effect at {kl:.2f} nats": f"{effect.mean():.2f}",
+                f"many less it, {kl:.2f} nats": "" if name == MANY else cell(behind(table, name, kl)),
+                f"perplexity ×, {kl:.2f} nats": f"{perplexity / plain:.2f}",
+            }
+    return pd.DataFrame(found).T

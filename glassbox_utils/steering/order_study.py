@@ -119,7 +119,7 @@ def opened_answers(model: Model, vector: Vector, sign: int) -> list[tuple[str, s
     return [(q, a) for q, a, fit in zip(asked, answers, fits, strict=True) if fit]
 
 
-KINDS = {"ordered": False, "smaller": False, "shuffled": True, "single": False}
+KINDS = {"ordered": False, "smaller": False, "shuffled": True, "plain": True, "single": False}
 """of vectors, and whether a number follows"""
 
 
@@ -131,7 +131,8 @@ def trained(model: Model, kind: str, fitted: ControlVector | None = None) -> Con
     many layers as the shipped ones' are (``longer``). ``shuffled K``: as ``smaller``, with nothing of tone left:
     half of the pairs have their sides swapped, the opened answers are dealt out anew, and the valences of the tokens
     are permuted and centred, so that they ask neither for more nor for fewer words that count (``reward.centred``).
-    Permuted alone they do, and move tone almost as far as the real ones (docs/tone-vector.md).
+    ``plain K``: the same with valences that are permuted alone: they do ask for more or fewer of them
+    (docs/tone-vector.md).
     """
     name, _, number = kind.partition(" ")
     if KINDS.get(name) is not number.isdecimal() or bool(number) != KINDS.get(name):
@@ -142,7 +143,8 @@ def trained(model: Model, kind: str, fitted: ControlVector | None = None) -> Con
     factor = scale()
     if number:
         vector, sides = swapped_start(model, int(number)), swapped(sides, int(number))
-        valence = reward.centred(reward.shuffled(valence, int(number)), said(writer))
+        valence = reward.shuffled(valence, int(number))
+        valence = reward.centred(valence, said(writer)) if name == "shuffled" else valence
     elif name == "single":
         layer, times = longer()
         factor *= times
@@ -402,7 +404,19 @@ def study_order() -> Path:
     return write_table("steering_order", model, time.time() - start, **about, rows=rows)
 
 
+def study_controls() -> Path:
+    """Two more controls on the fresh prompts: random directions beside the shipped vector, and plain shuffles."""
+    start, model = time.time(), load_subject()
+    (before, alpha), rows = study.selected(), list[dict[str, Any]]()
+    for k in progress(range(prepared.sized(study.N_RANDOM, 2)), "random directions"):
+        rows += rows_of(model, f"turned {k}", random_vector(before, k, True), (alpha, alpha), N_CONTROL)
+    fitted, full = study.tone_vector(model, n_resamples=0), tuple(read_table("steering_order")["full"])
+    for k in SHUFFLES[: prepared.sized(len(SHUFFLES), 2)]:
+        rows += rows_of(model, f"plain {k}", trained(model, f"plain {k}", fitted), full, N_CONTROL)
+    return write_table("steering_controls", model, time.time() - start, full=full, alpha=alpha, rows=rows)
+
+
 RULERS = ("tone", "second")
 
-STUDIES_OF_ORDER = {"steering-order": study_order}
+STUDIES_OF_ORDER = {"steering-order": study_order, "steering-controls": study_controls}
 """not among those that ``prepare`` repeats on another model"""

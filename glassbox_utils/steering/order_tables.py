@@ -1,5 +1,6 @@
-"""What notebook 05 shows of the study ``steering-order``: every method on prompts that met none, and its controls."""
+"""What notebook 05 shows of the studies ``steering-order`` and ``steering-controls``: all methods on fresh prompts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,12 +8,12 @@ import numpy as np
 
 from glassbox_utils.core.evidence import Control, Finding
 from glassbox_utils.core.models import Model
-from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci, sign_flip_p
 from glassbox_utils.core.studies import SEED
 from glassbox_utils.steering import study, style
 from glassbox_utils.steering.apply import continuations
 from glassbox_utils.steering.figures import cell
-from glassbox_utils.steering.order_study import RULERS, perplexity
+from glassbox_utils.steering.order_study import PREDICATES, RULERS, perplexity
 from glassbox_utils.steering.vectors import SteeringError, load_vector
 
 Table = Mapping[str, Any]
@@ -25,9 +26,23 @@ METHODS = {
     "shipped": "the vector of sections 1 to 5",
 }
 """in the order of the table"""
-KINDS = {"shared": "random directions", "shuffled": "trained alike on shuffled, centred labels"}
-"""of controls, each drawn several times"""
+KINDS = {
+    "shared": ("random directions", "ordered"),
+    "turned": ("random directions, as long as that vector", "shipped"),
+    "plain": ("trained alike on shuffled labels", "smaller"),
+    "shuffled": ("trained alike on shuffled, centred labels", "smaller"),
+}
+"""controls, each drawn several times, and the vector that they stand beside; *plain* is what the bar names"""
+BARS = {"order": 0.85, "shared": 5, "shuffled": 3}
+"""set before the search, for both rulers: share of prompts in order; times as far as the strongest draw of a control"""
 SCALES = dict(zip(RULERS, ("lexicon", "second ruler"), strict=True))
+
+
+def joined(tables: Mapping[str, Table]) -> Table | None:
+    """The table of ``steering-order``, with the rows of ``steering-controls`` where that was run; None without it."""
+    if "order" not in tables:
+        return None
+    return {**tables["order"], "rows": [*tables["order"]["rows"], *tables.get("controls", {"rows": []})["rows"]]}
 
 
 def by_condition(table: Table) -> dict[str, Mapping[str, Any]]:
@@ -95,16 +110,23 @@ def methods_table(table: Table) -> Any:
 
 
 def controls_table(table: Table) -> Any:
-    """The vector beside what was drawn at random: effects on the prompts that the controls answered.
+    """Vectors beside what was drawn at random: effects on the prompts that the controls answered, and prices.
 
-    Random directions stand beside the vector itself, vectors trained on shuffled labels beside one of their own size.
+    Random directions stand beside a vector of their length, vectors trained on shuffled labels beside one of their
+    size.
     """
     import pandas as pd
 
-    found, n = {}, len(by_condition(table)["smaller 1"]["tone"])
-    for kind, label in KINDS.items():
-        own = "ordered" if kind == "shared" else "smaller"
-        line: dict[str, Any] = {"beside": METHODS["ordered"] + ("" if kind == "shared" else ", fewer steps")}
+    rows, found = by_condition(table), {}
+    n, every = len(rows["smaller 1"]["tone"]), sum(how["steps"] for how in (table["started"], *table["training"]))
+    beside = METHODS | {"smaller": f"{METHODS['ordered']}, {sum(table['smaller'])} steps instead of {every}"}
+    for kind, (label, own) in KINDS.items():
+        names = [name for name in rows if name.startswith(f"{kind} ")]
+        if not names:
+            continue
+        line: dict[str, Any] = {"beside": beside[own]}
+        price = [perplexity(rows[name], n) / perplexity(rows["unsteered"], n) for name in names]
+        own_price = [perplexity(rows[f"{own} {sign}"], n) / perplexity(rows["unsteered"], n) for sign in (-1, 1)]
         for ruler, word in SCALES.items():
             others = draws(table, kind, ruler)
             mine = effect(table, own, ruler, n)
@@ -112,11 +134,28 @@ def controls_table(table: Table) -> Any:
                 f"vector, {word}": cell(mine), f"controls, {word}": f"{min(others):+.2f} to {max(others):+.2f}",
                 f"times the strongest, {word}": round(times(table, own, kind, ruler), 1),
             }  # fmt: skip
-        found[f"{len(others)} {label}"] = line
+        line |= {"vector, perplexity × −, +": ", ".join(f"{x:.2f}" for x in own_price)}
+        found[f"{len(others)} {label}"] = line | {"controls, perplexity ×": f"{min(price):.2f} to {max(price):.2f}"}
     return pd.DataFrame(found)
 
 
-def drawn_answers(table: Table, names: Sequence[str] = ("ordered", "lora"), n: int = 6, seed: int = SEED) -> str:
+def words_line(table: Table) -> str:
+    """Whose words, and how many different ones: minus answers that hold a dark predicate of ours, and distinct-2."""
+    rows, parts = by_condition(table), []
+    ours = re.compile(r"\b(" + "|".join(map(re.escape, PREDICATES[-1])) + r")\b", re.IGNORECASE)
+    for name in ("ordered", "lora", "shipped", "unsteered"):
+        condition = name if name == "unsteered" else f"{name} -1"
+        if condition in rows:
+            said = rows[condition]["answers"]
+            held = sum(bool(ours.search(text)) for text in said)
+            mess, cruel = (sum(bool(re.search(rf"\b{w}\b", text, re.I)) for text in said) for w in ("a mess", "cruel"))
+            diverse = style.distinct_over(said)
+            parts.append(f"{condition}: {held} (a mess {mess}), cruel {cruel}; distinct-2 {diverse:.3f}")
+    n = len(rows["unsteered"]["answers"])
+    return f"of {n} answers each, so many hold one of our dark predicates:\n  " + "\n  ".join(parts)
+
+
+def drawn_answers(table: Table, names: Sequence[str] = ("ordered", "lora"), n: int = 8, seed: int = SEED) -> str:
     """Prompts drawn at random with the answers at minus, zero and plus, each with its tone by the lexicon."""
     rows, lines = by_condition(table), []
     for i in np.random.default_rng(seed).choice(len(table["prompts"]), n, replace=False):
@@ -143,7 +182,10 @@ def again(model: Model, table: Table, n: int, seed: int = SEED) -> tuple[int, in
 
 
 def findings(table: Table) -> list[Finding]:
-    """What the fresh prompts say of the vector that is trained for order, with the control of each claim."""
+    """What the fresh prompts say of the vector that is trained for order, with the control of each claim, and the bars.
+
+    A bar is for both rulers, so the ruler that it is furthest from decides: order by both, effects by the second.
+    """
     n = len(by_condition(table)["smaller 1"]["tone"])
     found, source = list[Finding](), "study steering-order"
     rates = {name: in_order(table, name) for name in ("ordered", "lora", "single") if _there(table, name)}
@@ -155,23 +197,47 @@ def findings(table: Table) -> list[Finding]:
             "the dial trained for order turns more prompts, by both rulers, than a LoRA trained nearly alike (share)"
         )
         found.append(Finding.measured(claim, 4, order, "prompts", control, side="above", null=None, source=source))
+        found += bar_of_order(order, control, source)
     if "single" in rates:
         mine, other = effect(table, "ordered", "second"), effect(table, "single", "second")
-        control = Control.measured("trained opponent", "a vector after one layer with the same reward", other)
-        claim = "many layers move tone further than one, trained alike (second ruler, -4 to 4)"
+        opponent = "a vector after one layer with the same reward"
+        control = Control.measured("trained opponent", opponent, other)
+        claim = "many layers move tone further than one, trained alike, one training each (second ruler, -4 to 4)"
         found.append(Finding.measured(claim, 4, mine, "prompts", control, side="above", source=source))
-    kinds: dict[str, tuple[Any, str, str]] = {
-        "shared": ("random units", "the strongest of ten random directions", "ordered"),
-        "shuffled": ("shuffled labels", "the strongest of five trained alike on shuffled, centred labels", "smaller"),
+        paired = float(sign_flip_p(rates["ordered"].astype(float) - rates["single"], seed=SEED))
+        other = exact_ci(int(rates["single"].sum()), len(rates["single"]))
+        control = Control("trained opponent", opponent, other.value)
+        claim = "many layers turn more prompts than one, trained alike, one training each (share, by both rulers)"
+        options: dict[str, Any] = {"side": "above", "null": None, "p_value": paired, "source": source}
+        found.append(Finding.measured(claim, 4, order, "prompts", control, **options))
+    kinds: dict[str, tuple[Any, str]] = {
+        "shared": ("random units", "the strongest of ten random directions"),
+        "turned": ("random units", "the strongest of ten random directions of its length"),
+        "plain": ("shuffled labels", "the strongest of five trained alike on shuffled labels"),
+        "shuffled": ("shuffled labels", "the strongest of five trained alike on shuffled, centred labels"),
     }
-    for kind, (form, words, own) in kinds.items():
-        others = [abs(x) for x in draws(table, kind, "second")]  # of either sign
-        control = Control(form, words, max(others), (min(others), max(others)))
-        claim = f"the dial trained for order moves tone further than {words} (second ruler, -4 to 4)"
-        found.append(
-            Finding.measured(claim, 4, effect(table, own, "second", n), "prompts", control, side="above", source=source)
-        )
+    for kind, (form, words) in kinds.items():
+        own, others = KINDS[kind][1], [abs(x) for x in draws(table, kind, "second")]  # of either sign
+        if not others:
+            continue
+        control, mine = Control(form, words, max(others), (min(others), max(others))), effect(table, own, "second", n)
+        who = "the dial of sections 1 to 5" if own == "shipped" else "the dial trained for order"
+        claim = f"{who} moves tone further than {words} (second ruler, -4 to 4)"
+        options = {"side": "above", "source": source if kind in ("shared", "shuffled") else "study steering-controls"}
+        found.append(Finding.measured(claim, 4, mine, "prompts", control, **options))
+        if kind == "shared" or kind == ("plain" if draws(table, "plain") else "shuffled"):
+            k = BARS["shared" if kind == "shared" else "shuffled"]
+            control = Control(form, f"{k} times {words}", k * max(others), (k * min(others), k * max(others)))
+            claim = f"bar set beforehand: it moves tone {k} times as far as {words} (second ruler, -4 to 4)"
+            found.append(Finding.measured(claim, 4, mine, "prompts", control, **options))
     return found
+
+
+def bar_of_order(order: Interval, control: Control, source: str) -> list[Finding]:
+    """The bar for the share of prompts in order by both rulers: what is no effect is the bar itself."""
+    claim = f"bar set beforehand: it turns at least {BARS['order']:.0%} of the prompts (share, by both rulers)"
+    options: dict[str, Any] = {"side": "above", "null": BARS["order"], "source": source}
+    return [Finding.measured(claim, 4, order, "prompts", control, **options)]
 
 
 def _there(table: Table, name: str) -> bool:

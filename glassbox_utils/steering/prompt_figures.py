@@ -64,6 +64,8 @@ def shares_table(report: Report) -> Any:
         "strictly up over all strengths": [share(strictly[x]) for x in RULERS]
         + [share(np.all([*strictly.values()], 0))],
         f"still above {STILL_BRIGHT} at full minus": [share(tones["lexicon"][0] > STILL_BRIGHT), "", ""],
+        f"neutral at full minus (within {NEUTRAL})": [share(np.abs(tones["lexicon"][0]) < NEUTRAL), "", ""],
+        "still positive at full minus": [share(tones["lexicon"][0] >= NEUTRAL), "", ""],
         "a catastrophe at full minus": [share(style.catastrophes(report.rows[report.steps[0]]["answers"])), "", ""],
         "a catastrophe unsteered": [share(style.catastrophes(report.rows["steer 0"]["answers"])), "", ""],
     }
@@ -73,7 +75,7 @@ def shares_table(report: Report) -> Any:
 def prompts_figure(report: Report) -> Any:
     """Every report prompt as a column: its tone at full minus, zero and full plus, by both rulers.
 
-    Sorted within each panel by the tone at zero; prompts that are out of order are grey.
+    Sorted within each panel by the tone at zero; prompts that are out of order are orange.
     """
     import matplotlib.pyplot as plt
 
@@ -82,13 +84,14 @@ def prompts_figure(report: Report) -> Any:
         tones = ruled(report, ruler)[[0, len(report.steps) // 2, -1]]
         tones = tones[:, np.lexsort((tones[0], tones[1]))]
         right, x = in_order(tones), np.arange(tones.shape[1])
-        axis.vlines(x, tones.min(0), tones.max(0), color=np.where(right, "#dddddd", figures.GREY), linewidth=1)
+        axis.vlines(x, tones.min(0), tones.max(0), color=np.where(right, "#cccccc", figures.ORANGE), linewidth=1)
         for tone, colour, end in zip(
             tones, (figures.RED, "black", figures.BLUE), ("minus", "zero", "plus"), strict=True
         ):
             axis.scatter(x, tone, s=9, color=colour, label=end, zorder=3)
         axis.set(
-            ylabel=label, title=f"{label}: {right.mean():.1%} of {len(x)} prompts in order (grey lines: the others)"
+            ylabel=label,
+            title=f"{label}: {right.mean():.1%} of {len(x)} prompts in order (grey lines; orange: the others)",
         )
         axis.axhline(0, color="black", linewidth=0.5)
     axes[-1].set_xlabel("report prompts, sorted by the tone of the unsteered answer")
