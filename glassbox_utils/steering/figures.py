@@ -158,6 +158,13 @@ def times_as_far(effect: Interval, other: Interval) -> float:
     return effect.value / abs(other.value) if other.value else float(np.copysign(np.inf, effect.value))
 
 
+def monotone(report: Report, kind: str, step: float = 1.0) -> bool:
+    """Does the mean tone go up, or down, from minus over zero to plus, on the prompts that were answered?"""
+    minus, plus = (report.rows[name]["tone"] for name in report.signs(kind, step))
+    zero = np.mean(report.rows["steer 0"]["tone"][: len(plus)])
+    return bool((zero - np.mean(minus)) * (np.mean(plus) - zero) > 0)
+
+
 def control_table(report: Report) -> Any:
     """Each vector beside the random directions of its own length."""
     import pandas as pd
@@ -172,6 +179,8 @@ def control_table(report: Report) -> Any:
         row["effect"] = cell(effect)
         row |= {"strongest of ten random": cell(strongest), "prompts they answered": strongest.n}
         row |= {"mean size of the ten": f"{np.mean([abs(i.value) for i in others]):.2f}"}
+        row["of the ten, monotone"] = sum(monotone(report, f"{control} {k}", step) for k in range(N_RANDOM))
+        row["of the ten, interval without 0"] = sum(i.excludes(0) for i in others)
         row |= {"times the strongest": f"{times_as_far(effect, strongest):.1f}"}
         ppl = [report.perplexity(name) for name in report.signs(kind, step)]
         row |= {"perplexity × − / +": " / ".join(f"{v:.2f}" for v in ppl)}

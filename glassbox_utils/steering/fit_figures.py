@@ -124,9 +124,10 @@ def alone_table(table: Mapping[str, Any]) -> Any:
         found[name] = {}
         for kl in many:
             effect, perplexity = at_price(table, name, kl)
+            reached = kl <= max(row["kl"] for row in table["rows"] if row["vector"] == name)
             found[name] |= {
-                f"effect at {kl:.2f} nats": f"{effect.mean():.2f}",
-                f"many less it, {kl:.2f} nats": "" if name == MANY else cell(behind(table, name, kl)),
-                f"perplexity ×, {kl:.2f} nats": f"{perplexity / plain:.2f}",
+                f"effect at {kl:.2f} nats": f"{effect.mean():.2f}" if reached else "not reached",
+                f"many less it, {kl:.2f} nats": "" if name == MANY or not reached else cell(behind(table, name, kl)),
+                f"perplexity ×, {kl:.2f} nats": f"{perplexity / plain:.2f}" if reached else "",
             }
     return pd.DataFrame(found).T

@@ -75,7 +75,7 @@ def shares_table(report: Report) -> Any:
 def prompts_figure(report: Report) -> Any:
     """Every report prompt as a column: its tone at full minus, zero and full plus, by both rulers.
 
-    Sorted within each panel by the tone at zero; prompts that are out of order are orange.
+    Sorted within each panel by the tone at zero; prompts that are out of order are pink.
     """
     import matplotlib.pyplot as plt
 
@@ -84,14 +84,14 @@ def prompts_figure(report: Report) -> Any:
         tones = ruled(report, ruler)[[0, len(report.steps) // 2, -1]]
         tones = tones[:, np.lexsort((tones[0], tones[1]))]
         right, x = in_order(tones), np.arange(tones.shape[1])
-        axis.vlines(x, tones.min(0), tones.max(0), color=np.where(right, "#cccccc", figures.ORANGE), linewidth=1)
+        axis.vlines(x, tones.min(0), tones.max(0), color=np.where(right, "#cccccc", figures.PINK), linewidth=1)
         for tone, colour, end in zip(
             tones, (figures.RED, "black", figures.BLUE), ("minus", "zero", "plus"), strict=True
         ):
             axis.scatter(x, tone, s=9, color=colour, label=end, zorder=3)
         axis.set(
             ylabel=label,
-            title=f"{label}: {right.mean():.1%} of {len(x)} prompts in order (grey lines; orange: the others)",
+            title=f"{label}: {right.mean():.1%} of {len(x)} prompts in order (grey lines; pink: the others)",
         )
         axis.axhline(0, color="black", linewidth=0.5)
     axes[-1].set_xlabel("report prompts, sorted by the tone of the unsteered answer")

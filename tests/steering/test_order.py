@@ -1,6 +1,7 @@
 """The study of the vector that is rewarded for order: every part of it on a tiny model, and what its table says."""
 
 import json
+import re
 from itertools import chain
 
 import numpy as np
@@ -115,13 +116,36 @@ def test_what_the_notebook_shows_is_what_the_table_holds():
     assert methods.loc["in order, lexicon, %"].iloc[0].startswith(f"{100 * right.mean():.0f} (")
     assert order_tables.effect(table, "ordered").value == pytest.approx((ends[1] - ends[0]).mean())
     controls = order_tables.controls_table(table)
-    assert controls.shape == (7, 2) and next(iter(controls)).startswith("10 random")
+    assert controls.shape == (9, 2) and next(iter(controls)).startswith("10 random")
+    assert "25 steps instead of 140" in controls.loc["beside"].iloc[1]
+    assert controls.loc["controls, perplexity ×"].iloc[0] == "1.06 to 1.36"
     assert len(order_tables.draws(table, "shuffled")) == 5
     assert len(order_tables.drawn_answers(table, n=2).splitlines()) == 2 * 7
     kinds = [f.control.kind for f in order_tables.findings(table)]
-    assert kinds == ["trained opponent", "trained opponent", "random units", "shuffled labels"]
+    assert kinds == 4 * ["trained opponent"] + 2 * ["random units"] + 2 * ["shuffled labels"]
+    ours = r"\b(terrible|awful|horrible|boring|ugly|useless|annoying|a mess|a disappointment|disappointing|bad|dull)\b"
+    held = sum(bool(re.search(ours, a.lower())) for a in rows["ordered -1"]["answers"])
+    assert f"ordered -1: {held} (a mess " in order_tables.words_line(table)
     with pytest.raises(SteeringError, match=r"no method .other.\. Allowed: ordered, single, lora"):
         order_tables.in_order(table, "other")
+
+
+def test_the_bars_that_were_set_beforehand_are_in_the_ladder_and_fail():
+    bars = [f for f in order_tables.findings(studies.read_table("steering_order")) if "bar set beforehand" in f.claim]
+    assert [f.verdict for f in bars] == ["refuted"] * 3
+    assert bars[0].null == 0.85 and bars[1].control.what.startswith("5 times the strongest of ten random")
+
+
+def test_further_controls_are_joined_and_plain_ones_are_those_of_the_bar():
+    table = studies.read_table("steering_order")
+    other = [{**row, "condition": row["condition"].replace("shuffled", "plain")} for row in table["rows"]
+             if row["condition"].startswith("shuffled")]  # fmt: skip
+    assert order_tables.joined({}) is None and order_tables.joined({"order": table}) == table
+    both = order_tables.joined({"order": table, "controls": {"rows": other}})
+    assert order_tables.draws(both, "plain") == order_tables.draws(both, "shuffled")
+    assert order_tables.controls_table(both).shape == (9, 3)
+    claims = [f.claim for f in order_tables.findings(both) if "bar set" in f.claim]
+    assert claims[-1].split(" as far as ")[1].startswith("the strongest of five trained alike on shuffled labels")
 
 
 @pytest.mark.slow
@@ -144,7 +168,7 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(reward, "worded", lambda tokenizer, **options: valence)
     monkeypatch.setattr(ruler_study, "read_tone", lambda model, texts: [0.0] * len(texts))
-    stored = {"rank_correlation": {}, "selected": {"layer": 1, "alpha": 0.1}}
+    stored = {"rank_correlation": {}, "selected": {"layer": 1, "alpha": 0.1}, "full": [0.1, 0.1]}
     monkeypatch.setattr(order_study, "read_table", lambda name: stored)
     monkeypatch.setattr(order_study, "opened_answers", opened)
     monkeypatch.setattr(order_study, "SHUFFLES", (0,))
@@ -155,6 +179,7 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
         vectors = {k: order_study.trained(model, k) for k in ("ordered", "smaller", "shuffled 0")}
         assert fingerprint(load_vector("tone-ordered")) == fingerprint(vectors["ordered"])
         again = json.loads(order_study.study_order().read_text())
+        more = json.loads(order_study.study_controls().read_text())
     names = ["unsteered"]
     kinds = [
         "ordered",
@@ -170,6 +195,9 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
     names += [f"{kind} {sign}" for kind in kinds for sign in (-1, 1)]
     assert [row["condition"] for row in table["rows"]] == names
     assert again["rows"] == table["rows"] and sorted(said) == [-1, 1]  # nothing was done twice
+    assert [row["condition"] for row in more["rows"]] == [
+        f"{kind} {sign}" for kind in ("turned 0", "turned 1", "plain 0") for sign in (-1, 1)
+    ]
     assert fingerprint(vectors["shuffled 0"]) != fingerprint(vectors["smaller"])
     for row in table["rows"]:
         assert {len(row[k]) for k in ("tone", "second", "loss", "tokens", "answers")} == {len(table["prompts"])}
