@@ -35,6 +35,7 @@ KINDS = {
 """controls, each drawn several times, and the vector that they stand beside; *plain* is what the bar names"""
 BARS = {"order": 0.85, "shared": 5, "shuffled": 3}
 """set before the search, for both rulers: share of prompts in order; times as far as the strongest draw of a control"""
+NUMBERS = {3: "three", 4: "four", 5: "five", 10: "ten"}
 SCALES = dict(zip(RULERS, ("lexicon", "second ruler"), strict=True))
 
 
@@ -90,7 +91,7 @@ def share(hits: Any) -> str:
 
 
 def methods_table(table: Table) -> Any:
-    """Every method of METHODS that was measured: order, effect by both rulers, catastrophes, price."""
+    """Every method of METHODS that was measured: order, effect by both rulers, catastrophes, price, paired gaps."""
     import pandas as pd
 
     rows, found = by_condition(table), {}
@@ -104,9 +105,21 @@ def methods_table(table: Table) -> Any:
             "by both, %": share(in_order(table, name)),
             **{f"effect, {word}": cell(effect(table, name, ruler)) for ruler, word in SCALES.items()},
             "catastrophes at −, %": share(style.catastrophes(ends[0]["answers"])),
+            "without the word disaster, %": share(style.catastrophes(ends[0]["answers"], ["disaster"])),
             "perplexity × −, +": f"{price[0]:.2f}, {price[1]:.2f}",
+            **({} if name == "ordered" else beyond_the_first(table, name)),
         }
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).fillna("")
+
+
+def beyond_the_first(table: Table, name: str) -> dict[str, str]:
+    """A method's order and effects less those of the vector, paired by prompt."""
+    more = in_order(table, name).astype(float) - in_order(table, "ordered")
+    found = {"by both, less the first, points": cell(bootstrap_ci(100 * more, seed=SEED), 0)}
+    for ruler, word in SCALES.items():
+        gap = steps_up(table, name, ruler).sum(0) - steps_up(table, "ordered", ruler).sum(0)
+        found[f"effect less the first, {word}"] = cell(bootstrap_ci(gap, seed=SEED))
+    return found
 
 
 def controls_table(table: Table) -> Any:
@@ -211,15 +224,16 @@ def findings(table: Table) -> list[Finding]:
         options: dict[str, Any] = {"side": "above", "null": None, "p_value": paired, "source": source}
         found.append(Finding.measured(claim, 4, order, "prompts", control, **options))
     kinds: dict[str, tuple[Any, str]] = {
-        "shared": ("random units", "the strongest of ten random directions"),
-        "turned": ("random units", "the strongest of ten random directions of its length"),
-        "plain": ("shuffled labels", "the strongest of five trained alike on shuffled labels"),
-        "shuffled": ("shuffled labels", "the strongest of five trained alike on shuffled, centred labels"),
+        "shared": ("random units", "the strongest of {} random directions"),
+        "turned": ("random units", "the strongest of {} random directions of its length"),
+        "plain": ("shuffled labels", "the strongest of {} trained alike on shuffled labels"),
+        "shuffled": ("shuffled labels", "the strongest of {} trained alike on shuffled, centred labels"),
     }
     for kind, (form, words) in kinds.items():
         own, others = KINDS[kind][1], [abs(x) for x in draws(table, kind, "second")]  # of either sign
         if not others:
             continue
+        words = words.format(NUMBERS.get(len(others), len(others)))
         control, mine = Control(form, words, max(others), (min(others), max(others))), effect(table, own, "second", n)
         who = "the dial of sections 1 to 5" if own == "shipped" else "the dial trained for order"
         claim = f"{who} moves tone further than {words} (second ruler, -4 to 4)"

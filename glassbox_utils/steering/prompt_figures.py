@@ -67,6 +67,11 @@ def shares_table(report: Report) -> Any:
         f"neutral at full minus (within {NEUTRAL})": [share(np.abs(tones["lexicon"][0]) < NEUTRAL), "", ""],
         "still positive at full minus": [share(tones["lexicon"][0] >= NEUTRAL), "", ""],
         "a catastrophe at full minus": [share(style.catastrophes(report.rows[report.steps[0]]["answers"])), "", ""],
+        "without the word disaster": [
+            share(style.catastrophes(report.rows[report.steps[0]]["answers"], ["disaster"])),
+            "",
+            "",
+        ],
         "a catastrophe unsteered": [share(style.catastrophes(report.rows["steer 0"]["answers"])), "", ""],
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*RULERS, "both"])

@@ -90,9 +90,10 @@ def gender_words(texts: Sequence[str]) -> NDArray:
     return np.array([_share(text, FEMALE) - _share(text, MALE) for text in texts])
 
 
-def catastrophes(texts: Sequence[str]) -> NDArray:
-    """True for each text that holds at least one of CATASTROPHES."""
-    return np.array([not CATASTROPHES.isdisjoint(words(text)) for text in texts], dtype=bool)
+def catastrophes(texts: Sequence[str], but: Sequence[str] = ()) -> NDArray:
+    """True for each text that holds at least one of CATASTROPHES, not counting the words ``but``."""
+    counted = CATASTROPHES.difference(but)
+    return np.array([not counted.isdisjoint(words(text)) for text in texts], dtype=bool)
 
 
 def formality(texts: Sequence[str]) -> NDArray:
