@@ -131,3 +131,22 @@ def alone_table(table: Mapping[str, Any]) -> Any:
                 f"perplexity ×, {kl:.2f} nats": f"{perplexity / plain:.2f}" if reached else "",
             }
     return pd.DataFrame(found).T
+
+
+def beside_sharper(tables: Mapping[str, Mapping[str, Any]], n: int = 30) -> str:
+    """What ``steering-sharper`` is compared with: random directions, and the mean difference of its layer.
+
+    The latter on the same (first ``n``) prompts, in the same format, at the side effect of each of its rows.
+    """
+    sharper, alone = tables["sharper"], tables.get("alone", {"rows": []})
+    drawn = [round(v, 2) for v in next(iter(sharper["random"].values()))]
+    lines = [f"two random directions, strongest setting: {drawn}"]
+    prices = [row["kl"] for row in sharper["rows"] if row["alpha"]]
+    layer = int(sharper["selected"]["layer"])
+    for name, fit in ((f"its layer {layer} alone", "sentences as answers"), (f"layer {layer}", "bare sentences")):
+        if any(row["vector"] == name for row in alone["rows"]):
+            effects = [f"{at_price(alone, name, kl)[0][:n].mean():.2f} at {kl:.2f}" for kl in prices]
+            lines.append(
+                f"mean difference, fitted on {fit}, effect at the nats of each row below: {', '.join(effects)}"
+            )
+    return "\n".join(lines)

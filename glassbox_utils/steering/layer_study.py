@@ -1,7 +1,7 @@
 """One layer or many, at equal price: ``glassbox study steering-alone``.
 
-The fitted direction (mean difference) after each of four single layers, and after all of thirteen, on the same
-selection prompts under the same empty system message. What is done is kept in the cache folder.
+The fitted direction (mean difference) after thirteen layers, some of its parts alone, and that of each layer of the
+sweep, on the same selection prompts under the same empty system message. What is done is kept in the cache folder.
 """
 
 import time
@@ -23,6 +23,10 @@ from glassbox_utils.steering.fit_figures import MANY
 from glassbox_utils.steering.selection import costs
 from glassbox_utils.steering.vectors import Vector, fingerprint
 
+PARTS = (12, 15, 18)
+"""of 30: parts of the many-layer vector that are measured alone; they are fitted on the sentences as answers, as it is,
+where the sweep's directions are fitted on the bare sentences"""
+
 
 def measured(model: Model, vector: Vector, alphas: Sequence[float], asked: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each strength: side effect, and tone and loss of the answers at minus and plus; strength 0 first."""
@@ -43,12 +47,15 @@ def measured(model: Model, vector: Vector, alphas: Sequence[float], asked: Seque
 
 
 def study_alone() -> Path:
-    """Mean differences after one layer and after many, at the strengths of the sweeps, on the selection prompts."""
+    """Mean differences after many layers and after one, at the strengths of the sweeps, on the selection prompts."""
     start, model = time.time(), load_subject()
     layers = sorted({prepared.depth(model, layer) for layer in prepared.thinned(study.LAYERS, 3)})
     single = study.tone_directions(model, layers, n_resamples=0)
+    many = study.tone_vector(model, n_resamples=0, recipe="mean_difference")
+    alone = {prepared.depth(model, layer) for layer in prepared.thinned(PARTS)}
     vectors: dict[str, tuple[Vector, Sequence[float]]] = {
-        MANY: (study.tone_vector(model, n_resamples=0, recipe="mean_difference"), study.SPAN_ALPHAS),
+        MANY: (many, study.SPAN_ALPHAS),
+        **{f"its layer {part.layer} alone": (part, study.ALPHAS) for part in many.parts if part.layer in alone},
         **{f"layer {layer}": (single[layer], study.ALPHAS) for layer in layers},
     }
     asked, rows = study.selection_prompts(), []
