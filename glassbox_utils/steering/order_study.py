@@ -405,18 +405,25 @@ def study_order() -> Path:
 
 
 def study_controls() -> Path:
-    """Two more controls on the fresh prompts: random directions beside the shipped vector, and plain shuffles."""
+    """Ten random directions beside the shipped vector, as long as it is, on the fresh prompts."""
     start, model = time.time(), load_subject()
     (before, alpha), rows = study.selected(), list[dict[str, Any]]()
     for k in progress(range(prepared.sized(study.N_RANDOM, 2)), "random directions"):
         rows += rows_of(model, f"turned {k}", random_vector(before, k, True), (alpha, alpha), N_CONTROL)
+    return write_table("steering_controls", model, time.time() - start, alpha=alpha, rows=rows)
+
+
+def study_plain() -> Path:
+    """Vectors trained alike on plain shuffled labels, the control that the bar names; not run for the shipped table."""
+    start, model = time.time(), load_subject()
     fitted, full = study.tone_vector(model, n_resamples=0), tuple(read_table("steering_order")["full"])
+    rows = list[dict[str, Any]]()
     for k in SHUFFLES[: prepared.sized(len(SHUFFLES), 2)]:
         rows += rows_of(model, f"plain {k}", trained(model, f"plain {k}", fitted), full, N_CONTROL)
-    return write_table("steering_controls", model, time.time() - start, full=full, alpha=alpha, rows=rows)
+    return write_table("steering_plain", model, time.time() - start, full=full, rows=rows)
 
 
 RULERS = ("tone", "second")
 
-STUDIES_OF_ORDER = {"steering-order": study_order, "steering-controls": study_controls}
+STUDIES_OF_ORDER = {"steering-order": study_order, "steering-controls": study_controls, "steering-plain": study_plain}
 """not among those that ``prepare`` repeats on another model"""

@@ -35,15 +35,17 @@ KINDS = {
 """controls, each drawn several times, and the vector that they stand beside; *plain* is what the bar names"""
 BARS = {"order": 0.85, "shared": 5, "shuffled": 3}
 """set before the search, for both rulers: share of prompts in order; times as far as the strongest draw of a control"""
+SOURCES = {"turned": "study steering-controls", "plain": "study steering-plain"}
 NUMBERS = {3: "three", 4: "four", 5: "five", 10: "ten"}
 SCALES = dict(zip(RULERS, ("lexicon", "second ruler"), strict=True))
 
 
 def joined(tables: Mapping[str, Table]) -> Table | None:
-    """The table of ``steering-order``, with the rows of ``steering-controls`` where that was run; None without it."""
+    """The table of ``steering-order``, with the rows of its two studies of controls where they were run; or None."""
     if "order" not in tables:
         return None
-    return {**tables["order"], "rows": [*tables["order"]["rows"], *tables.get("controls", {"rows": []})["rows"]]}
+    others = [row for name in ("controls", "plain") if name in tables for row in tables[name]["rows"]]
+    return {**tables["order"], "rows": [*tables["order"]["rows"], *others]}
 
 
 def by_condition(table: Table) -> dict[str, Mapping[str, Any]]:
@@ -237,7 +239,7 @@ def findings(table: Table) -> list[Finding]:
         control, mine = Control(form, words, max(others), (min(others), max(others))), effect(table, own, "second", n)
         who = "the dial of sections 1 to 5" if own == "shipped" else "the dial trained for order"
         claim = f"{who} moves tone further than {words} (second ruler, -4 to 4)"
-        options = {"side": "above", "source": source if kind in ("shared", "shuffled") else "study steering-controls"}
+        options = {"side": "above", "source": source if kind in ("shared", "shuffled") else SOURCES[kind]}
         found.append(Finding.measured(claim, 4, mine, "prompts", control, **options))
         if kind == "shared" or kind == ("plain" if draws(table, "plain") else "shuffled"):
             k = BARS["shared" if kind == "shared" else "shuffled"]

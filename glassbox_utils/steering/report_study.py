@@ -440,7 +440,7 @@ def at_effect(points: Sequence[tuple[float, NDArray]], target: float) -> NDArray
     return (1 - weight) * before + weight * after
 
 
-TABLES = ("sweep", "sharper", "layers", "alone", "tone", "seeds", "costs", "order", "controls")
+TABLES = ("sweep", "sharper", "layers", "alone", "tone", "seeds", "costs", "order", "controls", "plain")
 """what notebook 05 draws: data/studies/steering_NAME.json"""
 
 STUDIES_OF_STEERING = {

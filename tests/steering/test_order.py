@@ -141,7 +141,7 @@ def test_further_controls_are_joined_and_plain_ones_are_those_of_the_bar():
     other = [{**row, "condition": row["condition"].replace("shuffled", "plain")} for row in table["rows"]
              if row["condition"].startswith("shuffled")]  # fmt: skip
     assert order_tables.joined({}) is None and order_tables.joined({"order": table}) == table
-    both = order_tables.joined({"order": table, "controls": {"rows": other}})
+    both = order_tables.joined({"order": table, "plain": {"rows": other}})
     assert order_tables.draws(both, "plain") == order_tables.draws(both, "shuffled")
     assert order_tables.controls_table(both).shape == (9, 3)
     claims = [f.claim for f in order_tables.findings(both) if "bar set" in f.claim]
@@ -179,7 +179,7 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
         vectors = {k: order_study.trained(model, k) for k in ("ordered", "smaller", "shuffled 0")}
         assert fingerprint(load_vector("tone-ordered")) == fingerprint(vectors["ordered"])
         again = json.loads(order_study.study_order().read_text())
-        more = json.loads(order_study.study_controls().read_text())
+        more = [json.loads(run().read_text()) for run in (order_study.study_controls, order_study.study_plain)]
     names = ["unsteered"]
     kinds = [
         "ordered",
@@ -195,7 +195,7 @@ def test_the_study_runs_on_a_tiny_model_and_an_interrupted_one_goes_on(tmp_path,
     names += [f"{kind} {sign}" for kind in kinds for sign in (-1, 1)]
     assert [row["condition"] for row in table["rows"]] == names
     assert again["rows"] == table["rows"] and sorted(said) == [-1, 1]  # nothing was done twice
-    assert [row["condition"] for row in more["rows"]] == [
+    assert [row["condition"] for part in more for row in part["rows"]] == [
         f"{kind} {sign}" for kind in ("turned 0", "turned 1", "plain 0") for sign in (-1, 1)
     ]
     assert fingerprint(vectors["shuffled 0"]) != fingerprint(vectors["smaller"])
