@@ -134,12 +134,13 @@ def controls_table(table: Table) -> Any:
 
     rows, found = by_condition(table), {}
     n, every = len(rows["smaller 1"]["tone"]), sum(how["steps"] for how in (table["started"], *table["training"]))
-    beside = METHODS | {"smaller": f"{METHODS['ordered']}, {sum(table['smaller'])} steps instead of {every}"}
+    beside = METHODS | {"smaller": METHODS["ordered"]}
+    steps = {"ordered": str(every), "smaller": f"{sum(table['smaller'])} instead of {every}"}
     for kind, (label, own) in KINDS.items():
         names = [name for name in rows if name.startswith(f"{kind} ")]
         if not names:
             continue
-        line: dict[str, Any] = {"beside": beside[own]}
+        line: dict[str, Any] = {"beside": beside[own], "steps of its training": steps.get(own, "")}
         price = [perplexity(rows[name], n) / perplexity(rows["unsteered"], n) for name in names]
         own_price = [perplexity(rows[f"{own} {sign}"], n) / perplexity(rows["unsteered"], n) for sign in (-1, 1)]
         for ruler, word in SCALES.items():
