@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,17 @@ def write(rows: Sequence[Seeded], page: Path = PAGE, table: Path = TABLE) -> Non
 # --- the page -----------------------------------------------------------------------------------------
 
 
-def as_text(rows: Sequence[Seeded]) -> str:
-    """The page: what stayed, what changed, and every finding seed by seed."""
+def present() -> dict[str, str]:
+    """Notebook -> digest of the code that it has now, of the repository's notebooks."""
+    return {path.stem: code_of(nbformat.read(path, 4)) for path in sorted(notebooks.NOTEBOOKS.glob("[0-9]*.ipynb"))}
+
+
+def as_text(rows: Sequence[Seeded], now: Mapping[str, str] | None = None) -> str:
+    """The page: what stayed, what changed, and every finding seed by seed.
+
+    ``now``: the notebooks' code today (``present``, if it is not given). Rows of earlier code say so.
+    """
+    now = present() if now is None else now
     books = {name: [r for r in rows if r.notebook == name] for name in dict.fromkeys(r.notebook for r in rows)}
     tables = {name: _table(runs) for name, runs in books.items() if len(runs) > 1}
     every = [row for table in tables.values() for row in table]
@@ -130,7 +139,10 @@ def as_text(rows: Sequence[Seeded]) -> str:
         runs = books[name]
         head = ["claim", "rung", *(f"SEED {r.seed}" for r in runs)]
         dates = sorted({r.date for r in runs})
-        lines += [f"## {name}", "", f"Run on {', '.join(dates)}; its code has the digest `{runs[0].code}`.", ""]
+        since = now.get(name, runs[0].code) != runs[0].code
+        changed = f" **It has changed since: claims and verdicts may be others now** (`glassbox seeds {name[:2]}`)."
+        said = f"Run on {', '.join(dates)}; its code had the digest `{runs[0].code}`.{changed if since else ''}"
+        lines += [f"## {name}", "", said, ""]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for claim, rung, verdicts, effects in table:
             cells = [claim.replace("|", "\\|"), str(rung)]

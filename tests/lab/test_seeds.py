@@ -55,14 +55,17 @@ def test_the_page_counts_what_stayed_and_marks_what_changed(tmp_path):
     assert "**1 of 2 findings keep their verdict with every seed.**" in page
     assert "01_x with SEED 2: AssertionError: no" in page and "02_only" not in page
     assert "| claim 1 | 2 | held 1.00 | **null 0.50** | **none** |" in page
-    assert "same throughout for 0 of 2" in page
+    assert "same throughout for 0 of 2" in page and "changed since" not in page
+    later = seeds.as_text(rows, {"01_x": "another digest"})
+    assert "It has changed since: claims and verdicts may be others now** (`glassbox seeds 01`)" in later
     seeds.write(rows, tmp_path / "s.md", tmp_path / "s.json")
     assert seeds.read(tmp_path / "s.json") == rows and (tmp_path / "s.md").read_text() == page
 
 
 def test_the_published_page_is_the_one_of_its_table():
     if seeds.TABLE.exists():
-        assert seeds.PAGE.read_text() == seeds.as_text(seeds.read())
+        written = "Write it again: glassbox seeds, or seeds.write(seeds.read()) if the seeds are to be run later."
+        assert seeds.PAGE.read_text() == seeds.as_text(seeds.read()), written
 
 
 def test_every_notebook_has_a_seed_and_findings(tmp_path):
