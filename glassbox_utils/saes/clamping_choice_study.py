@@ -95,17 +95,28 @@ def _candidates(
     }
 
 
+def as_active(model: Model, made: Mapping[str, Any], reads: Sequence[int]) -> list[dict[str, Any]]:
+    """What features write that are as active on the bridge's sentences as its readers, and don't tell them apart."""
+    sae, words = clamping_study.held_sae(model), clamping_study.prompts()["golden_gate"]["words"]
+    given = clamping_study.lessons(model, site_of_sae(sae), made["questions"], made["answers"])
+    asked, codes = clamping_study.prompts()["selection"][:N_PROBED], concept_codes(model, sae, "golden gate")
+    writes, found = learning.effects(model, sae, given), read_write.as_active(codes, reads)
+    return [vars(c) for c in read_write.described(model, sae, codes, found, words, asked, writes)] if found else []
+
+
 def learn_steps() -> int:
     """Steps of learning at the size of the prepared folder."""
     return prepared.sized(clamping_study.LEARN_STEPS, 16)
 
 
-def _lessons(model: Model, sae: Any, made: Mapping[str, Any]) -> tuple[list[learning.Lesson], list[learning.Lesson]]:
-    """What is taught, and what the model says by itself, as the SAE reads it."""
+def _lessons(
+    model: Model, sae: Any, made: Mapping[str, Any], order: int
+) -> tuple[list[learning.Lesson], list[learning.Lesson]]:
+    """What is taught, and what the model says by itself, as the SAE reads it; ``order`` draws the lessons' order."""
     where = site_of_sae(sae)
     return (
-        clamping_study.lessons(model, where, made["questions"], made["answers"]),
-        clamping_study.lessons(model, where, made["questions"], made["usual"]),
+        clamping_study.lessons(model, where, made["questions"], made["answers"], order),
+        clamping_study.lessons(model, where, made["questions"], made["usual"], order),
     )
 
 
@@ -114,13 +125,13 @@ def _rows(group: Group) -> list[list[float]]:
     return [[f.index, round(f.unit, 4)] for f in group.features]
 
 
-def _learned(model: Model, made: Mapping[str, Any], steps: int, twin: int | None) -> dict[str, Any]:
+def _learned(model: Model, made: Mapping[str, Any], steps: int, twin: int | None, order: int = SEED) -> dict[str, Any]:
     """The features that make the model write the lessons' answers, their values, controls, and each step's loss.
 
-    ``twin``: on a dictionary of random rows, drawn by this seed, instead of the SAE.
+    ``twin``: on a dictionary of random rows, drawn by this seed, instead of the SAE; ``order``: of the lessons.
     """
     sae = clamping_study.held_sae(model)
-    given, usual = _lessons(model, sae, made)
+    given, usual = _lessons(model, sae, made, order)
     sae = sae if twin is None else learning.random_dictionary(sae, twin)
     n = min(clamping_study.N_LEARNED, max(1, sae.cfg.d_sae // 16))
     try:
@@ -136,28 +147,33 @@ def _learned_vector(model: Model, layer: int, made: Mapping[str, Any]) -> dict[s
     return {"vector": [round(float(x), 4) for x in vector], "vector_loss": loss}
 
 
-def _taught(model: Model) -> dict[str, Any]:
+def taught(model: Model) -> dict[str, Any]:
     """Questions, answers about the bridge that the plain model wrote, and its answers to the same questions."""
     page = clamping_study.prompts()["golden_gate"]
     questions, answers, usual = clamping_study.taught(model, page["starts"], page["turns"])
     return {"questions": questions, "answers": answers, "usual": usual}
 
 
+RULE = [learning.QUIET, learning.START_TOKENS, learning.START_WEIGHT, learning.CANDIDATES, clamping_study.N_LEARNED]
+"""what a fit depends on beside the lessons"""
+
+
+def fitted(model: Model, sae: Any, made: Mapping[str, Any], twin: int | None, order: int = SEED) -> dict[str, Any]:
+    """One fit of ``_learned``, from the cache if it is there."""
+    texts, steps = [made[k] for k in ("questions", "answers", "usual")], learn_steps()
+    key = ["learned", twin, clamping_study.fingerprint(sae), model.hash, *texts, steps, RULE]
+    key += [] if order == SEED else [order]
+    found = resumed("clamp_choose", key, _learned, model, made, steps, twin, order)
+    # a value that is rounded to nothing holds nothing
+    return found | {"features": [row for row in found["features"] if row[1] > 0]}
+
+
 def _learned_all(model: Model, sae: Any, made: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All that is learned about the bridge: features, the same on random dictionaries, and a vector."""
-    questions, answers, usual = made["questions"], made["answers"], made["usual"]
-    steps, layer = learn_steps(), clamping_study.stream_layer(sae)
-    rule = [learning.QUIET, learning.START_TOKENS, learning.START_WEIGHT, learning.CANDIDATES, clamping_study.N_LEARNED]
-    key = [clamping_study.fingerprint(sae), model.hash, questions, answers, usual, steps, rule]
-    twins = [
-        resumed("clamp_choose", ["learned", twin, *key], _learned, model, made, steps, twin)
-        for twin in (None, *range(prepared.sized(N_TWINS, 1)))
-    ]
-    for one in twins:  # a value that is rounded to nothing holds nothing
-        one["features"] = [row for row in one["features"] if row[1] > 0]
-    found = made | twins.pop(0)
-    key = ["vector", layer, model.hash, questions, answers, steps, rule]
-    return found | resumed("clamp_choose", key, _learned_vector, model, layer, made), twins
+    twins = [fitted(model, sae, made, twin) for twin in (None, *range(prepared.sized(N_TWINS, 1)))]
+    layer = clamping_study.stream_layer(sae)
+    key = ["vector", layer, model.hash, made["questions"], made["answers"], learn_steps(), RULE]
+    return made | twins.pop(0) | resumed("clamp_choose", key, _learned_vector, model, layer, made), twins
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -254,7 +270,7 @@ def study_choose() -> Path:
     start, model = time.time(), load_subject()
     sae, page = clamping_study.held_sae(model), clamping_study.prompts()
     asked = page["selection"][: prepared.sized(N_SELECTION, 8)]
-    made = _taught(model)
+    made = taught(model)
     ranked = _ranked(model, sae, made)
     layer = clamping_study.stream_layer(sae)
     if not clamping_study.vector_file(layer).with_suffix(".json").exists():

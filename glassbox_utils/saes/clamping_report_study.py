@@ -1,13 +1,16 @@
-"""Reporting the clamp: ``glassbox study clamp-report clamp-concepts clamp-costs``, on prompts that chose nothing."""
+"""Reporting the clamp, on prompts that chose nothing: ``glassbox study clamp-report clamp-concepts clamp-costs
+clamp-controls``."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from glassbox_utils.core import prepared
 from glassbox_utils.core.losses import text_losses
@@ -18,7 +21,7 @@ from glassbox_utils.core.skills import choice_right, held_texts
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci
 from glassbox_utils.core.studies import SEED, read_table, resumed, write_table
 from glassbox_utils.core.text import tokenize
-from glassbox_utils.saes import clamping, clamping_choice_study, clamping_study, detection, read_write
+from glassbox_utils.saes import clamping, clamping_choice_study, clamping_study, detection, learning, read_write
 from glassbox_utils.saes.clamping import Group
 from glassbox_utils.steering import style
 
@@ -26,8 +29,8 @@ N_REPORT, N_SWEEP = 50, 25
 """report prompts: at the strength that was selected; at all others. They are spread over the list, because neighbours
 in it are alike (the first twenty are about the model itself); the other half of the list has met nothing yet"""
 SWEEP = (0.5, 0.75, 1.35, 1.8)
-"""strengths of the clamp that is shown, as a share of the selected one: from nothing to word salad"""
-ADVERSARIAL_TOKENS = 24
+"""strengths of the clamp that is shown, as a share of the selected one: from nothing to word salad; those above 1 for
+all ``CURVES``"""
 
 
 def report_sizes() -> tuple[int, int]:
@@ -37,30 +40,47 @@ def report_sizes() -> tuple[int, int]:
 
 
 def report_settings(
-    selected: dict[str, Any], rows: Sequence[dict[str, Any]], there: Collection[str]
+    selected: dict[str, Any], rows: Sequence[dict[str, Any]], sizes: Mapping[str, float]
 ) -> list[tuple[str, float | None, int]]:
     """(method, strength, number of report prompts), what matters most first.
 
-    ``rows``: what was tried on selection prompts; ``there``: the methods that this model has. Controls are pushed as
-    the clamp that is shown, the control of the learned features holds their values.
+    ``rows``: what was tried on selection prompts; ``sizes``: of each method's push at strength 1
+    (``clamping_study.push_sizes``). Random draws are pushed as the method whose control they are.
     """
     n_report, n_sweep = report_sizes()
     shown = clamping_study.demonstrated(selected)
     strengths: dict[str, float | None] = {"none": None, shown: selected[shown]["strength"], "system prompt": None}
     strengths |= {method: row["strength"] for method, row in selected.items()}
     like = clamping_study.imitated(selected)
-    for method in there:
-        model_of = like.get(clamping_study.family(method))
-        if method not in strengths and model_of:
-            strengths[method] = selected[model_of]["strength"]
+    for method in sizes:
+        if method not in strengths and clamping_study.family(method) in like:
+            strengths[method] = drawn_strength(selected, sizes, method)
     settings = [(method, s, n_report) for method, s in strengths.items()]
-    extra = {shown: [round(share * selected[shown]["strength"], 4) for share in prepared.thinned(SWEEP, 3)]}
-    for m in CURVES:
-        extra[m] = sorted({*extra.get(m, ()), *(r["strength"] for r in rows if r["method"] == m and m in selected)})
-    return settings + [(m, s, n_sweep) for m, given in extra.items() for s in given if s != strengths[m]]
+    shares = prepared.thinned(SWEEP, 3)
+    for m, at in strengths.items():
+        name = clamping_study.family(m)
+        if at is None or name not in CURVES:
+            continue
+        extra = {round(share * at, 4) for share in shares if m == shown or share > 1}
+        extra |= {r["strength"] for r in rows if r["method"] == like.get(name, m)}
+        settings += [(m, s, n_sweep) for s in sorted(extra - {at})]
+    return settings
 
 
-CURVES = (clamping_study.READERS, clamping_study.LEARNED, "learned vector", "mean difference")
+SAME_LENGTH = ("random features", "random readers")
+"""families of draws that are pushed as *far* as what they are the control of: their values are scaled, because as many
+values along other rows add up to another length"""
+
+
+def drawn_strength(selected: Mapping[str, Any], sizes: Mapping[str, float], method: str) -> float:
+    """The strength of a random draw, by that of the method whose control it is."""
+    name = clamping_study.family(method)
+    model_of = clamping_study.imitated(selected)[name]
+    strength = float(selected[model_of]["strength"])
+    return round(strength * sizes[model_of] / sizes[method], 4) if name in SAME_LENGTH else strength
+
+
+CURVES = (clamping_study.READERS, clamping_study.LEARNED, "learned vector", "mean difference", clamping_study.TWIN)
 """methods whose other strengths are reported too, on fewer prompts"""
 
 
@@ -88,7 +108,8 @@ def study_report() -> Path:
     given = clamping_study.prompts()
     questions = clamping_study.spread(given["report"], report_sizes()[0])
     asked = clamping_study.spread(given["adversarial"], prepared.sized(len(given["adversarial"]), 10))
-    settings = report_settings(selected, read_table("clamp_choose")["rows"], tools.found)
+    sizes = clamping_study.push_sizes(model, tools)
+    settings = report_settings(selected, read_table("clamp_choose")["rows"], sizes)
     rows = [
         reported(model, tools, method, strength, questions[:: len(questions) // n])
         for method, strength, n in progress(settings, "settings")
@@ -97,8 +118,8 @@ def study_report() -> Path:
     for method in ("none", clamping_study.demonstrated(selected), "system prompt"):
         strength = selected.get(method, {}).get("strength")
         key = ["adversarial", asked, *clamping_study.cache_key(model, tools, method, strength)]
-        how = (method, strength, asked, ADVERSARIAL_TOKENS)
-        texts = resumed("clamp_report", [*key, ADVERSARIAL_TOKENS], clamping_study.written_answers, model, tools, *how)
+        how = (method, strength, asked)
+        texts = resumed("clamp_report", key, clamping_study.written_answers, model, tools, *how)
         adversarial.append(
             {"method": method, "strength": strength, "answers": texts, "later": clamping_study.later(model, texts)}
         )
@@ -107,16 +128,22 @@ def study_report() -> Path:
     )
 
 
-def thinned(row: dict[str, Any], n: int) -> dict[str, Any]:
+FOUR = ("mentions", "perplexity ×", "distinct-2 of the set", "relevance ×")
+"""the four measures of the goal, by the names of ``measures``"""
+
+
+def thinned(row: Mapping[str, Any], n: int) -> dict[str, Any]:
     """The row with every k-th answer only, so that ``n`` are left: settings are compared on the same prompts."""
     step = len(row["answers"]) // n
     return {k: v[::step] if isinstance(v, list) else v for k, v in row.items()}
 
 
-def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
+def measures(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Interval]:
     """Every measure of one setting's answers with its interval over prompts (exact for shares, else bootstrap).
 
     ``mentions`` counts any of the concept's words after ``LATER`` tokens, ``names it`` only the first, its name.
+    ``mentions and keeps half``: the answers that mention it *and* keep at least half of the relevance that the
+    unclamped answer to the same question has; ``relevance of mentions ×``: of those that mention it, if there are any.
     ``perplexity ×``: under the unclamped model, times that of the unclamped answers to the same prompts; ``relevance
     ×``: nats by which an answer's own question makes it likelier than another one, times the unclamped answers'.
     ``distinct-2 of the set`` falls with the number of answers, and a resample of prompts repeats some of them, so its
@@ -137,7 +164,12 @@ def measures(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Interval]:
         "speaks as it": clamping.identifies(row["answers"], page["words"]),
         "other landmarks": clamping.mentions(row["answers"], page["landmarks"]),
     }
+    own = np.array(row["relevance"]) >= np.array(base["relevance"]) / 2
+    samples["mentions and keeps half"] = (np.array(samples["mentions"]) & own).tolist()
     found = {name: exact_ci(int(np.sum(x)), len(x)) for name, x in samples.items()}
+    if (hits := np.array(samples["mentions"])).sum() > 1:
+        own, usual = np.array(row["relevance"])[hits], max(float(np.mean(base["relevance"])), 1e-6)
+        found["relevance of mentions ×"] = bootstrap_ci(own / usual, n_resamples=1000, seed=SEED)
     words = np.asarray(style.length(row["answers"]), dtype=float)
     losses = tuple(np.array(x, dtype=float) for x in (row["loss"], row["tokens"], base["loss"], base["tokens"]))
     related = tuple(np.array(x["relevance"], dtype=float) for x in (row, base))
@@ -193,16 +225,19 @@ def held_for(
     })  # fmt: skip
     texts = clamping_study.written_answers(model, tools, name, strength, asked)
     row = {"answers": texts} | clamping_study.measured(model, asked, texts)
-    return row | {"feature": feature, "strength": strength} | clamping_study.summary(row, plain[split], words)
+    row |= {"feature": feature, "strength": strength, "related": row["relevance"]}
+    return row | clamping_study.summary(row, plain[split], words)
 
 
-KEPT = ("feature", "strength", "perplexity", "distinct", "relevance", "answers")
+KEPT = ("feature", "strength", "perplexity", "distinct", "relevance", "related", "answers")
+"""of a concept's answers; ``related``: each one's relevance, in nats a token"""
 
 
 def concept_of(name: str, model: Model, plain: dict[str, Any], found: Sequence[int]) -> dict[str, Any]:
     """One concept by the bridge's rule: of the features that read it the best writers, one of them and its strength by
     generation on selection prompts, then report prompts."""
-    words = clamping_study.prompts()["concepts"][name]["words"]
+    page = clamping_study.prompts()["concepts"]
+    words = page[name]["words"]
     pushes, first = prepared.thinned(CONCEPT_PUSHES, 2), found[: prepared.sized(CONCEPT_TRIED, 1)]
     tried = [held_for(name, model, plain, "selection", i, s) for i in first for s in pushes]
     if not tried:
@@ -214,14 +249,16 @@ def concept_of(name: str, model: Model, plain: dict[str, Any], found: Sequence[i
         "selection": {k: best[k] for k in clamping_study.GOAL},
         "mentioned": [float(x) for x in clamping.mentions(row["later"], words)],
         "unclamped": [float(x) for x in clamping.mentions(plain["report"]["later"], words)],
+        "others": {other: float(np.mean(clamping.mentions(row["later"], page[other]["words"]))) for other in page},
         **{k: row[k] for k in KEPT},
     }
 
 
 def random_of(name: str, model: Model, plain: dict[str, Any], feature: int, strength: float) -> dict[str, Any]:
     """A concept's random feature, pushed as much as the one that was chosen, on its report prompts."""
-    row = held_for(name, model, plain, "report", feature, strength)
-    return {k: row[k] for k in ("mention", *KEPT)}
+    row, words = held_for(name, model, plain, "report", feature, strength), clamping_study.prompts()["concepts"][name]
+    mentioned = [float(x) for x in clamping.mentions(row["later"], words["words"])]
+    return {"mentioned": mentioned} | {k: row[k] for k in ("mention", *KEPT)}
 
 
 def concept_prompts() -> dict[str, list[str]]:
@@ -261,8 +298,9 @@ def study_concepts() -> Path:
     silent = [row["concept"] for row in rows if row["feature"] is None]
     if rows := [row for row in rows if row["feature"] is not None]:
         return write_table(
-            "clamp_concepts", model, time.time() - start, rows=rows, without_features=silent, d_sae=d_sae
-        )
+            "clamp_concepts", model, time.time() - start, rows=rows, without_features=silent, d_sae=d_sae,
+            unclamped_related=plain["report"]["relevance"],
+        )  # fmt: skip
     raise clamping.ClampError(f"Of the concepts {', '.join(silent)} none has a feature that is its words' own.")
 
 
@@ -289,42 +327,52 @@ def costs_of(model: Model, tools: clamping_study.Tools, method: str, strength: f
     return {"loss": np.round(loss, 3).tolist(), "tokens": tokens.tolist(), "choice": right}
 
 
-def active_controls(model: Model, sae: Any, n: int, like: float, seed: int = SEED) -> list[int]:
-    """``n`` features that fire on the facts' texts about as much as ``like`` (mean activation), drawn among the next.
+N_ACTIVE = 5
+"""random draws beside the features of the name that are taken away"""
 
-    A random feature is silent there, and taking it away could not change anything.
+
+def active_controls(mean: Float[Tensor, " d_sae"], n: int, like: float, without: Sequence[int], seed: int) -> list[int]:
+    """``n`` features whose mean activation is about as large as ``like``, drawn among the nearest, none of ``without``.
+
+    ``mean``: on the facts' texts; a random feature is silent there, and taking it away could not change anything.
     """
-    texts = [start + end for kind in ("facts", "other_facts") for start, end in clamping_study.prompts()[kind]]
-    mean = detection.text_scores(model, sae, texts).mean(0)
-    near = (mean - like).abs().masked_fill(mean == 0, float("inf")).argsort()[: 8 * n].tolist()
+    barred = mean == 0
+    barred[list(without)] = True
+    near = (mean - like).abs().masked_fill(barred, float("inf")).argsort()[: 8 * n].tolist()
     return sorted(np.random.default_rng(seed).permutation(near)[:n].tolist())
 
 
 def ablations(model: Model, features: dict[str, Any], single: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Facts about the bridge and about other landmarks, with features set to zero at all positions.
 
-    The control of the name's features are features that are as active on these texts.
+    ``fires``: in how many sentences of each kind any of them does. The control of the name's features are features
+    that are as active on these texts, drawn several times.
     """
-    sae = clamping_study.held_sae(model)
+    sae, kinds = clamping_study.held_sae(model), ("facts", "other_facts")
     named = [i for i, _ in features["readers"]]
     sets = {
-        "cleanest feature": [max(single, key=lambda r: r["auc"])["feature"]] if single else [],
-        "best single writer": [i for i, _ in features.get("one feature", [])],
+        "cleanest reader": [max(single, key=lambda r: r["auc"])["feature"]] if single else [],
+        "best writer among readers": [single[0]["feature"]] if single else [],
         "the name's features": named,
         "the learned features": [i for i, _ in features["learned features"]],
     }
+    texts = {kind: [start + end for start, end in clamping_study.prompts()[kind]] for kind in kinds}
+    codes = {kind: detection.text_scores(model, sae, texts[kind]) for kind in kinds}
     if named:
-        texts = [start + end for start, end in clamping_study.prompts()["facts"]]
-        usual = float(detection.text_scores(model, sae, texts)[:, named].mean())
-        sets["features as active"] = active_controls(model, sae, len(named), usual)
-    result = [{"ablated": "nothing", "n": 0} | {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}]
+        mean, usual = torch.cat(list(codes.values())).mean(0), float(codes["facts"][:, named].mean())
+        without = [*named, *sets["the learned features"], *(r["feature"] for r in single)]
+        for k in range(prepared.sized(N_ACTIVE, 2)):
+            sets[f"features as active {k}"] = active_controls(mean, len(named), usual, without, k)
+    result: list[dict[str, Any]] = [{"ablated": "nothing", "n": 0} | {kind: fact_losses(model, kind) for kind in kinds}]
     for name, chosen_features in sets.items():
         if not chosen_features:
             continue
         group = Group(tuple(clamping.feature(model, sae, i, 1.0) for i in chosen_features), name)
         with clamping.clamp(model, group, mode="ablate"):
-            losses = {kind: fact_losses(model, kind) for kind in ("facts", "other_facts")}
-        result.append({"ablated": name, "n": len(chosen_features)} | losses)
+            losses = {kind: fact_losses(model, kind) for kind in kinds}
+        fires = {kind: int((codes[kind][:, chosen_features] > 0).any(-1).sum()) for kind in kinds}
+        row = {"ablated": name, "n": len(chosen_features), "features": chosen_features, "fires": fires}
+        result.append(row | losses)
     return result
 
 
@@ -337,16 +385,63 @@ def study_costs() -> Path:
     costly = dict.fromkeys((shown, like.get("random push"), clamping_study.LEARNED, "mean difference"))
     settings: list[tuple[str, float | None]] = [("none", None)]
     settings += [(m, selected[m]["strength"]) for m in costly if m in selected]
-    settings += [(f"{k} 0", selected[m]["strength"]) for k, m in like.items() if m == shown and f"{k} 0" in tools.found]
+    sizes = clamping_study.push_sizes(model, tools)
+    first = [f"{k} 0" for k, m in like.items() if m == shown and f"{k} 0" in tools.found]
+    settings += [(method, drawn_strength(selected, sizes, method)) for method in first]
     for method, strength in settings:
         key = ["costs", *clamping_study.cache_key(model, tools, method, strength)]
         rows.append({"method": method, "strength": strength} | resumed(
             "clamp_costs", key, costs_of, model, tools, method, strength))  # fmt: skip
     table = read_table("clamp_choose")
     weights = [model.hash, clamping_study.fingerprint(clamping_study.held_sae(model))]
-    key = ["ablation", *weights, table["features"], table["candidates"]]
+    key = [
+        "ablation, none of the found ones among the controls",
+        N_ACTIVE,
+        *weights,
+        table["features"],
+        table["candidates"],
+    ]
     ablated = resumed("clamp_costs", key, ablations, model, table["features"], table["candidates"])
     return write_table("clamp_costs", model, time.time() - start, rows=rows, ablation=ablated)
+
+
+# --- harder controls ----------------------------------------------------------------------------------
+
+N_FITS = 1
+"""fits on the SAE's rows, each with the lessons in another order, and on random rows, each on its own draw; one is what
+``clamp-choose`` makes. With five the notebook could say whether the rows matter (minutes each)"""
+
+
+def refits() -> list[tuple[int | None, int]]:
+    """(draw of the random rows, None for the SAE's; order of the lessons) of the fits that ``clamp-choose`` lacks."""
+    n, drawn = prepared.sized(N_FITS, 1), prepared.sized(clamping_choice_study.N_TWINS, 1)
+    return [(None, order) for order in range(1, n)] + [(twin, SEED) for twin in range(drawn, n)]
+
+
+def refitted(model: Model, made: Mapping[str, Any], twin: int | None, order: int) -> dict[str, Any]:
+    """One more fit, and its answers to the report prompts at the strength that was selected for the first."""
+    sae, selected = clamping_study.held_sae(model), read_table("clamp_choose")["selected"]
+    questions = clamping_study.spread(clamping_study.prompts()["report"], report_sizes()[0])
+    fit = clamping_choice_study.fitted(model, sae, made, twin, order)
+    method = clamping_study.LEARNED if twin is None else f"{clamping_study.TWIN} {twin}"
+    first = method if twin is None else f"{clamping_study.TWIN} 0"
+    row = {"twin": twin, "order": order, "features": fit["features"], "losses": fit["loss"]}
+    if first not in selected or not fit["features"]:
+        return row | {"method": method, "answers": []}
+    dictionary = sae if twin is None else learning.random_dictionary(sae, twin)
+    tools = clamping_study.Tools({method: clamping_study.group_of(model, dictionary, fit["features"], method)})
+    return row | reported(model, tools, method, selected[first]["strength"], questions)
+
+
+def study_controls() -> Path:
+    """The fits again, and what the readers' opponents write: features as active that don't tell the bridge apart."""
+    start, model = time.time(), load_subject()
+    table, made = read_table("clamp_choose"), clamping_choice_study.taught(model)
+    key = ["active", clamping_study.fingerprint(clamping_study.held_sae(model)), model.hash, table["candidates"]]
+    reads = [c["feature"] for c in table["candidates"]]
+    active = resumed("clamp_controls", [*key, read_write.BLIND], clamping_choice_study.as_active, model, made, reads)
+    fits = [refitted(model, made, twin, order) for twin, order in progress(refits(), "fits")]
+    return write_table("clamp_controls", model, time.time() - start, active=active, d_sae=table["d_sae"], fits=fits)
 
 
 STUDIES_OF_CLAMPING = {
@@ -354,4 +449,5 @@ STUDIES_OF_CLAMPING = {
     "clamp-report": study_report,
     "clamp-concepts": study_concepts,
     "clamp-costs": study_costs,
+    "clamp-controls": study_controls,
 }

@@ -1,4 +1,5 @@
-"""The long runs behind notebook 04: ``glassbox study clamp-choose clamp-report clamp-concepts clamp-costs``.
+"""The long runs behind notebook 04: ``glassbox study clamp-choose clamp-report clamp-concepts clamp-costs
+clamp-controls``.
 
 ``clamp-choose`` picks features and strengths on selection prompts; all others only report, on other prompts. Nothing
 here knows the number of a feature: with another SAE, or another model, the same rules choose others. All are resumable
@@ -122,9 +123,11 @@ def taught(
     return [q for _, q in asked], answers, [text or " " for text in usual]
 
 
-def lessons(model: Model, where: int | Site, questions: Sequence[str], answers: Sequence[str]) -> list[learning.Lesson]:
-    """Chats with their answers, as what comes after ``where`` reads them (a number: after that layer)."""
-    return learning.lessons(model, where, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=SEED)
+def lessons(
+    model: Model, where: int | Site, questions: Sequence[str], answers: Sequence[str], order: int = SEED
+) -> list[learning.Lesson]:
+    """Chats with their answers in an ``order``, as what comes after ``where`` reads them (a number: that layer)."""
+    return learning.lessons(model, where, [chat(model, q, NO_SYSTEM) for q in questions], answers, seed=order)
 
 
 def name_texts() -> tuple[dict[str, list[str]], dict[str, list[str]]]:

@@ -3,23 +3,31 @@
 Each picture says in its title what it shows, on any model; no number stands without its control.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glassbox_utils.core.evidence import Control, Finding
-from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, titled
+from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, titled
 from glassbox_utils.core.labels import name_points
 from glassbox_utils.core.statistics import Interval, bootstrap_ci, exact_ci
 from glassbox_utils.core.tables import frame, shown
-from glassbox_utils.saes import clamping, clamping_choice_study, clamping_report_study, clamping_study
-from glassbox_utils.saes.clamping_study import GOAL, LEARNED, TWIN, WRITER, family
+from glassbox_utils.saes import (
+    clamping,
+    clamping_choice_study,
+    clamping_fit_tables,
+    clamping_report_study,
+    clamping_study,
+)
+from glassbox_utils.saes.clamping_study import GOAL, LEARNED, TWIN, family
 
 Table = Mapping[str, Any]
 Measures = Mapping[str, Interval]
-FOUR = ("mentions", "perplexity ×", "distinct-2 of the set", "relevance ×")
-"""the four measures of the goal"""
+FOUR = clamping_report_study.FOUR
+BENT = ("relevance of mentions ×", "mentions and keeps half")
+"""are the answers bent or replaced? the relevance of those that mention it, and the share that does both"""
 LIMITS = dict(zip(FOUR, (GOAL["mention"], GOAL["perplexity"], GOAL["distinct"], GOAL["relevance"]), strict=True))
 
 
@@ -30,21 +38,25 @@ BEST = 0.05
 """the share of a dictionary that counts as its best writers"""
 
 
-def written_by_readers(choice: Table) -> dict[str, Interval]:
-    """Share of the features that read the bridge, and of random features that fire somewhere, among the best writers of
-    the whole dictionary by gradient. Chance is ``BEST``."""
+def written_by_readers(choice: Table, more: Table) -> dict[str, Interval]:
+    """Share of the features that read the bridge among the best writers of the whole dictionary by gradient; beside it
+    that of features as active on its sentences that don't tell them apart (``more``: of ``clamp-controls``), and of
+    random features that fire somewhere. Chance is ``BEST``."""
     limit = round(BEST * choice["d_sae"])
-    sides = {"readers": choice["candidates"], "random": choice["random"]}
+    sides = {"readers": choice["candidates"], "as active, blind": more["active"], "random": choice["random"]}
     return {name: exact_ci(sum(c["rank"] < limit for c in some), len(some)) for name, some in sides.items() if some}
 
 
-def readers_and_writers(choice: Table) -> Any:
-    """Each feature by how it reads the name and by its place among all writers, beside random features."""
+def readers_and_writers(choice: Table, more: Table) -> Any:
+    """Each feature by how it reads the name and by its place among all writers, beside its two controls."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.6, 3.8))
-    for kind, colour, label in (("random", GREY, "random features"), ("candidates", BLUE, "features that read it")):
-        rows = choice[kind]
+    for rows, colour, label in (
+        (choice["random"], GREY, "random features"),
+        (more["active"], PINK, "as active, but blind"),
+        (choice["candidates"], BLUE, "features that read it"),
+    ):
         axis.scatter([r["auc"] for r in rows], [r["rank"] + 1 for r in rows], color=colour, label=label, s=22)
     tried = {i for r in choice["rows"] if r["method"] == "one feature" for i in r["features"]}
     some = [r for r in choice["candidates"] if r["feature"] in tried]
@@ -55,13 +67,9 @@ def readers_and_writers(choice: Table) -> Any:
     axis.set(xlabel="reads: area under the curve on sentences (.5: blind)", ylabel="writes: place among all features")
     axis.legend(fontsize=8)
     name_points(axis, [(r["auc"], r["rank"] + 1) for r in some], [str(r["feature"]) for r in some], 4.0)
-    limit = round(BEST * choice["d_sae"])
-    both = {kind: [c["rank"] < limit for c in choice[kind]] for kind in ("candidates", "random")}
-    return titled(
-        figure,
-        f"{sum(both['candidates'])} of {len(both['candidates'])} features that read the bridge are among the {BEST:.0%}"
-        f" that write it best, {sum(both['random'])} of {len(both['random'])} random ones",
-    )
+    said = {name: f"{round(x.value * x.n)} of {x.n}" for name, x in written_by_readers(choice, more).items()}
+    title = f"{said.pop('readers')} features that read the bridge are among the {BEST:.0%} that write it best"
+    return titled(figure, "; ".join([title, *(f"{name}: {x}" for name, x in said.items())]))
 
 
 def tried(choice: Table) -> Any:
@@ -83,6 +91,17 @@ def tried(choice: Table) -> Any:
             "relevance ×": f"{best['relevance']:.2f}",
         })  # fmt: skip
     return frame(rows)
+
+
+def alone(choice: Table) -> Interval:
+    """Share of all answers to selection prompts that mention the bridge while one feature alone is held: every feature
+    that was tried, at every push, each pair once."""
+    singles = [
+        r for r in choice["rows"] if r["method"] in clamping_study.OF_FEATURES and len(r.get("features", ())) == 1
+    ]
+    rates = {(r["features"][0], r["strength"]): r["mention"] for r in singles}
+    n = len(choice["prompts"])
+    return exact_ci(sum(round(rate * n) for rate in rates.values()), n * len(rates))
 
 
 # --- the goal and its opponents -----------------------------------------------------------------------
@@ -111,14 +130,25 @@ def compared(found: Mapping[str, Measures], report: Table, sizes: Mapping[str, f
         row = {"method": name if len(draws) == 1 else f"{name} ({len(draws)} draws)"}
         push = [sizes[m] * strengths[m] for m in found if family(m) == name and m in sizes]
         row["push"] = f"{np.mean(push):.0%}" if push else ""
-        for what in (FOUR[0], "names it", *FOUR[1:]):
-            values = [m[what].value for m in draws]
-            spread = Interval(float(np.mean(values)), min(values), max(values), len(values))
-            row[what] = shown(draws[0][what] if len(draws) == 1 else spread)
-        row["all four"] = "yes" if all(map(reached, draws)) else "no"
+        for what in (FOUR[0], "names it", *FOUR[1:], *BENT):
+            some = [m[what] for m in draws if what in m]
+            row[what] = shown(some[0] if len(some) == 1 else spread_of(x.value for x in some)) if some else ""
         rows.append(row)
     said = {k: f"{'≤' if k.startswith('perp') else '≥'} {v:g}" for k, v in LIMITS.items()}
     return frame([{"method": "**goal**"} | {k: said.get(k, "") for k in rows[0] if k != "method"}, *rows])
+
+
+def spread_of(values: Iterable[float]) -> Interval:
+    """The mean of some draws, with the lowest and the highest."""
+    drawn = list(values)
+    return Interval(float(np.mean(drawn)), min(drawn), max(drawn), len(drawn))
+
+
+def folded(table: Any, summary: str, rows: slice = slice(None)) -> Any:
+    """Some rows of a table behind a line of words that opens it."""
+    from IPython.display import HTML
+
+    return HTML(f"<details><summary>{summary}</summary>{table.iloc[rows].to_html()}</details>")
 
 
 def reached(measures: Measures) -> bool:
@@ -129,53 +159,78 @@ def reached(measures: Measures) -> bool:
 
 
 def _drawn_as(method: str) -> tuple[str, str, bool]:
-    """Label and colour of a method's points, and whether a line joins its strengths (draws are not joined)."""
+    """Label and colour of a method's points, and whether a line joins its strengths (most draws are not joined)."""
     own = {
-        "none": "black", LEARNED: BLUE, TWIN: ORANGE, clamping_study.READERS: GREEN, "learned vector": "#56B4E9",
-        "mean difference": "#CC79A7", "system prompt": "#8c564b",
+        "none": "black", LEARNED: BLUE, TWIN: ORANGE, clamping_study.READERS: GREEN, "learned vector": RED,
+        "mean difference": PINK, "system prompt": "#8c564b",
     }  # fmt: skip
     if method in own:
-        return method, own[method], method not in (TWIN, "none")
+        return method, own[method], method != "none"
     if method in clamping_study.OF_FEATURES:
-        return "one to three features", "#D55E00", False
+        return "one to three features", SKY, False
     return "random features and directions", GREY, False
 
 
 def frontier(report: Table) -> Any:
-    """Mentions against price, and relevance against variety: every setting that was reported, one point each."""
+    """Mentions against price, and relevance against variety: every setting that was reported, one point each, on the
+    same prompts; a ring marks the strength that was selected."""
     import matplotlib.pyplot as plt
 
-    plain, groups = report["rows"][0], dict[str, list[dict[str, Interval]]]()
-    n = min(len(r["answers"]) for r in report["rows"])
+    plain, groups = report["rows"][0], dict[str, list[tuple[Measures, bool]]]()
+    n, seen, full = min(len(r["answers"]) for r in report["rows"]), set[str](), list[Measures]()
+    base = clamping_report_study.thinned(plain, n)
     for row in report["rows"]:
-        small = clamping_report_study.thinned(row, n)
-        groups.setdefault(family(row["method"]), []).append(
-            clamping_report_study.measures(small, clamping_report_study.thinned(plain, n))
-        )
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2))
-    for axis, (x, y) in zip(
-        axes, (("perplexity ×", "mentions"), ("distinct-2 of the set", "relevance ×")), strict=True
-    ):
-        seen = set[str]()
-        for name, rows in groups.items():
-            label, colour, line = _drawn_as(name)
-            order = sorted(rows, key=lambda m: m["perplexity ×"].value)
-            xs, ys = [m[x].value for m in order], [m[y].value for m in order]
-            axis.plot(xs, ys, linestyle="-" if line else "none", marker="o", ms=4, color=colour,
+        full.append(clamping_report_study.measures(clamping_report_study.thinned(row, n), base))
+        first = row["method"] not in groups
+        groups.setdefault(row["method"], []).append((full[-1], first))
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    for name, rows in groups.items():
+        label, colour, line = _drawn_as(family(name))
+        rows.sort(key=lambda row: row[0]["perplexity ×"].value)
+        for axis, (x, y) in zip(axes, (FOUR[1::-1], FOUR[2:]), strict=True):
+            xs, ys = ([m[k].value for m, _ in rows] for k in (x, y))
+            axis.plot(xs, ys, linestyle="-" if line else "none", lw=1, marker="o", ms=4, color=colour,
                       label="_" if label in seen else label)  # fmt: skip
-            seen.add(label)
+            if line:
+                ring = [i for i, (_, first) in enumerate(rows) if first]
+                axis.plot([xs[i] for i in ring], [ys[i] for i in ring], "o", ms=9, mfc="none", mec=colour, label="_")
+        seen.add(label)
+    for axis, (x, y) in zip(axes, (FOUR[1::-1], FOUR[2:]), strict=True):
         axis.set(xlabel=x, ylabel=y)
-        axis.axvline(LIMITS[x], color=GREY, lw=0.8, ls=":")
-        axis.axhline(LIMITS[y], color=GREY, lw=0.8, ls=":")
+        axis.axvline(LIMITS[x], color="black", lw=0.8, ls=":")
+        axis.axhline(LIMITS[y], color="black", lw=0.8, ls=":")
+        most = "at most" if x.startswith("perplexity") else "at least"
+        axis.annotate(f"goal: {most} {LIMITS[x]:g}", (LIMITS[x], 0.99), (-10, 0), ("data", "axes fraction"),
+                      "offset points", fontsize=7, rotation=90, va="top")  # fmt: skip
+        axis.annotate(f"goal: at least {LIMITS[y]:g}", (0.01, LIMITS[y]), (0, 3), ("axes fraction", "data"),
+                      "offset points", fontsize=7)  # fmt: skip
     axes[0].set_xscale("log")
-    axes[0].set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    axes[0].set_xticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
     axes[0].minorticks_off()
+    axes[1].plot([], [], "o", ms=9, mfc="none", mec="black", label="the strength that was selected")
     axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
-    full = [m for rows in groups.values() for m in rows]
     said = (
         "no setting reaches the goal" if not any(map(reached, full)) else f"{sum(map(reached, full))} settings reach it"
     )
-    return titled(figure, f"Mentions, price, variety and relevance of {len(full)} settings, {n} prompts each: {said}")
+    return titled(
+        figure, f"Mentions, price, variety and relevance of {len(full)} settings, the same {n} prompts each: {said}"
+    )
+
+
+def turned_up(report: Table) -> Any:
+    """What every curve of ``frontier`` comes to at its largest strength."""
+    last = dict[str, Table]()
+    for row in report["rows"]:
+        first = last.get(row["method"], row)
+        if family(row["method"]) in clamping_report_study.CURVES and row["strength"] >= first["strength"]:
+            last[row["method"]] = row
+    rows = []
+    for method, row in last.items():
+        m, columns = clamping_report_study.measures(row, report["rows"][0]), (FOUR[0], "names it", *FOUR[1:])
+        rows.append(
+            {"turned up": method, "strength": f"{row['strength']:g}"} | {k: f"{m[k].value:.2f}" for k in columns}
+        )
+    return frame(rows)
 
 
 def some_answers(report: Table, row: Table, seed: int, n: int = 8) -> str:
@@ -211,37 +266,53 @@ def star(table: Table) -> Table:
     return max(table["rows"], key=order)
 
 
+def _bent(row: Table, usual: NDArray) -> NDArray:
+    """Which answers mention the topic and keep at least half of the relevance of the unclamped ones (``usual``)."""
+    return (np.array(row["mentioned"]) > 0) & (np.array(row["related"]) >= usual / 2)
+
+
+def _of_mentions(row: Table, usual: NDArray) -> str:
+    """Mean relevance of the answers that mention the topic, times the unclamped answers'."""
+    hits = np.array(row["mentioned"]) > 0
+    return f"{np.mean(np.array(row['related'])[hits]) / np.mean(usual):.2f}" if hits.any() else ""
+
+
 def concepts(table: Table, seed: int) -> tuple[Any, list[Finding]]:
     """The ten further concepts by the bridge's rule, and their means beside random features that are pushed as much."""
-    rows = table["rows"]
+    rows, usual = table["rows"], np.array(table["unclamped_related"])
     further = frame([
         {
             "concept": r["concept"], "feature": r["feature"], "reads": f"{r['candidate']['auc']:.2f}",
             "writer no.": r["candidate"]["rank"] + 1, "push": f"{r['strength']:.0%}",
             "mentions": f"{np.mean(r['mentioned']):.2f}", "unclamped": f"{np.mean(r['unclamped']):.2f}",
             "random feature": f"{r['random']['mention']:.2f}" if r["random"] else "",
+            "other topics' features": f"{np.mean([o['others'][r['concept']] for o in rows if o is not r]):.2f}",
             "perplexity ×": f"{r['perplexity']:.1f}", "distinct-2": f"{r['distinct']:.2f}",
-            "relevance ×": f"{r['relevance']:.2f}",
+            "relevance ×": f"{r['relevance']:.2f}", BENT[0]: _of_mentions(r, usual),
+            BENT[1]: f"{np.mean(_bent(r, usual)):.2f}",
         }
         for r in rows
     ])  # fmt: skip
-    both = [(r | {"mention": float(np.mean(r["mentioned"]))}, r["random"]) for r in rows if r["random"] is not None]
+    both = [(r | {"mention": float(np.mean(r["mentioned"])), "bent": float(np.mean(_bent(r, usual)))},
+             r["random"] | {"bent": float(np.mean(_bent(r["random"], usual)))})
+            for r in rows if r["random"] is not None]  # fmt: skip
     found = list[Finding]()
     for rung, what, said, side in (
         (4, "mention", "share of answers that mention it after token 8", "above"),
+        (4, "bent", "share that mentions it and keeps half of the unclamped answer's relevance", "above"),
         (5, "perplexity", "perplexity, times the unclamped answers'", "above"),
         (5, "relevance", "relevance, times the unclamped answers'", "below"),
     ):
         if not both:
             break
         held, drawn = (bootstrap_ci(np.array([r[what] for r in some]), seed=seed) for some in zip(*both, strict=True))
-        if what == "mention":  # mostly none at all: its interval is the exact one, over answers
+        if rung == 4:  # mostly none at all: its interval is the exact one, over answers
             drawn = exact_ci(
                 sum(round(r[what] * len(r["answers"])) for _, r in both), len(both) * len(rows[0]["answers"])
             )
         control = Control.measured("random units", "a random feature each, pushed as much", drawn)
         claim = f"everyday topics, one feature each, chosen by one rule: {said}, mean over topics"
-        null = 0.0 if what == "mention" else 1.0
+        null = 0.0 if rung == 4 else 1.0
         found.append(Finding.measured(
             claim, rung, held, "topics", control, side=side, null=null, source="study clamp-concepts"
         ))  # fmt: skip
@@ -269,25 +340,43 @@ def costs(table: Table, seed: int) -> tuple[Any, dict[str, Interval]]:
     return frame(rows), rises
 
 
-def ablation(table: Table, seed: int) -> tuple[Any, dict[str, Interval]]:
-    """What facts cost more (nats a token) without some features: the bridge's and other landmarks'."""
-    known, rows, lost = table["ablation"][0], [], {}
+ACTIVE = "features as active"
+"""family of the draws that are taken away beside the features of the name"""
+
+
+def ablation(table: Table, seed: int) -> tuple[Any, dict[str, dict[str, list[Interval]]]]:
+    """What facts cost more (nats a token) without some features: the bridge's, those of them that do not end in its
+    name, and other landmarks'. Of what was drawn several times every draw, and in the table their mean and range."""
+    known, lost = table["ablation"][0], dict[str, dict[str, list[Interval]]]()
+    spelled = [clamping_study.prompts()["golden_gate"]["words"][0] in end.lower() for _, end in _facts()]
+    rows: dict[str, dict[str, Any]] = {}
     for r in table["ablation"][1:]:
-        both = {
-            k: bootstrap_ci(np.array(r[k]) - np.array(known[k]), n_resamples=1000, seed=seed)
-            for k in ("facts", "other_facts")
-        }
-        lost[r["ablated"]] = both["facts"]
-        row = {"set to zero": r["ablated"], "features": r["n"], "facts about the bridge": shown(both["facts"])}
-        rows.append(row | {"other landmarks": shown(both["other_facts"])})
-    return frame(rows), lost
+        rise = {k: np.array(r[k]) - np.array(known[k]) for k in ("facts", "other_facts")}
+        kinds = {BRIDGE: rise["facts"], UNSPELLED: rise["facts"][~np.array(spelled)], OTHERS: rise["other_facts"]}
+        name = family(r["ablated"])
+        for kind, x in kinds.items():
+            lost.setdefault(name, {}).setdefault(kind, []).append(bootstrap_ci(x, n_resamples=1000, seed=seed))
+        fires = f"{r['fires']['facts']} and {r['fires']['other_facts']}"
+        rows.setdefault(name, {"set to zero": name, "features": r["n"], "fires in (of 8 and 8)": fires})
+    for name, kinds_of in lost.items():
+        n = len(kinds_of[BRIDGE])
+        rows[name]["set to zero"] = name if n == 1 else f"{name} ({n} draws)"
+        rows[name] |= {k: shown(x[0] if n == 1 else spread_of(i.value for i in x)) for k, x in kinds_of.items()}
+    return frame(list(rows.values())), lost
+
+
+BRIDGE, UNSPELLED, OTHERS = "facts about the bridge", "those that don't end in its name", "other landmarks"
+
+
+def _facts() -> list[list[str]]:
+    return clamping_study.prompts()["facts"]
 
 
 # --- findings -----------------------------------------------------------------------------------------
 
 
 CONTROLS = {clamping_study.READERS: "random readers", LEARNED: "random features"}
-"""method -> family of the random draws that hold as many features at the same values; of all others: random pushes"""
+"""method -> family of the random draws that hold as many features and push as far; of all others: random pushes"""
 
 
 def controls(draw: str, method: str) -> bool:
@@ -298,7 +387,7 @@ def controls(draw: str, method: str) -> bool:
 def _drawn_words(method: str) -> str:
     """What the random draws beside a method are."""
     if method in CONTROLS:
-        return "random features, at the same values"
+        return "random features, as many and pushed as far"
     return "random features, as many and as hard as the best set of found ones"
 
 
@@ -309,15 +398,17 @@ def _never(draws: Sequence[Measures], what: str, words: str) -> Control:
     return Control.measured("random units", f"{len(rates)} draws of {words}", rate)
 
 
-def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_method: str) -> list[Finding]:
+def findings(
+    choice: Table, report: Table, more: Table, found: Mapping[str, Measures], shown_method: str
+) -> list[Finding]:
     """What the notebook claims of the bridge, each with its control."""
     claims = list[Finding]()
     source = "study clamp-choose"
-    share = written_by_readers(choice)
-    if len(share) == 2:
+    share = written_by_readers(choice, more)
+    if "as active, blind" in share:
         claim = "features that read the bridge: share among the 5 % that write it best, by gradient"
-        control = Control.measured("random units", "features that fire on other sentences", share["random"])
-        chance = BEST
+        what = "features as active on its sentences that don't tell them from others"
+        control, chance = Control.measured("random units", what, share["as active, blind"]), BEST
         claims.append(
             Finding.measured(claim, 3, share["readers"], "features", control, side="above", null=chance, source=source)
         )
@@ -332,7 +423,7 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
         ):
             values = [m[what].value for m in draws]
             control = Control.drawn("random units", _drawn_words(shown_method), values)
-            if what in ("mentions", "names it"):
+            if rung == 4:
                 control = _never(draws, what, _drawn_words(shown_method))
             nothing = 0.0 if rung == 4 else 1.0
             claim = f"the clamp on the bridge: {claim}"
@@ -340,24 +431,14 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
                 Finding.measured(claim, rung, mine[what], "prompts", control, side=side, null=nothing, source=source)
             )
     pushes = [m for method, m in found.items() if family(method) == "random push"]
-    for method, what in (("one feature", "the best writer among its readers"), (WRITER, "the best writer of all")):
-        if method in found and pushes and method != shown_method:
-            claim = (
-                f"one feature alone at its chosen push, {what}: share of report answers with a mention after token 8"
-            )
-            rate = found[method]["mentions"]
-            claims.append(
-                Finding.measured(
-                    claim,
-                    4,
-                    rate,
-                    "prompts",
-                    _never(pushes, "mentions", _drawn_words(method)),
-                    side="above",
-                    null=0.0,
-                    source=source,
-                )
-            )
+    if pushes and (rate := alone(choice)).n:
+        claim = (
+            "one feature alone, each that was tried at each push: share of selection answers that mention the bridge"
+        )
+        control = _never(pushes, "mentions", "random features, three at a time, on report prompts")
+        claims.append(
+            Finding.measured(claim, 4, rate, "answers", control, side="above", null=0.0, source="study clamp-choose")
+        )
     drawn = [m for method, m in found.items() if controls(method, clamping_study.READERS)]
     if drawn and clamping_study.READERS in found and shown_method != clamping_study.READERS:
         for what, said in (("mentions", "with a mention"), ("names it", "that name the Golden Gate")):
@@ -367,26 +448,7 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
             )
             rate = found[clamping_study.READERS][what]
             claims.append(Finding.measured(claim, 4, rate, "prompts", control, side="above", null=0.0, source=source))
-    twins = [method for method in found if family(method) == TWIN]
-    if LEARNED in found and len(twins) > 1:
-        page, rows = clamping_study.prompts()["golden_gate"], {r["method"]: r for r in reversed(report["rows"])}
-        for words, said in ((page["words"], "mention"), (page["words"][:1], "name")):
-            hits = {m: np.array(clamping.mentions(rows[m]["later"], words), dtype=float) for m in (LEARNED, *twins)}
-            gap = bootstrap_ci(hits[LEARNED] - np.mean([hits[m] for m in twins], 0))
-            each = [float(np.mean(hits[m]) - np.mean([hits[o] for o in twins if o != m])) for m in twins]
-            control = Control.drawn("random units", "random dictionaries, each against the others", each)
-            claim = (
-                f"values fitted once on the SAE's rows {said} it more often than those fitted on random rows "
-                "(difference)"
-            )
-            claims.append(Finding.measured(claim, 4, gap, "prompts", control, side="above", source=source))
-        for what, side in (("perplexity ×", "below"), ("relevance ×", "above")):
-            control = Control.drawn(
-                "random units", "dictionaries of random rows, same fit", [found[m][what].value for m in twins]
-            )
-            claim = f"values fitted on the SAE's rows: {what}, against the same fit on random rows"
-            fit = found[LEARNED][what]
-            claims.append(Finding.measured(claim, 5, fit, "prompts", control, side=side, null=None, source=source))
+    claims += clamping_fit_tables.fit_claims(report, more)
     _, forbid = forbidden(report)
     if shown_method in forbid:
         control = Control.measured("other group", "the same prompts, nothing held", forbid["none"])
@@ -397,7 +459,9 @@ def findings(choice: Table, report: Table, found: Mapping[str, Measures], shown_
     return claims
 
 
-def side_effects(price: Mapping[str, Interval], lost: Mapping[str, Interval], shown_method: str) -> list[Finding]:
+def side_effects(
+    price: Mapping[str, Interval], lost: Mapping[str, Mapping[str, Sequence[Interval]]], shown_method: str
+) -> list[Finding]:
     """What holding costs on other text, and what the model loses when the name's features are taken away."""
     claims, source = list[Finding](), "study clamp-costs"
     push = next((m for m in price if controls(m, shown_method)), None)
@@ -405,12 +469,11 @@ def side_effects(price: Mapping[str, Interval], lost: Mapping[str, Interval], sh
         control = Control.measured("random units", f"one draw of {_drawn_words(shown_method)}", price[push])
         claim = "the clamp on the bridge: rise of the loss on held-out text (nats per token)"
         claims.append(Finding.measured(claim, 5, price[shown_method], "texts", control, source=source))
-    if "the name's features" in lost and "features as active" in lost:
-        control = Control.measured(
-            "random units", "features that are as active on these texts", lost["features as active"]
-        )
-        claim = "the name's features set to zero: rise of the loss of facts about the bridge (nats per token)"
-        claims.append(
-            Finding.measured(claim, 3, lost["the name's features"], "sentences", control, side="above", source=source)
-        )
+    if "the name's features" in lost and ACTIVE in lost:
+        for kind in (BRIDGE, UNSPELLED):
+            drawn = [x.value for x in lost[ACTIVE][kind]]
+            control = Control.drawn("random units", "draws of features that are as active on these texts", drawn)
+            claim = f"the name's features set to zero: rise of the loss of {kind} (nats per token)"
+            (rise,) = lost["the name's features"][kind]
+            claims.append(Finding.measured(claim, 3, rise, "sentences", control, side="above", source=source))
     return claims

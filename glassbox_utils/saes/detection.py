@@ -55,6 +55,18 @@ class Hit:
     mean_there: float
 
 
+def areas(
+    here: Float[Tensor, "text d_sae"], there: Float[Tensor, "other d_sae"], chunk: int = 512
+) -> Float[Tensor, " d_sae"]:
+    """Each feature's area under the curve: the chance that it fires more in a text of ``here`` than in one of
+    ``there``."""
+    parts = []
+    for start in range(0, here.shape[1], chunk):
+        a, b = here[:, None, start : start + chunk], there[None, :, start : start + chunk]
+        parts.append(((a > b).float() + 0.5 * (a == b).float()).mean((0, 1)))
+    return torch.cat(parts)
+
+
 def separates(
     here: Float[Tensor, "text d_sae"], there: Float[Tensor, "other d_sae"], n: int = 10, chunk: int = 512
 ) -> list[Hit]:
@@ -64,11 +76,7 @@ def separates(
     """
     _check_scores(here, there)
     whole("n", n, 1, SaeError), whole("chunk", chunk, 1, SaeError)
-    parts = []
-    for start in range(0, here.shape[1], chunk):
-        a, b = here[:, None, start : start + chunk], there[None, :, start : start + chunk]
-        parts.append(((a > b).float() + 0.5 * (a == b).float()).mean((0, 1)))
-    auc = torch.cat(parts)
+    auc = areas(here, there, chunk)
     gap = here.mean(0) - there.mean(0)
     order = (auc + 1e-3 * gap / gap.abs().max().clamp(min=1e-9)).topk(min(n, len(auc))).indices.tolist()
     return [Hit(f, float(auc[f]), float(here[:, f].mean()), float(there[:, f].mean())) for f in order]

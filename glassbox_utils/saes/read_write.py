@@ -30,6 +30,8 @@ START = "The"
 """how the answer begins when the output score is read"""
 PROBE = 0.3
 """size of the hold, in typical norms, at which the output score is measured"""
+BLIND = 0.1
+"""a feature whose area under the curve on sentences is nearer than this to .5 does not tell them apart"""
 N_NAME, N_SENTENCE = 24, 12
 """candidates: those that fire most on the concept's name, and those that best tell its sentences from others"""
 
@@ -163,20 +165,44 @@ def search(
     as a mention; ``questions``: what is asked when the output score is read. ClampError for no text and for words that
     no sentence names.
     """
+    concept = codes(model, sae, here, there, words)
+    asked = list(some_texts("questions", questions, clamping.ClampError))
+    return candidates(model, sae, concept, words, asked, written(model, sae, here, asked))
+
+
+def codes(model: Model, sae: Any, here: Sequence[str], there: Sequence[str], words: Sequence[str]) -> Concept:
+    """What all features do on a concept's sentences, on its name and elsewhere. Arguments and errors as ``search``."""
     here, there = (some_texts(k, v, clamping.ClampError) for k, v in (("here", here), ("there", there)))
     if not (named := clamping.name_cuts(here, words)):
         raise clamping.ClampError(
             f"None of the {len(here)} sentences names {', '.join(map(repr, words))} after its first word. Give some "
             "that do, or other words."
         )
-    concept = Concept(
+    return Concept(
         detection.text_scores(model, sae, here),
         detection.text_scores(model, sae, there),
         clamping.last_codes(model, sae, named),
         clamping.last_codes(model, sae, clamping.random_cuts(there)),
     )
-    asked = list(some_texts("questions", questions, clamping.ClampError))
-    return candidates(model, sae, concept, words, asked, written(model, sae, here, asked))
+
+
+def as_active(concept: Concept, reads: Sequence[int]) -> list[int]:
+    """For each reader of a concept another feature that fires as strongly on its sentences and does not tell them from
+    others: what the concept's readers have to be compared with.
+
+    Drawn from features whose area under the curve on sentences is within ``BLIND`` of .5 and that fire on the name at
+    most twice as much as elsewhere; of those left the one whose mean on the concept's sentences is nearest.
+    """
+    size, auc = concept.sentences.mean(0), detection.areas(concept.sentences, concept.others)
+    may = ((auc - 0.5).abs() <= BLIND) & (size > 0) & (concept.name.mean(0) <= 2 * concept.elsewhere.mean(0))
+    may[list(reads)] = False
+    found: list[int] = []
+    for index in reads:
+        if not may.any():
+            break
+        found.append(int((size - size[index]).abs().masked_fill(~may, float("inf")).argmin()))
+        may[found[-1]] = False
+    return found
 
 
 def written(model: Model, sae: Any, answers: Sequence[str], questions: Sequence[str]) -> Float[Tensor, " d_sae"]:

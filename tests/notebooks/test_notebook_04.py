@@ -6,6 +6,7 @@ import nbformat
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_feature_clamping.ipynb"
 DRAWN = {"choice[": "clamp_choose", "report[": "clamp_report", "bill": "clamp_costs", "tools": "clamp_choose"}
+DRAWN |= {"harder": "clamp_controls"}
 
 
 def cells():

@@ -461,6 +461,21 @@ def test_candidates_read_the_concept_and_come_in_the_order_of_what_they_write(mo
     assert found[0].gain == pytest.approx(float(gain), abs=1e-3)
 
 
+def test_what_readers_are_compared_with_is_as_active_and_blind(model, sae):
+    here, there = ["w1 w2 w3", "w5 w3", "w8 w3", "w3 w2"], ["w9 w8", "w7 w6 w5", "w2 w4", "w1 w9"]
+    codes = read_write.codes(model, sae, here, there, ["w3"])
+    reads = read_write.readers(model, sae, codes)[:3]
+    found = read_write.as_active(codes, reads)
+    areas = detection.areas(codes.sentences, codes.others)
+    assert found and len(set(found)) == len(found) <= len(reads) and not set(found) & set(reads)
+    assert all(abs(float(areas[i]) - 0.5) <= read_write.BLIND and codes.sentences[:, i].mean() > 0 for i in found)
+    size = codes.sentences.mean(0)
+    others = set(range(D_SAE)) - set(reads)
+    may = [i for i in others if abs(float(areas[i]) - 0.5) <= read_write.BLIND and size[i] > 0
+           and codes.name[:, i].mean() <= 2 * codes.elsewhere[:, i].mean()]  # fmt: skip
+    assert found[0] == min(may, key=lambda i: float((size[i] - size[reads[0]]).abs()))
+
+
 def test_one_call_finds_what_to_hold(model, sae):
     here, there = ["w1 w2 w3", "w5 w3"], ["w9 w8", "w7 w6 w5"]
     found = read_write.search(model, sae, here, there, ["w3"])
@@ -534,7 +549,7 @@ def test_prompts_are_ours_disjoint_and_have_nothing_to_do_with_bridges():
     assert not set(p["report"]) & set(p["selection"] + train + p["met"]) and not set(p["selection"]) & set(train)
     assert not set(p["adversarial"] + p["demo"]) & set(train)
     assert not any(clamping.mentions(p["report"] + p["selection"], [*p["golden_gate"]["words"], "river", "landmark"]))
-    assert {"clamp-choose", "clamp-report", "clamp-concepts", "clamp-costs"} <= set(cli.studies())
+    assert {"clamp-choose", "clamp-report", "clamp-concepts", "clamp-costs", "clamp-controls"} <= set(cli.studies())
 
 
 # --- the embedded model -----------------------------------------------------------------------------------------

@@ -59,7 +59,6 @@ def small_words(monkeypatch):
     monkeypatch.setattr(clamping_study, "NEW_TOKENS", 6)
     monkeypatch.setattr(clamping_study, "LEARN_STEPS", 4)
     monkeypatch.setattr(clamping_choice_study, "learn_steps", lambda: 4)
-    monkeypatch.setattr(clamping_report_study, "ADVERSARIAL_TOKENS", 4)
     monkeypatch.setattr(clamping_report_study, "SWEEP", (0.5, 1.0))
     monkeypatch.setattr(study, "STEPS", 60)
 
