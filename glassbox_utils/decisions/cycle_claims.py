@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glassbox_utils.core.devices import array
 from glassbox_utils.core.evidence import Control, Finding
-from glassbox_utils.core.statistics import Interval, bootstrap_ci, cluster_bootstrap
+from glassbox_utils.core.statistics import Interval, bootstrap_ci, cluster_bootstrap, rank_agreement
 from glassbox_utils.decisions import locate, outcomes
 from glassbox_utils.decisions.fidelity import ATTENTION, CAUSE, HELPFUL, RANDOM
 from glassbox_utils.decisions.locate import Link, Point, Specificity
@@ -81,6 +81,19 @@ def shuffled(looked: Tensor, moved: Tensor, seed: int = 0, n: int = 2000) -> NDA
     rng = np.random.default_rng(seed)
     x, y = (rankdata(array(part).mean(0)) for part in (looked, moved))
     return np.array([np.corrcoef(x, rng.permutation(y))[0, 1] for _ in range(n)])
+
+
+def ranked(looked: Tensor, moved: Tensor, most: int, seed: int = 0) -> tuple[Interval, NDArray, str]:
+    """Rank agreement of attention and effect over all fields, ``shuffled``, and both in words, with the agreement over
+    all but the field ``most``. ``looked``, ``moved``: [person, field]."""
+    rest = [i for i in range(looked.shape[1]) if i != most]
+    agreement, without = (rank_agreement(looked[:, i], moved[:, i]) for i in (slice(None), rest))
+    chance = shuffled(looked, moved, seed)
+    asked = (("all fields", agreement), ("all but the one that is looked at most", without))
+    lines = [f"rank agreement over {what}: {x.value:.2f} [{x.low:.2f}, {x.high:.2f}]" for what, x in asked]
+    share = (chance >= agreement.value).mean()
+    lines += [f"of shuffles of the {len(rest) + 1} fields {share:.0%} agree as much over all of them"]
+    return agreement, chance, "\n".join(lines)
 
 
 def ranks(agreement: Interval, chance: NDArray, people: str = "applicants", source: str = "") -> Finding:

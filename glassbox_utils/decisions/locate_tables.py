@@ -174,6 +174,13 @@ def attributes_table(mended: Row, arms: Sequence[str]) -> Any:
     return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("contrast").reset_index()
 
 
+def other_gaps_table(mended: Row) -> Any:
+    """Arm by contrast: what every arm that was also measured on other gaps leaves of each, in logits."""
+    some = [m for m in outcomes.unpacked(mended) if m.contrast != mended["contrast"]]
+    arms = list(dict.fromkeys(m.arm for m in some))
+    return attributes_table(mended, arms).set_index("contrast").T.rename_axis("arm").rename_axis(None, axis=1)
+
+
 def pushed_table(mended: Row) -> Any:
     """Arm: the logits and the share of decisions that turn when the difference, or a random one, is pushed back in."""
     import pandas as pd
@@ -264,7 +271,7 @@ def findings(table: Row, k: int = 10, but: Sequence[str] = ()) -> list[Finding]:
             what = f"{short(p.basis)} alone carry a share of the gap in {what}"
             claim = f"officer {name}, wording {first}: {k} located {what}"
             claimed = Finding.measured(claim, 3, p.carried, UNIT, control, side="above", source=SOURCE)
-            if (n := p.carried.n) < cycle_claims.FEW:
+            if (n := p.carried.n) < cycle_claims.FEW and claimed.verdict == "held":
                 claimed = replace(claimed, claim=f"{claim}; {n} {UNIT} are too few to tell", declared="null")
             found.append(claimed)
         if "mended" in one:

@@ -183,7 +183,7 @@ def test_k_has_ends_and_may_not_be_reached(stored):
 def test_findings_of_the_study_have_their_control(stored):
     found = told.findings(stored, k=2)
     assert all(f.source == "study locate" and f.control is not None for f in found)
-    by = {f.claim: f for f in found}
-    neurons = by["officer second: 2 located neurons alone carry a share of the gap in clan"]
+    neurons = next(f for f in found if "officer second" in f.claim and "2 located neurons alone carry" in f.claim)
+    assert ", wording " in neurons.claim and "in clan" in neurons.claim
     assert neurons.effect > 0.8 and neurons.verdict == "not testable"  # the planted model's other neurons are silent
     assert next(f for f in found if "closes a share" in f.claim).verdict == "held"
