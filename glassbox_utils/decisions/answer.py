@@ -117,8 +117,8 @@ class Answer:
 
     @property
     def decided_by_text(self) -> tuple[TextTest, ...]:
-        """Those of them that move the score by more than noise; the others turn a case that lies at the line."""
-        return tuple(t for t in self.turned_by_text if t.beyond_noise)
+        """Those of them that decide it; the others turn a case that lies at the line."""
+        return tuple(t for t in self.turned_by_text if t.decides)
 
     @property
     def turned_by_group(self) -> tuple[Swap, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from glassbox_utils.core import evidence, files, pages, schema
 from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval
-from glassbox_utils.decisions import answer, answer_plots, impact
+from glassbox_utils.decisions import answer, answer_plots, impact, reading
 from glassbox_utils.decisions import letter as letters
 from glassbox_utils.decisions.answer import Answer, plain, printed
 from glassbox_utils.decisions.counterfactual import Change
@@ -215,6 +215,11 @@ def render(
         plain=plain,
         printed=printed,
     )
+
+
+def page(model: Model, found: Answer, decision: Decision, command: str, mitigated: Mitigation | None = None) -> str:
+    """``render`` with the provenance of a model without an adapter of its own, and of the decision's folder."""
+    return render(found, decision, provenance(model, found, reading.folder_of(decision.name)), command, mitigated)
 
 
 def percent(share: float) -> str:

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from glassbox_utils.core.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
 from glassbox_utils.core.labels import name_points
-from glassbox_utils.core.models import Model
 from glassbox_utils.core.statistics import Interval
-from glassbox_utils.decisions import answer_page, arms, reading, units
-from glassbox_utils.decisions.answer import Answer
+from glassbox_utils.decisions import arms, units
 from glassbox_utils.decisions.cases import Case
-from glassbox_utils.decisions.decision import Decision
 from glassbox_utils.decisions.locate import Link, Point, Specificity
 from glassbox_utils.decisions.outcomes import Outcome
 from glassbox_utils.decisions.pairs import PLACES, Pairs
@@ -236,13 +233,6 @@ def specificity_table(own: Sequence[Specificity], rows: Sequence[Specificity]) -
 
 
 # --- the arms -----------------------------------------------------------------------------------------
-
-
-def page_of(model: Model, told: Answer, decision: Decision, mend: Sequence[Any] = ()) -> str:
-    """The page of one answer. ``mend``: what ``answer_page.mitigation`` takes, or nothing."""
-    mended = answer_page.mitigation(*mend) if mend else None
-    facts = answer_page.provenance(model, told, reading.folder_of(decision.name))
-    return answer_page.render(told, decision, facts, "notebook 06", mended)
 
 
 def arms_table(found: Mapping[str, Outcome], costs: Mapping[str, Interval], moved: Mapping[str, Interval]) -> Any:

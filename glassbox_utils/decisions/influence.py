@@ -212,9 +212,13 @@ class TextTest:
 
     @property
     def beyond_noise(self) -> bool:
-        """Does it move the score by more than other words for the same facts do? At the line trifles turn a case. Words
-        that no list knows are held against the text however little they do: somebody chose them."""
-        return self.noise is None or not self.usual or abs(self.effect) > self.noise
+        """Does it move the score by more than other words for the same facts do? At the line trifles turn a case."""
+        return self.noise is None or abs(self.effect) > self.noise
+
+    @property
+    def decides(self) -> bool:
+        """Does it turn the decision, beyond noise or by words that no list knows? Those somebody chose."""
+        return self.turns and (self.beyond_noise or not self.usual)
 
 
 def text_tests(

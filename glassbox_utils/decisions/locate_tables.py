@@ -175,7 +175,8 @@ def attributes_table(mended: Row, arms: Sequence[str]) -> Any:
 
 
 def other_gaps_table(mended: Row) -> Any:
-    """Arm by contrast: what every arm that was also measured on other gaps leaves of each, in logits."""
+    """Arm by contrast: what every arm that was also measured on other gaps leaves of each, in logits (in the first of
+    the wordings, the only one in which other gaps were measured)."""
     some = [m for m in outcomes.unpacked(mended) if m.contrast != mended["contrast"]]
     arms = list(dict.fromkeys(m.arm for m in some))
     return attributes_table(mended, arms).set_index("contrast").T.rename_axis("arm").rename_axis(None, axis=1)

@@ -144,13 +144,6 @@ def spread_of(values: Iterable[float]) -> Interval:
     return Interval(float(np.mean(drawn)), min(drawn), max(drawn), len(drawn))
 
 
-def folded(table: Any, summary: str, rows: slice = slice(None)) -> Any:
-    """Some rows of a table behind a line of words that opens it."""
-    from IPython.display import HTML
-
-    return HTML(f"<details><summary>{summary}</summary>{table.iloc[rows].to_html()}</details>")
-
-
 def reached(measures: Measures) -> bool:
     """Does a setting reach the goal in all four measures (by its values)?"""
     return all(

@@ -291,20 +291,6 @@ def dial_title(means: Sequence[float], effect: float, others: Sequence[float]) -
     return first + found + " (measured at both ends)"
 
 
-class Folded:
-    """A wide table: its first columns are shown, and all of them on a click."""
-
-    def __init__(self, frame: Any, columns: int) -> None:
-        self.frame, self.columns = frame, columns
-
-    def __repr__(self) -> str:
-        return repr(self.frame)
-
-    def _repr_html_(self) -> str:
-        few, n = self.frame.iloc[:, : self.columns].to_html(), self.frame.shape[1]
-        return f"{few}<details><summary>All {n} columns</summary>{self.frame.to_html()}</details>"
-
-
 METHODS = {
     "steering, half": ("steer -0.5", "steer 0.5"),
     "steering, full": ("steer -1", "steer 1"),

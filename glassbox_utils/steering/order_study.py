@@ -414,7 +414,7 @@ def study_controls() -> Path:
 
 
 def study_plain() -> Path:
-    """Vectors trained alike on plain shuffled labels, the control that the bar names; not run for the shipped table."""
+    """Vectors trained alike on plain shuffled labels, the control that the bar names."""
     start, model = time.time(), load_subject()
     fitted, full = study.tone_vector(model, n_resamples=0), tuple(read_table("steering_order")["full"])
     rows = list[dict[str, Any]]()
